@@ -1,0 +1,259 @@
+"""Serving steps: prefill and decode as free jitted functions over explicit state, and greedy generation on top of them.
+
+Each device serves the sequences that entered at it: their cache and attention are its own, experts are wherever the
+tables say. Nothing in a step depends on a placement's shape, so a new placement never compiles anything.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Int
+
+from dancemoe_jax.attention import attend
+from dancemoe_jax.config import ModelConfig, ModelError
+from dancemoe_jax.dispatch import Traffic, dispatch
+from dancemoe_jax.mesh import AXIS, replicated, sharded
+from dancemoe_jax.model import Decoder, decoder_layer, head_logits
+from dancemoe_jax.pool import ExpertPool, PoolLayout
+from dancemoe_jax.tables import Tables
+
+DECODE_TILE, PREFILL_TILE = 8, 32
+
+
+class Weights(NamedTuple):
+    """All that a step reads and does not change."""
+
+    decoder: Decoder
+    pool: ExpertPool
+    tables: Tables
+
+
+class State(NamedTuple):
+    """What steps carry on. S: sequences a device has room for.
+
+    Attributes:
+        k, v: cache [layers, devices * S, max_position, kv_heads, head_dim], dealt over devices.
+        counts: int32 [devices, layers, experts], assignments of the tokens that entered at each device, since the start.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    counts: jax.Array
+
+
+class StepResult(NamedTuple):
+    """Of every row of the step: the greedy next token int32 [devices, rows] and its logits; traffic [devices, layers]."""
+
+    tokens: jax.Array
+    logits: jax.Array
+    traffic: Traffic
+
+
+def init_state(config: ModelConfig, mesh: Mesh, sequences: int, dtype=jnp.float32) -> State:
+    """Empty caches for `sequences` sequences on each device, and zero counts."""
+    shape = (config.num_layers, mesh.size * sequences, config.max_position, config.num_kv_heads, config.head_dim)
+    cache = functools.partial(jnp.zeros, shape, dtype, device=sharded(mesh, 1))
+    counts = jnp.zeros((mesh.size, config.num_layers, config.num_experts), jnp.int32, device=sharded(mesh))
+    return State(cache(), cache(), counts)
+
+
+def place_decoder(decoder: Decoder, mesh: Mesh) -> Decoder:
+    """Everything but the routed experts, on every device."""
+    return jax.device_put(decoder, replicated(mesh))
+
+
+def place_tables(tables: Tables, mesh: Mesh) -> Tables:
+    """Tables where the steps read them."""
+    by_source: Any = sharded(mesh)
+    everywhere: Any = replicated(mesh)
+    return jax.device_put(tables, Tables(by_source, by_source, everywhere, everywhere))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "layout", "mesh"), donate_argnames=("state",))
+def decode_step(
+    weights: Weights,
+    state: State,
+    tokens: Int[Array, "devices sequences"],
+    positions: Int[Array, "devices sequences"],
+    active: Bool[Array, "devices sequences"],
+    *,
+    config: ModelConfig,
+    layout: PoolLayout,
+    mesh: Mesh,
+) -> tuple[State, StepResult]:
+    """One token for every active sequence: token and its position in, the next token out."""
+
+    def local(weights, state, tokens, positions, active):
+        rows = jnp.where(active[0], positions[0], config.max_position)[:, None]
+        return _run(config, layout, weights, state, tokens[0][:, None], rows, None, DECODE_TILE)
+
+    return _over_devices(local, mesh)(weights, state, tokens, positions, active)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "layout", "mesh"), donate_argnames=("state",))
+def prefill(
+    weights: Weights,
+    state: State,
+    tokens: Int[Array, "devices rows chunk"],
+    sequences: Int[Array, "devices rows"],
+    starts: Int[Array, "devices rows"],
+    lengths: Int[Array, "devices rows"],
+    *,
+    config: ModelConfig,
+    layout: PoolLayout,
+    mesh: Mesh,
+) -> tuple[State, StepResult]:
+    """A chunk of prompt for `rows` sequences of each device.
+
+    Args:
+        sequences: which of the device's sequences each row belongs to; rows of one step belong to different ones.
+        starts: position of each chunk's first token.
+        lengths: tokens of the chunk that count; 0 for a row without work.
+
+    Returns:
+        State, and of each row the token that follows the chunk's last one.
+    """
+
+    def local(weights, state, tokens, sequences, starts, lengths):
+        index = jnp.arange(tokens.shape[2])
+        positions = jnp.where(index < lengths[0][:, None], starts[0][:, None] + index, config.max_position)
+        return _run(config, layout, weights, state, tokens[0], positions, sequences[0], PREFILL_TILE)
+
+    return _over_devices(local, mesh)(weights, state, tokens, sequences, starts, lengths)
+
+
+def _over_devices(local, mesh):
+    """Run `local` on every device: sharded state and rows, replicated decoder, results with a device axis in front."""
+    own: Any = P(AXIS)
+    cache: Any = P(None, AXIS)
+    everywhere: Any = P()
+    weights = Weights(everywhere, own, Tables(own, own, everywhere, everywhere))
+    state = State(cache, cache, own)
+    result = StepResult(own, own, Traffic(own, own, own, own))
+
+    def run(*arguments):
+        specs = (weights, state, *(own for _ in arguments[2:]))
+        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(state, result))(*arguments)
+
+    return run
+
+
+def _run(config, layout, weights, state, tokens, positions, sequences, tile):
+    """One step of one device. tokens, positions [rows, chunk]; a position of max_position marks a row as empty."""
+    rows = len(tokens)
+    valid = positions < config.max_position
+    sequence = jnp.arange(rows) if sequences is None else sequences
+    cache_positions = jnp.broadcast_to(jnp.arange(config.max_position), (rows, config.max_position))
+    tables = Tables(weights.tables.device[0], weights.tables.slot[0], weights.tables.exchange, weights.tables.server)
+
+    def body(carry, layer_inputs):
+        x, k_cache, v_cache = carry
+        layer, index, (device, slot, exchange) = layer_inputs
+
+        def attention(q, k, v):
+            at = (index, sequence[:, None], positions)
+            k_all, v_all = k_cache.at[at].set(k, mode="drop"), v_cache.at[at].set(v, mode="drop")
+            mine = (index,) if sequences is None else (index, sequence)
+            heads = attend(q, k_all[mine], v_all[mine], jnp.where(valid, positions, 0), cache_positions)
+            return heads, (k_all, v_all)
+
+        def moe(h, topk_weights, topk_ids, logits):
+            own = Tables(device, slot, exchange, tables.server)
+            routed, traffic = dispatch(layout, weights.pool, own, h, topk_weights, topk_ids, valid.reshape(-1), tile)
+            ones = jnp.broadcast_to(valid.reshape(-1, 1), topk_ids.shape).astype(jnp.int32)
+            return routed, (traffic, jnp.zeros(config.num_experts, jnp.int32).at[topk_ids].add(ones))
+
+        x, (k_cache, v_cache), aux = decoder_layer(config, layer, x, positions, attention, moe)
+        return (x, k_cache, v_cache), aux
+
+    inputs = (weights.decoder.layers, jnp.arange(config.num_layers), (tables.device, tables.slot, tables.exchange))
+    x = weights.decoder.embedding[...][tokens]
+    (x, k, v), (traffic, counts) = jax.lax.scan(body, (x, state.k, state.v), inputs)
+    last = jnp.maximum(valid.sum(1) - 1, 0)
+    logits = head_logits(config, weights.decoder, jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])
+    result = StepResult(
+        jnp.argmax(logits, -1).astype(jnp.int32)[None], logits[None], jax.tree.map(lambda a: a[None], traffic)
+    )
+    return State(k, v, state.counts + counts[None]), result
+
+
+def generate(
+    weights: Weights,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    *,
+    config: ModelConfig,
+    layout: PoolLayout,
+    mesh: Mesh,
+    chunk: int = 64,
+) -> list[list[int]]:
+    """Greedy continuation of each prompt, prompts dealt over the devices in turn.
+
+    Args:
+        prompts: token ids, at least one each.
+        max_tokens: tokens to generate for each prompt, fewer where the end-of-text token or the context ends it.
+
+    Returns:
+        The generated tokens of each prompt, end-of-text not included.
+
+    Raises:
+        ModelError: an empty prompt, one that leaves no room in the context, or ids outside the vocabulary.
+    """
+    for number, prompt in enumerate(prompts):
+        check_prompt(config, prompt, f"prompt {number}")
+    per_device = max(1, -(-len(prompts) // mesh.size))
+    state = init_state(config, mesh, per_device, weights.decoder.embedding[...].dtype)
+    grid = (mesh.size, per_device)
+    length = np.zeros(grid, np.int32)
+    padded = np.zeros((*grid, -(-config.max_position // chunk) * chunk), np.int32)
+    for i, prompt in enumerate(prompts):
+        padded[i % mesh.size, i // mesh.size, : len(prompt)] = prompt
+        length[i % mesh.size, i // mesh.size] = len(prompt)
+    shapes = {"config": config, "layout": layout, "mesh": mesh}
+    current = np.zeros(grid, np.int32)
+    sequences = np.broadcast_to(np.arange(per_device, dtype=np.int32), grid)
+    for start in range(0, int(length.max()), chunk):
+        lengths = np.clip(length - start, 0, chunk)
+        state, result = prefill(
+            weights,
+            state,
+            padded[:, :, start : start + chunk],
+            sequences,
+            np.full(grid, start, np.int32),
+            lengths,
+            **shapes,
+        )
+        current = np.where(lengths > 0, np.asarray(result.tokens), current)
+    outputs: list[list[int]] = [[] for _ in prompts]
+    active = length > 0
+    for _ in range(max_tokens):
+        for i, output in enumerate(outputs):
+            at = (i % mesh.size, i // mesh.size)
+            if active[at] and current[at] == config.eos_token:
+                active[at] = False
+            elif active[at]:
+                output.append(int(current[at]))
+                active[at] = len(prompts[i]) + len(output) < config.max_position and len(output) < max_tokens
+        if not active.any():
+            break
+        state, result = decode_step(weights, state, current, length, active, **shapes)
+        length = length + active
+        current = np.where(active, np.asarray(result.tokens), current)
+    return outputs
+
+
+def check_prompt(config: ModelConfig, prompt: Sequence[int], name: str) -> None:
+    """Raises ModelError where a prompt cannot be served."""
+    if not 1 <= len(prompt) < config.max_position:
+        raise ModelError(
+            f"{name}: {len(prompt)} tokens; the model's context of {config.max_position} takes 1 to "
+            f"{config.max_position - 1} and leaves room for one more"
+        )
+    if not all(0 <= token < config.vocab_size for token in prompt):
+        raise ModelError(f"{name}: token ids must lie in 0..{config.vocab_size - 1}")

@@ -1,0 +1,68 @@
+"""Live migration: bring the experts that a new placement adds into host memory, then write them between two steps.
+
+Staging reads and touches no device. Commit writes the changed slots in place, device by device, and swaps the tables;
+slots of experts that stay are not touched, shapes never change and no step is compiled again.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dancemoe_jax.pool import ExpertPool, PoolLayout, write_experts
+from dancemoe_jax.tables import assign_slots
+
+
+class Staged(NamedTuple):
+    """A migration ready to commit.
+
+    Attributes:
+        slots: int32 [devices, layers, experts], the new assignment.
+        writes: for each device, (slot, w_in, w_out) of each expert that is new there, on the host.
+    """
+
+    slots: np.ndarray
+    writes: tuple[tuple[tuple[int, np.ndarray, np.ndarray], ...], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights that the commit writes."""
+        return sum(w_in.nbytes + w_out.nbytes for device in self.writes for _, w_in, w_out in device)
+
+
+def stage(layout: PoolLayout, slots: np.ndarray, resident: np.ndarray, read: Callable, dtype=jnp.float32) -> Staged:
+    """Read every expert that `resident` adds on some device, once for each device that gets it.
+
+    Args:
+        slots: the assignment in force, int [devices, layers, experts].
+        resident: the new placement, bool [devices, layers, experts].
+        read: (layer, expert) -> (w_in, w_out) on the host.
+
+    Raises:
+        ModelError: the placement does not fit the pool or leaves an expert uncovered; nothing has changed then.
+    """
+    new = assign_slots(layout, resident, previous=slots)
+    writes = []
+    for device in range(len(slots)):
+        added = np.argwhere((new[device] >= 0) & (slots[device] < 0))
+        weights = [(int(new[device, layer, e]), *read(int(layer), int(e))) for layer, e in added]
+        writes.append(tuple((slot, np.asarray(a, dtype), np.asarray(b, dtype)) for slot, a, b in weights))
+    return Staged(new, tuple(writes))
+
+
+def commit(pool: ExpertPool, layout: PoolLayout, mesh: Mesh, staged: Staged) -> ExpertPool:
+    """Write what is staged into the pool's own memory. The pool passed in must not be used afterwards."""
+    return write_experts(pool, layout, mesh, staged.writes)
+
+
+def migrate(
+    pool: ExpertPool, slots: np.ndarray, resident: np.ndarray, read: Callable, *, layout: PoolLayout, mesh: Mesh
+) -> tuple[ExpertPool, np.ndarray]:
+    """Stage and commit in one call, between two steps; the new pool and slot assignment.
+
+    Make the new tables with `routing_tables(slots, …)` and pass both to the next step.
+    """
+    staged = stage(layout, slots, resident, read, pool.w_in[0].dtype)
+    return commit(pool, layout, mesh, staged), staged.slots

@@ -1,0 +1,91 @@
+"""From a placement to what a step reads: which slot holds an expert, and which copy each source device uses.
+
+Plain numpy on the host. Tables are inputs of the jitted steps, so a new placement is new numbers in the same shapes.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from dancemoe_jax.config import ModelError
+from dancemoe_jax.pool import PoolLayout
+
+
+class Tables(NamedTuple):
+    """Where each source device sends its assignments.
+
+    Attributes:
+        device: int32 [devices, layers, experts], the device whose copy the source uses; sharded by source.
+        slot: int32 [devices, layers, experts], the slot of that copy; sharded by source.
+        exchange: bool [layers], whether any device may need another in that layer; replicated.
+        server: int32 [devices], the server of every device; replicated.
+    """
+
+    device: np.ndarray
+    slot: np.ndarray
+    exchange: np.ndarray
+    server: np.ndarray
+
+
+def assign_slots(layout: PoolLayout, resident: np.ndarray, previous: np.ndarray | None = None) -> np.ndarray:
+    """Give every resident expert a slot; one that stays on a device keeps its slot.
+
+    Args:
+        resident: bool [devices, layers, experts].
+        previous: the result for the placement in force.
+
+    Returns:
+        int32 [devices, layers, experts], slot or -1.
+
+    Raises:
+        ModelError: more experts on a device than it has slots, or an expert that is nowhere.
+    """
+    resident = np.asarray(resident, bool)
+    if resident.ndim != 3 or resident.shape[0] != len(layout.capacity):
+        raise ModelError(f"placement: resident has shape {resident.shape}, the pool has {len(layout.capacity)} devices")
+    for device, capacity in enumerate(layout.capacity):
+        if (held := int(resident[device].sum())) > capacity:
+            raise ModelError(f"placement: device {device} is to hold {held} experts, its pool has {capacity} slots")
+    uncovered = np.argwhere(~resident.any(0))
+    if len(uncovered):
+        layer, expert = uncovered[0]
+        raise ModelError(f"placement: expert {expert} of layer {layer} is on no device ({len(uncovered)} uncovered)")
+    slots = np.full(resident.shape, -1, np.int32)
+    if previous is not None:
+        slots = np.where(resident, previous, -1).astype(np.int32)
+    for device, capacity in enumerate(layout.capacity):
+        new = resident[device] & (slots[device] < 0)
+        free = np.setdiff1d(np.arange(capacity), slots[device][slots[device] >= 0])
+        slots[device][new] = free[: int(new.sum())]
+    return slots
+
+
+def routing_tables(slots: np.ndarray, device_server: np.ndarray, link_cost: np.ndarray | None = None) -> Tables:
+    """Choose a copy for every source device: its own, then one on its server, then one over the cheapest link.
+
+    Equally cheap copies share the load by a fixed rule over source, layer and expert, so that runs reproduce.
+
+    Args:
+        slots: int [devices, layers, experts], from `assign_slots`.
+        device_server: int [devices], server of each device.
+        link_cost: float [servers, servers], cost of reaching column from row; default: all links alike.
+    """
+    devices, layers, experts = slots.shape
+    device_server = np.asarray(device_server)
+    servers = int(device_server.max()) + 1
+    cost = np.ones((servers, servers)) if link_cost is None else np.asarray(link_cost, float)
+    # 0 = this device, 1 = this server, 2 and up = other servers by the rank of their link's cost.
+    ranks = np.stack([np.unique(row, return_inverse=True)[1] for row in cost]) + 2
+    distance = ranks[np.ix_(device_server, device_server)]
+    distance[device_server[:, None] == device_server[None, :]] = 1
+    np.fill_diagonal(distance, 0)
+    spread = np.arange(layers)[:, None] + np.arange(experts)[None, :]
+    chosen = np.empty((devices, layers, experts), np.int32)
+    for source in range(devices):
+        far = np.where(slots >= 0, distance[source][:, None, None], np.iinfo(np.int64).max)
+        best = far == far.min(0)
+        turn = (spread + source) % best.sum(0)
+        chosen[source] = np.argmax(best & (np.cumsum(best, axis=0) - 1 == turn), axis=0)
+    slot = np.take_along_axis(slots, chosen, axis=0)
+    exchange = (chosen != np.arange(devices)[:, None, None]).any(axis=(0, 2))
+    return Tables(chosen, slot.astype(np.int32), exchange, device_server.astype(np.int32))

@@ -1,0 +1,54 @@
+"""Command line: python -m launch demo | generate | train | evaluate. Exit 0 done, 2 unusable input, 1 anything else."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from dancemoe_jax.config import ModelError
+from placement import InputError
+
+COMMANDS = {
+    "demo": "serve a small model on three unequal servers, plan from what is seen, migrate while serving",
+    "generate": "continue a prompt",
+    "train": "train a small mixture of experts on text by domain",
+    "evaluate": "quality of a model on held-out text, and how its routing differs by domain",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser(prog="launch", description="Serve Mixture-of-Experts models from unequal servers.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, what in COMMANDS.items():
+        command = commands.add_parser(name, help=what, description=what)
+        if argv[:1] == [name]:  # importing jax takes seconds: only for the command that is run
+            module = importlib.import_module(f"launch.{name}")
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    arguments = parser.parse_args(argv)
+    try:
+        return arguments.run(arguments) or 0
+    except (InputError, ModelError) as error:
+        print(f"launch {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output left, as `head` does; nobody is there to be told
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print(f"launch {arguments.command}: interrupted", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""Migration: only what is new is written, where it belongs, in the memory that is there; a refusal changes nothing."""
+
+import jax
+import numpy as np
+import pytest
+from cluster_of_devices import Small, random_resident
+
+from dancemoe_jax import ModelError, commit, migrate, resident_bytes, stage
+from dancemoe_jax.pool import buffers_of
+
+
+def contents(small, pool, slots):
+    """Weights found in each expert's slot, by (device, layer, expert)."""
+    banks = [buffers_of(small.layout, side, small.mesh) for side in pool]
+    found = {}
+    for device, layer, expert in np.argwhere(slots >= 0):
+        bank, place = small.layout.locate(int(slots[device, layer, expert]))
+        found[device, layer, expert] = [np.asarray(own[device][bank])[place] for own in banks]
+    return found
+
+
+def pointers(pool):
+    return [[shard.data.unsafe_buffer_pointer() for shard in bank.addressable_shards] for bank in jax.tree.leaves(pool)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_after_a_migration_every_slot_holds_its_expert(seed):
+    rng = np.random.default_rng(seed)
+    small = Small.make()
+    slots, weights = small.place(random_resident(rng))
+    pool, memory = weights.pool, resident_bytes(weights.pool, small.mesh)
+    for _ in range(3):
+        resident = random_resident(rng)
+        pool, slots = migrate(pool, slots, resident, small.read, layout=small.layout, mesh=small.mesh)
+        np.testing.assert_array_equal(slots >= 0, resident)
+        for (_, layer, expert), found in contents(small, pool, slots).items():
+            for got, expected in zip(found, small.read(layer, expert), strict=True):
+                np.testing.assert_array_equal(got, expected)
+        np.testing.assert_array_equal(resident_bytes(pool, small.mesh), memory)
+
+
+def test_migrations_write_into_the_memory_that_is_there(rng):
+    small = Small.make()
+    slots, weights = small.place(random_resident(rng))
+    pool, buffers = weights.pool, pointers(weights.pool)
+    for _ in range(4):
+        pool, slots = migrate(pool, slots, random_resident(rng), small.read, layout=small.layout, mesh=small.mesh)
+        assert pointers(pool) == buffers
+
+
+def test_staging_reads_just_what_is_new(rng):
+    small = Small.make()
+    slots, _ = small.place(random_resident(rng))
+    after = random_resident(rng)
+    read = []
+    staged = stage(
+        small.layout, slots, after, lambda layer, expert: read.append((layer, expert)) or small.read(layer, expert)
+    )
+    new = after & (slots < 0)
+    assert sorted(read) == sorted((layer, expert) for _, layer, expert in np.argwhere(new).tolist())
+    assert staged.nbytes == new.sum() * small.config.expert_params * 4
+    assert stage(small.layout, slots, slots >= 0, small.read).nbytes == 0
+
+
+def test_a_refused_placement_changes_nothing(rng):
+    small = Small.make()
+    slots, weights = small.place(random_resident(rng))
+    before = contents(small, weights.pool, slots)
+    uncovered = random_resident(rng)
+    uncovered[:, 1, 2] = False
+    with pytest.raises(ModelError, match="expert 2 of layer 1 is on no device"):
+        migrate(weights.pool, slots, uncovered, small.read, layout=small.layout, mesh=small.mesh)
+    for key, found in contents(small, weights.pool, slots).items():
+        np.testing.assert_array_equal(found[0], before[key][0])
+
+
+def test_writes_compile_once_for_each_bank(rng):
+    from dancemoe_jax.pool import _write
+
+    small = Small.make()
+    slots, weights = small.place(random_resident(rng))
+    pool = weights.pool
+    del weights
+    for _ in range(2):
+        pool = commit(
+            pool, small.layout, small.mesh, staged := stage(small.layout, slots, random_resident(rng), small.read)
+        )
+        slots = staged.slots
+    compiled = _write._cache_size()
+    for _ in range(3):
+        pool = commit(
+            pool, small.layout, small.mesh, staged := stage(small.layout, slots, random_resident(rng), small.read)
+        )
+        slots = staged.slots
+    assert _write._cache_size() == compiled

@@ -1,0 +1,78 @@
+"""Pools: no slot lost to banks, unequal memory really unequal, tiles give what the dense sum gives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cluster_of_devices import Small, random_resident
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dancemoe_jax import ModelError, pool_layout, resident_bytes
+from dancemoe_jax.experts import dense_experts
+from dancemoe_jax.pool import ExpertPool, buffers_of, slot_experts
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=9))
+def test_banks_lose_no_slot_and_every_size_is_owned_by_all(capacity):
+    layout = pool_layout(capacity)
+    always = layout.banks[: min(layout.owned(d) for d in range(len(capacity)))]
+    for device, slots in enumerate(capacity):
+        assert sum(layout.banks[: layout.owned(device)]) == slots
+        for bank in range(len(layout.banks)):
+            assert layout.banks[layout.buffer(device, bank)] == layout.banks[bank]
+            assert layout.buffer(device, bank) < layout.owned(device)
+    assert set(layout.banks) <= set(always)
+    assert sum(layout.banks) == max(capacity)
+    for slot in range(max(capacity)):
+        bank, place = layout.locate(slot)
+        assert layout.starts[bank] + place == slot
+        assert 0 <= place < layout.banks[bank]
+
+
+def test_device_without_a_slot_is_refused():
+    with pytest.raises(ModelError, match="device 1 has room for no expert"):
+        pool_layout([3, 0])
+
+
+def test_pool_memory_is_what_the_capacities_say(rng):
+    small = Small.make()
+    _, weights = small.place(random_resident(rng))
+    expected = np.array(small.layout.capacity) * small.config.expert_params * 4
+    np.testing.assert_array_equal(resident_bytes(weights.pool, small.mesh), expected)
+    # The arrays are larger than the memory: some buffers have two names.
+    assert sum(a.nbytes for a in jax.tree.leaves(weights.pool)) > expected.sum()
+
+
+def test_pool_holds_each_expert_in_its_slot(rng):
+    small = Small.make()
+    slots, weights = small.place(random_resident(rng))
+    for device, own in enumerate(buffers_of(small.layout, weights.pool.w_in, small.mesh)):
+        for layer, expert in np.argwhere(slots[device] >= 0):
+            bank, place = small.layout.locate(int(slots[device, layer, expert]))
+            np.testing.assert_array_equal(np.asarray(own[bank][place]), small.read(layer, expert)[0])
+
+
+@pytest.mark.parametrize("tile", [1, 3, 8, 32])
+@pytest.mark.parametrize("tokens", [1, 7, 40])
+def test_slot_experts_equals_the_dense_sum(tile, tokens, rng):
+    slots, hidden, inner, k = 11, 16, 8, 3
+    w_in = jnp.asarray(rng.normal(size=(slots, hidden, 2 * inner)), jnp.float32)
+    w_out = jnp.asarray(rng.normal(size=(slots, inner, hidden)), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(tokens, hidden)), jnp.float32)
+    ids = rng.integers(0, slots, (tokens, k)).astype(np.int32)
+    weights = rng.random((tokens, k)).astype(np.float32)
+    skipped = rng.random((tokens, k)) < 0.4
+    layout = pool_layout([11])
+    split = np.cumsum(layout.banks)[:-1]
+    pool = ExpertPool(tuple(jnp.split(w_in, split)), tuple(jnp.split(w_out, split)))
+    got = slot_experts(layout, pool, x, jnp.where(skipped, -1, ids), jnp.asarray(weights), tile)
+    expected = dense_experts(x, w_in, w_out, jnp.where(skipped, 0, weights), jnp.asarray(ids))
+    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_slot_experts_with_nothing_to_do_gives_zeros(rng):
+    pool = ExpertPool((jnp.ones((2, 4, 4)),), (jnp.ones((2, 2, 4)),))
+    out = slot_experts(pool_layout([2]), pool, jnp.ones((3, 4)), jnp.full((3, 2), -1), jnp.full((3, 2), jnp.nan), 4)
+    np.testing.assert_array_equal(out, 0)

@@ -1,0 +1,70 @@
+"""Tables: stable slots, nearest copy first, load shared by a fixed rule."""
+
+import numpy as np
+import pytest
+from cluster_of_devices import CAPACITY, DEVICE_SERVER, random_resident
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dancemoe_jax import ModelError, assign_slots, pool_layout, routing_tables
+
+LAYOUT = pool_layout(CAPACITY)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32 - 1))
+def test_slots_are_distinct_in_range_and_stable(seed):
+    rng = np.random.default_rng(seed)
+    first, second = random_resident(rng), random_resident(rng)
+    old = assign_slots(LAYOUT, first)
+    new = assign_slots(LAYOUT, second, previous=old)
+    for resident, slots in ((first, old), (second, new)):
+        np.testing.assert_array_equal(slots >= 0, resident)
+        for device, capacity in enumerate(CAPACITY):
+            used = slots[device][slots[device] >= 0]
+            assert len(set(used.tolist())) == len(used)
+            assert used.max(initial=0) < capacity
+    stays = first & second
+    np.testing.assert_array_equal(new[stays], old[stays])
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32 - 1))
+def test_every_source_uses_a_nearest_copy(seed):
+    rng = np.random.default_rng(seed)
+    slots = assign_slots(LAYOUT, random_resident(rng))
+    cost = rng.permutation(9).reshape(3, 3).astype(float)
+    tables = routing_tables(slots, DEVICE_SERVER, cost)
+    for source, layer, expert in np.ndindex(tables.device.shape):
+        chosen = tables.device[source, layer, expert]
+        assert tables.slot[source, layer, expert] == slots[chosen, layer, expert] >= 0
+
+        def distance(device, source=source):
+            here, there = DEVICE_SERVER[source], DEVICE_SERVER[device]
+            return (device != source, here != there, cost[here, there] if here != there else 0)
+
+        holders = [d for d in range(len(CAPACITY)) if slots[d, layer, expert] >= 0]
+        assert distance(chosen) == min(map(distance, holders))
+    np.testing.assert_array_equal(
+        tables.exchange, [(np.arange(4) != tables.device[:, layer].T).any() for layer in range(3)]
+    )
+
+
+def test_equally_cheap_copies_share_the_load():
+    slots = np.full((4, 2, 64), -1, np.int32)
+    slots[0] = slots[1] = np.arange(128).reshape(2, 64)
+    device = routing_tables(slots, np.array([0, 1, 2, 3])).device[2]
+    assert 0.4 < (device == 0).mean() < 0.6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: np.ones_like(r), "device 0 is to hold 24 experts, its pool has 7 slots"),
+        (lambda r: r & (np.arange(8) != 5), "expert 5 of layer 0 is on no device"),
+        (lambda r: r[:3], "the pool has 4 devices"),
+    ],
+)
+def test_placements_that_do_not_fit_are_refused(change, message, rng):
+    with pytest.raises(ModelError, match=message):
+        assign_slots(LAYOUT, change(random_resident(rng)))
