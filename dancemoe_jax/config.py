@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 
 class ModelError(ValueError):
@@ -82,7 +82,7 @@ class ModelConfig:
         return 2 * self.num_layers * sequences * self.max_position * self.num_kv_heads * self.head_dim * itemsize
 
     @classmethod
-    def from_hf(cls, path: str | Path) -> Self:
+    def from_hf(cls, path: str | Path) -> "ModelConfig":
         """Read `config.json` (a file, or the directory that holds it) of a supported architecture.
 
         Raises:

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Int
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Int
 
 from dancemoe_jax.attention import attend
 from dancemoe_jax.config import ModelConfig, ModelError
@@ -79,9 +80,9 @@ def place_tables(tables: Tables, mesh: Mesh) -> Tables:
 def decode_step(
     weights: Weights,
     state: State,
-    tokens: Int[Array, "devices sequences"],
-    positions: Int[Array, "devices sequences"],
-    active: Bool[Array, "devices sequences"],
+    tokens: Int[ArrayLike, "devices sequences"],
+    positions: Int[ArrayLike, "devices sequences"],
+    active: Bool[ArrayLike, "devices sequences"],
     *,
     config: ModelConfig,
     layout: PoolLayout,
@@ -100,10 +101,10 @@ def decode_step(
 def prefill(
     weights: Weights,
     state: State,
-    tokens: Int[Array, "devices rows chunk"],
-    sequences: Int[Array, "devices rows"],
-    starts: Int[Array, "devices rows"],
-    lengths: Int[Array, "devices rows"],
+    tokens: Int[ArrayLike, "devices rows chunk"],
+    sequences: Int[ArrayLike, "devices rows"],
+    starts: Int[ArrayLike, "devices rows"],
+    lengths: Int[ArrayLike, "devices rows"],
     *,
     config: ModelConfig,
     layout: PoolLayout,

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from dancemoe_jax.attention import attend, rms_norm, rotate
@@ -113,7 +114,7 @@ def forward(
     config: ModelConfig,
     decoder: Decoder,
     experts: Experts,
-    tokens: Int[Array, "batch tokens"],
+    tokens: Int[ArrayLike, "batch tokens"],
     moe: Callable | None = None,
     remat: bool = False,
 ):
@@ -128,6 +129,7 @@ def forward(
         Float32 logits [batch, tokens, vocab] and the per-layer `aux` stacked over layers.
     """
     moe = moe or _reference_moe
+    tokens = jnp.asarray(tokens)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 
     def body(x, stacked):

@@ -8,6 +8,7 @@ Both migrations happen under load. Every figure is measured; sampled requests ar
 import argparse
 import dataclasses
 import json
+import os
 import resource
 import sys
 import time
@@ -61,6 +62,9 @@ def run(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
     if arguments.phase_seconds < 1 or arguments.rate <= 0 or arguments.seed < 0:
         raise InputError("--phase-seconds must be at least 1, --rate above 0 and --seed not negative")
+    for flag, path in (("--report", arguments.report), ("--json", arguments.json)):
+        if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
+            raise InputError(f"{flag} {path}: cannot be written there; name a file in a directory that exists")
     console = Console(width=None if sys.stdout.isatty() else 132, highlight=False)
     console.print("DanceMoE demo: four phases of serving and two live migrations, about a minute and a half on 2 cores")
     demo = Demo(arguments, console)
@@ -190,6 +194,11 @@ class Demo:
 
     def _encode_prompts(self) -> dict[str, list[list[int]]]:
         length = min(PROMPT_TOKENS, self.config.max_position - OUTPUT_TOKENS[1])
+        if length < PROMPT_TOKENS // 2:
+            raise InputError(
+                f"{self.model_name}: a context of {self.config.max_position} tokens is too short for the demo's prompts; "
+                f"{PROMPT_TOKENS + OUTPUT_TOKENS[1]} are enough"
+            )
         texts = {name: prompts(domain, 64, length, self.seed) for name, domain in load_domains(train=False).items()}
         return {name: [self.model.tokenizer.encode(text.decode()).ids for text in some] for name, some in texts.items()}
 

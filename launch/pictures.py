@@ -21,7 +21,7 @@ NBSP = "\u00a0"
 CURVE_POINTS = 300  # of one server
 HEAT_ANCHORS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # viridis, in quarters
 HEAT_LEVELS = 32
-COPY_OPACITY = (1.0, 0.55, 0.3)  # of an expert with one, two, more copies in the cluster
+COPY_OPACITY = (1.0, 0.6, 0.36)  # of an expert with one, two, more copies in the cluster
 
 # Characters that HTML or XML refuses, or that nobody sees, as visible stand-ins.
 _VISIBLE = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {0x7F: 0x2421}
@@ -44,8 +44,10 @@ def percent(value: float | None, digits: int = 0) -> str:
 def timeline(result: Figures, colours: dict[str, str]) -> str:
     """Local ratio of each server against seconds, with phases, migrations and other events."""
     phases, points = result["phases"], result["timeline"]
-    moves = [f"migration {i}: {m['from']} → {m.get('label') or m['to']}" for i, m in enumerate(result["migrations"], 1)]
-    marks = [(m["at_s"], text, "event") for m, text in zip(result["migrations"], moves, strict=True)]
+    marks = []
+    for number, move in enumerate(result["migrations"], 1):
+        label = f"migration {number}: {move['from']} → {move.get('label') or move['to']}"
+        marks.append((move["at_s"], label, "event"))
     marks += [(e["at_s"], e["label"], "event swap") for e in result["events"]]
     end = max([p["end_s"] for p in phases] + [p["t_s"] for p in points] + [m[0] for m in marks], default=0) or 1
     left, right, width, height = 44, 1010, 1120, 240
@@ -139,7 +141,7 @@ def _path(points: Iterable[tuple[float, float | None]]) -> str:
     parts, pen = [], "M"
     for at, value in points:
         if value is not None:
-            parts.append(f"{pen}{at} {value}")
+            parts.append(f"{pen}{at} {value}" + ("h0" if pen == "M" else ""))  # h0: a lone point is a dot
         pen = "M" if value is None else "L"
     return "".join(parts) or "M0 0"
 

@@ -108,15 +108,18 @@ def _headline(result: Figures) -> str:
     longest = max([share for *_, share in shares if share is not None], default=0) or 1
     bars = "".join(
         f'<span>{label}</span><span class="bar{" base" if key == "uniform" else ""}" title="{percent(share, 2)}">'
-        f'<i style="width:{80 * (share or 0) / longest:.1f}%"></i>{percent(share)}</span>'
+        f'<i style="width:{75 * (share or 0) / longest:.1f}%"></i>{percent(share)}</span>'
         for label, key, share in shares
     )
+    against = "Fewer than uniform placement would have had with the calls of the same phase."
+    same_calls = first is not None and all(p.get("remote_share_uniform") is not None for p in result["phases"])
     return (
         '<header class="hero"><div><div class="kicker">DanceMoE demo</div>'
         f"<h1>{title}</h1><p>{escape(model['name'])}: {plural(model['layers'], 'layer')} of "
         f"{plural(model['experts'], 'expert')}, top {model['top_k']}, {amount(model.get('parameters'))} parameters, "
         f"served by {plural(len(result['cluster']['servers']), 'server')} with room for "
-        f"{amount(result['cluster'].get('copies'), 2)} copies of all experts between them.</p></div>"
+        f"{amount(result['cluster'].get('copies'), 2)} copies of all experts between them. "
+        f"{against if same_calls else ''}</p></div>"
         '<div class="card"><p class="kicker">Share of expert calls that went to another server</p>'
         f'<div class="share">{bars}</div></div></header>{_checks(result)}'
     )
@@ -136,7 +139,7 @@ def _checks(result: Figures) -> str:
     )  # fmt: skip
     marks = {True: '<i class="mark good">✓</i> ', False: '<i class="mark bad">✗ failed:</i> ', None: ""}
     cards = (f'<div class="card"><b>{marks[ok]}{big}</b><span>{small}</span></div>' for ok, big, small in tiles)
-    return f'<div class="grid checks">{"".join(cards)}</div>'
+    return f'<div class="grid fit checks">{"".join(cards)}</div>'
 
 
 def _cluster(result: Figures, colours: dict[str, str]) -> str:
@@ -163,7 +166,7 @@ def _cluster(result: Figures, colours: dict[str, str]) -> str:
     return (
         '<section><h2>The cluster</h2><p class="note">Memory of each device, to scale: hatched what everything but '
         "experts needs, coloured the experts resident at the end, grey what is free. A slot holds one expert of any "
-        f'layer.</p><div class="grid" style="--column:250px">{"".join(cards)}</div></section>'
+        f'layer.</p><div class="grid fit" style="--column:250px">{"".join(cards)}</div></section>'
     )
 
 
@@ -192,8 +195,10 @@ def _timeline_section(result: Figures, colours: dict[str, str]) -> str:
 
 
 def _phase_table(result: Figures, colours: dict[str, str]) -> str:
-    heads = ("mean", "layers that needed the network", "requests", "tokens", "p50 latency", "p95 latency", "tokens/s",
-             "bytes exchanged")  # fmt: skip
+    heads = (
+        "local ratio, mean", "layers that needed the network", "requests", "tokens", "p50 latency", "p95 latency",
+        "tokens/s", "bytes exchanged",
+    )  # fmt: skip
     rows = []
     for number, p in enumerate(result["phases"], 1):
         local = "".join(
@@ -297,7 +302,7 @@ def _placements(result: Figures, colours: dict[str, str], order: np.ndarray) -> 
     )
     return (
         '<section><h2>Where the copies live</h2><p class="note">The same cells in the same order; a coloured cell '
-        "is an expert this server holds. Below, the bytes of each device's experts within its budget, to scale.</p>"
+        "is an expert this server holds. Below, the bytes of each device's expert pool within its budget, to scale.</p>"
         f'<div class="legend">{ink}</div>'
         f"{''.join(parts)}</section>"
     )

@@ -19,7 +19,7 @@ VOID = {"meta", "br", "link", "input", "img", "hr"}
 
 
 def made_up(servers=3, layers=6, experts=32, *, migrations=2, seconds=80.0, seed=0):
-    """Plausible figures of the demo's format: every server prefers its own experts, and they move with the workloads."""
+    """Plausible figures of the demo's format: every server has its own experts, which move with the workload."""
     rng = np.random.default_rng(seed)
     names = [f"edge-{chr(97 + s)}" for s in range(servers)]
     devices = [(names[s], d) for s in range(servers) for d in range(1 + (s == servers - 1))]
@@ -73,7 +73,8 @@ def made_up(servers=3, layers=6, experts=32, *, migrations=2, seconds=80.0, seed
             for p, name in enumerate(phase_names)],
         "migrations": [
             {"at_s": start[2 * m + 1], "phase": 2 * m + 1, "from": ("uniform", "dance")[m], "to": "dance",
-             "copies_added": 120 + m, "copies_dropped": 90, "bytes_moved": 1.1e7, "stage_s": 0.13, "commit_s": 0.021, "requests_in_flight": 5,
+             "copies_added": 120 + m, "copies_dropped": 90, "bytes_moved": 1.1e7,
+             "stage_s": 0.13, "commit_s": 0.021, "requests_in_flight": 5,
              "remote_share_before": 0.66, "remote_share_after": 0.30} for m in range(migrations)],
         "events": [{"at_s": start[2], "label": "workloads trade places"}] if migrations else [],
         "timeline": [
@@ -88,7 +89,8 @@ def made_up(servers=3, layers=6, experts=32, *, migrations=2, seconds=80.0, seed
                                          ("after the workloads traded places", works[-1], traded))],
         "placements": placements,
         "samples": [
-            {"phase": name, "server": n, "domain": works[p][n], "prompt": "def area(radius):\n    \"\"\"Area of a circle.",
+            {"phase": name, "server": n, "domain": works[p][n],
+             "prompt": "def area(radius):\n    \"\"\"Area of a circle.",
              "output": "\"\"\"\n    return radius * radius\n\n\ndef main():\n    print(area(3) < 5 & 6)\n"}
             for p, name in enumerate(phase_names[:2]) for n in names],
         "checks": {"requests_checked": 60, "tokens_checked": 2900, "mismatches": 0, "compilations_after_warmup": 0,
@@ -168,6 +170,14 @@ def test_page_is_whole_and_names_everything(shape):
         assert words in text
 
 
+def test_reduction_names_its_reference_where_the_phases_have_one():
+    figures = made_up(2, 2, 8)
+    words = "uniform placement would have had with the calls of the same phase"
+    assert words not in check_page(report.render(figures)).text
+    figures["phases"] = [p | {"remote_share_uniform": 0.66} for p in figures["phases"]]
+    assert words in check_page(report.render(figures)).text
+
+
 def test_migrations_and_events_are_marked_where_they_happened():
     figures = made_up()
     (timeline,) = (svg for svg in svgs(report.render(figures)) if svg.get("class") == "timeline")
@@ -190,13 +200,14 @@ def test_missing_values_are_dashes():
     figures = made_up()
     phase = figures["phases"][1]
     phase.update(latency_p50_s=None, latency_p95_s=None, local_ratio_mean=None, network_layers=None)
+    phase["tokens_per_s"] = None
     phase["local_ratio"] = dict.fromkeys(phase["local_ratio"])
     figures["timeline"] = [p | {"local_ratio": dict.fromkeys(p["local_ratio"])} for p in figures["timeline"]]
     page = report.render(figures)
     check_page(page)
     row = re.findall(r"<tr title=.*?</tr>", page, re.S)[1]
     cells = [re.sub(r"<.*?>", "", cell) for cell in re.findall(r"<td>(.*?)</td>", row, re.S)]
-    assert [cell == pictures.DASH for cell in cells] == [False, True, True, False, False, True, True, False, False]
+    assert [cell == pictures.DASH for cell in cells] == [False, True, True, False, False, True, True, True, False]
     assert "None" not in page
     assert "nan" not in page.split("</style>")[1].lower()
 
@@ -307,8 +318,11 @@ def test_render_is_pure_and_write_is_all_or_nothing(tmp_path):
     report.write(figures, path)
     assert figures == before
     assert path.read_text(encoding="utf-8") == report.render(figures)
+    with path.open(encoding="utf-8") as reader:
+        report.write(figures | {"seed": 12345}, path)
+        assert reader.read() == report.render(figures), "whoever reads the old page keeps the old page"
     del figures["headline"]
     with pytest.raises(KeyError):
         report.write(figures, path)
-    assert path.read_text(encoding="utf-8") == report.render(before)
+    assert path.read_text(encoding="utf-8") == report.render(before | {"seed": 12345})
     assert list(tmp_path.iterdir()) == [path]
