@@ -33,7 +33,6 @@ from launch.cluster import cluster_devices, demo_cluster, model_profile, reserve
 from launch.corpus import DOMAINS, load_domains, prompts
 from launch.engine import Engine, Request, Tally
 from launch.reference import CompilationCounter, check_requests
-from launch.statistics import DecayingWindow
 from launch.tables import phase_table, summary_lines
 from launch.workload import PoissonWorkload
 from placement import Cluster, InputError
@@ -140,7 +139,7 @@ class Demo:
         length = self.arguments.phase_seconds
         self.workload = PoissonWorkload(self.prompts, domains, self.arguments.rate, OUTPUT_TOKENS, self.seed)
         self.zero = time.monotonic()
-        self.window = DecayingWindow(length / 4, self.engine.counts(), 0.0)
+        self.window = placement.DecayingCounts(length / 4, self.engine.counts(), 0.0)
         self._record_placement("uniform")
         self.compilations.start()
         self._phase("uniform", length)
@@ -255,7 +254,7 @@ class Demo:
     def _tick(self, phase: Phase) -> None:
         tally, now = self.engine.take_tally(), self._now()
         phase.tallies.append(tally)
-        self.window.observe(self.engine.counts(), now)
+        self.window = self.window.observe(self.engine.counts(), now)
         self.timeline.append({"t_s": now, "local_ratio": _by_server(self.cluster, tally.local, tally.remote)})
 
     def _phase(self, name: str, length: float) -> None:

@@ -4,9 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from placement.problem import Problem, Tokens
+from placement.problem import VALUE_BYTES, Problem, Tokens
 
-VALUE_BYTES = 2  # activations travel as bfloat16
 _CHUNK = 2**22  # array elements handled at once where a full array would be large
 
 
@@ -27,25 +26,44 @@ def remote_share(frequency: np.ndarray, held: np.ndarray) -> np.ndarray:
     return np.divide(remote, total, out=np.zeros_like(remote), where=total > 0)
 
 
-def link_preference(problem: Problem) -> np.ndarray:
-    """Order in which each server turns to the others for an expert: int64 [N, N], 0 for itself, ranks without ties.
+def pair_price(problem: Problem) -> np.ndarray:
+    """Seconds that one decode step's token, and a prompt's rows, spend between two servers, float64 [N, N].
 
-    The link with the cheapest round trip of one token comes first. Equally cheap servers are taken in ring order from
-    the source: over all sources the load is shared, while the tokens of one source meet few servers.
+    price_nm = steps a (alpha_nm + beta_nm + beta_mn) + prompt (beta_nm + beta_mn), with `problem.workload`.
+    """
+    rows = problem.row_seconds + problem.row_seconds.T
+    steps = problem.workload.decode_steps * problem.workload.active
+    return steps * (problem.exchange_seconds + rows) + problem.workload.prefill_tokens * rows
+
+
+def copy_preference(problem: Problem, held: np.ndarray, layers: slice = slice(None)) -> np.ndarray:
+    """Order in which a source turns to the servers for the experts of a layer: int64 [N, L, N], 0 for itself, no ties.
+
+    The one rule for copies: in each layer a source prefers the partner that holds most of the demand it cannot serve
+    itself, per price of the link to it (`pair_price`). What a token needs then comes from as few servers as possible,
+    over cheap links. Equally good partners come in ring order from the source, so that sources share them.
+
+    Args:
+        held: bool [N, L, E], or of fewer layers.
+        layers: which layers of the problem these are.
     """
     servers = len(problem.names)
-    one_way = problem.latency + problem.hidden_size * VALUE_BYTES / problem.bandwidth
-    round_trip = one_way + one_way.T
-    np.fill_diagonal(round_trip, -1.0)
+    open_demand = np.where(held, 0.0, problem.demand[:, layers]).transpose(1, 0, 2)
+    mass = (open_demand @ held.transpose(1, 2, 0).astype(np.float64)).transpose(1, 0, 2).round(9)  # [N, L, N]
+    price = pair_price(problem)
+    np.fill_diagonal(price, 1.0)
+    score = mass / price[:, None]
+    score[np.arange(servers), :, np.arange(servers)] = np.inf
     ring = (np.arange(servers) - np.arange(servers)[:, None]) % servers
-    order = np.lexsort((ring, round_trip), axis=-1)
+    ties = [np.broadcast_to(key[:, None], score.shape) for key in (ring, price)]
+    order = np.lexsort([*ties, -score], axis=-1)
     rank = np.empty_like(order)
-    np.put_along_axis(rank, order, np.arange(servers)[None], axis=-1)
+    np.put_along_axis(rank, order, np.broadcast_to(np.arange(servers), order.shape), axis=-1)
     return rank
 
 
 def serving_server(problem: Problem, held: np.ndarray) -> np.ndarray:
-    """Which server serves each server's calls: its own copy, else the copy first in its `link_preference`.
+    """Which server serves each server's calls: its own copy, else the copy first in its `copy_preference`.
 
     Args:
         held: bool [N, L, E], every expert held by at least one server.
@@ -54,17 +72,15 @@ def serving_server(problem: Problem, held: np.ndarray) -> np.ndarray:
         int64 [N, L, E], index of the serving server.
     """
     servers, layers, experts = problem.shape
-    rank = link_preference(problem)
-    by_rank = np.argsort(rank, axis=1)
+    rank = copy_preference(problem, held)
+    by_rank = np.argsort(rank, axis=-1)
     expert, holder = np.nonzero(held.reshape(servers, -1).T)  # ordered by expert: each one's holders are a segment
     segments = np.searchsorted(expert, np.arange(layers * experts))
-    serving = np.empty((servers, layers * experts), np.int64)
-    step = max(1, _CHUNK // max(1, len(holder)))
-    for start in range(0, servers, step):
-        rows = slice(start, start + step)
-        best = np.minimum.reduceat(rank[rows, holder], segments, axis=1)
-        serving[rows] = np.take_along_axis(by_rank[rows], best, axis=1)
-    return serving.reshape(problem.shape)
+    serving = np.empty(problem.shape, np.int64)
+    for source in range(servers):
+        best = np.minimum.reduceat(rank[source, expert // experts, holder], segments).reshape(layers, experts)
+        serving[source] = np.take_along_axis(by_rank[source], best, axis=-1)
+    return serving
 
 
 def server_load(problem: Problem, held: np.ndarray) -> np.ndarray:
@@ -118,16 +134,26 @@ def network_need(problem: Problem, serving: np.ndarray) -> tuple[np.ndarray, np.
     return need, distinct, "mixed" if (demand & (tokens == 0)).any() else "tokens"
 
 
-def _need_from_counts(problem: Problem, serving: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    servers, layers, _ = problem.shape
+def chosen_probability(problem: Problem) -> np.ndarray:
+    """p_e = min(1, k f(e) / sum f): how likely a token chooses each expert, float64 [N, L, E]; 0 without demand."""
     total = problem.frequency.sum(-1, keepdims=True)
-    chosen = np.minimum(1.0, problem.top_k * problem.frequency / np.where(total > 0, total, 1.0))
+    return np.minimum(1.0, problem.top_k * problem.frequency / np.where(total > 0, total, 1.0))
+
+
+def spared_by_partner(problem: Problem, serving: np.ndarray) -> np.ndarray:
+    """log P(a token of n needs nothing from m), experts taken to be chosen independently: float64 [N, L, N]."""
+    servers, layers, _ = problem.shape
     with np.errstate(divide="ignore"):  # p = 1 gives log 0 = -inf, and exp(-inf) = 0 is what it means
-        spared = np.log1p(-chosen)
+        spared = np.log1p(-chosen_probability(problem))
     pair = np.arange(servers * layers)[:, None] * servers + serving.reshape(servers * layers, -1)
     log_spared = np.bincount(pair.ravel(), spared.ravel(), minlength=servers * layers * servers)
     log_spared = log_spared.reshape(servers, layers, servers)
     log_spared[np.arange(servers), :, np.arange(servers)] = 0.0
+    return log_spared
+
+
+def _need_from_counts(problem: Problem, serving: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    log_spared = spared_by_partner(problem, serving)
     need = 1.0 - np.exp(log_spared.sum(-1))
     distinct = (1.0 - np.exp(log_spared)).sum(-1)
     return need.mean(-1), distinct.mean(-1)

@@ -1,6 +1,6 @@
 """Problem: what a strategy is given, built from a profile and a cluster in this one place."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -9,6 +9,9 @@ from placement.files import InputError, show
 from placement.profile import Profile
 from placement.types import Cluster
 from placement.units import format_bytes
+from placement.workload import Workload
+
+VALUE_BYTES = 2  # activations travel as bfloat16
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +42,7 @@ class Problem:
         top_k: experts per token and layer.
         hidden_size: width of the activations that travel.
         tokens: token-level sets, where the profile has them.
+        workload: what the servers do at once, for what is measured in seconds.
         source: the cluster's, for messages.
     """
 
@@ -53,11 +57,12 @@ class Problem:
     top_k: int
     hidden_size: int
     tokens: Tokens | None = None
+    workload: Workload = field(default_factory=Workload)
     source: str = "cluster"
 
     @classmethod
-    def build(cls, profile: Profile, cluster: Cluster) -> "Problem":
-        """Join a profile and a cluster.
+    def build(cls, profile: Profile, cluster: Cluster, workload: Workload | None = None) -> "Problem":
+        """Join a profile and a cluster; without a `workload` the usual one.
 
         Raises:
             InputError: they name different servers or device numbers, or a device has less memory than is reserved.
@@ -98,6 +103,7 @@ class Problem:
             top_k=profile.top_k,
             hidden_size=profile.hidden_size,
             tokens=tokens,
+            workload=Workload() if workload is None else workload,
             source=cluster.source,
         )
 
@@ -130,6 +136,17 @@ class Problem:
         known = self.frequency.sum(-1, keepdims=True) > 0
         weights = np.where(known, self.frequency, everyone)
         return weights / weights.sum(-1, keepdims=True)
+
+    @cached_property
+    def exchange_seconds(self) -> np.ndarray:
+        """alpha: seconds of an exchange without its bytes, there and back, float64 [N, N]; 0 on the diagonal."""
+        alpha = self.latency + self.latency.T + self.workload.exchange_seconds
+        return np.where(np.eye(len(self.names), dtype=bool), 0.0, alpha)
+
+    @cached_property
+    def row_seconds(self) -> np.ndarray:
+        """beta: seconds one token's activations take from row to column, float64 [N, N]; 0 on the diagonal."""
+        return self.hidden_size * VALUE_BYTES / self.bandwidth
 
     def held(self, resident: np.ndarray) -> np.ndarray:
         """Which server holds which expert: bool [N, L, E] from bool [D, L, E]."""

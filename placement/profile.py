@@ -6,7 +6,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,8 +136,12 @@ class Profile:
         write_bytes(path, buffer.getvalue())
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Profile":
+    def load(cls, path: str | os.PathLike[str], facts: Mapping[str, Any] | None = None) -> "Profile":
         """Read `profile.npz`; nothing in it is ever unpickled.
+
+        Args:
+            path: the file.
+            facts: entries of `meta` for those that the file lacks.
 
         Raises:
             InputError: the file is missing, truncated, incomplete, or its shapes and values do not fit together.
@@ -152,6 +156,7 @@ class Profile:
             raise InputError(f"{path}: meta: not valid JSON: {' '.join(str(error).split())}") from None
         if not isinstance(meta, dict):
             raise InputError(f"{path}: meta = {show(meta)}: must be an object")
+        meta = {**(facts or {}), **meta}
         for key in _META:
             if key not in meta:
                 raise InputError(f"{path}: meta.{key}: missing; meta has {', '.join(_META)}")

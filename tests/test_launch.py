@@ -21,7 +21,9 @@ def launch(*arguments, cwd, timeout=240):
     """`python -m launch …` in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "launch", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +77,17 @@ def test_unequal_budgets_cost_unequal_memory(demo):
     devices = [d for server in result["cluster"]["servers"] for d in server["devices"]]
     held = [d["resident_bytes"] for d in devices]
     assert len(set(held)) == len(held)
-    assert all(d["resident_bytes"] == d["slots"] * result["model"]["expert_bytes"] <= d["budget_bytes"] for d in devices)
+    assert all(
+        d["resident_bytes"] == d["slots"] * result["model"]["expert_bytes"] <= d["budget_bytes"] for d in devices
+    )
 
 
 def test_first_line_comes_at_once(tmp_path):
     command = [sys.executable, "-u", "-m", "launch", "demo"]
     start = time.monotonic()
-    with subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=-1, text=True) as child:
+    with subprocess.Popen(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=-1, text=True
+    ) as child:
         assert child.stdout is not None
         assert child.stdout.readline().startswith("DanceMoE demo")
         assert time.monotonic() - start < 10

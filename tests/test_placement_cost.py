@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from placement import Cluster, InputError, Problem, Profile, evaluate, plan
 from placement.cost import (
     balance,
+    copy_preference,
     device_load,
-    link_preference,
     network_need,
+    pair_price,
     remote_share,
     server_load,
     serving_server,
@@ -70,16 +71,19 @@ def test_remote_share_and_network_need_by_counting(instance):
 
 @given(instances())
 @quick
-def test_calls_go_to_a_holder_of_least_cost(instance):
+def test_calls_go_to_the_partner_that_holds_most_per_price(instance):
     problem, resident = instance
     held = problem.held(resident)
     serving = serving_server(problem, held)
-    cost = problem.latency + problem.latency.T
+    price = pair_price(problem)
     for (n, layer, expert), target in np.ndenumerate(serving):
         holders = np.flatnonzero(held[:, layer, expert])
         assert target in holders
         assert (target == n) == (n in holders)
-        assert np.isclose(cost[n, target], cost[n, holders].min())
+        if target != n:
+            lacking = np.where(held[n, layer], 0, problem.demand[n, layer])
+            worth = [(lacking * held[m, layer]).sum() / price[n, m] for m in (target, *holders)]
+            assert worth[0] >= max(worth) * (1 - 1e-6)
 
 
 @given(instances())
@@ -136,14 +140,27 @@ def test_balance_counts_speed_and_copies():
     assert np.isclose(balance(problem, resident), 3)
 
 
-def test_equal_links_are_taken_in_ring_order():
+def four_servers(counts, held):
     names = "abcd"
     tables = [{"name": n, "devices": [{"memory": 9}]} for n in names]
     near = {"from": "a", "to": "d", "latency": "0.1ms", "both": True}
     cluster = Cluster.from_dict({"server": tables, "link": [near]})
-    profile = Profile(np.ones((4, 1, 2)), tuple(names), "m", 1, 8, 1)
-    rank = link_preference(Problem.build(profile, cluster))
-    assert rank.tolist() == [[0, 2, 3, 1], [3, 0, 1, 2], [2, 3, 0, 1], [1, 2, 3, 0]]
+    problem = Problem.build(Profile(counts, tuple(names), "m", 1, 8, 1), cluster)
+    return copy_preference(problem, np.asarray(held, bool)[:, None])[:, 0].tolist()
+
+
+def test_equally_good_partners_are_taken_in_ring_order():
+    rank = four_servers(np.ones((4, 1, 2)), [[0, 0]] * 4)
+    assert rank == [[0, 2, 3, 1], [3, 0, 1, 2], [2, 3, 0, 1], [1, 2, 3, 0]]
+
+
+def test_who_holds_most_of_what_is_needed_comes_first():
+    held = [[1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1], [0, 0, 1, 0]]
+    rank = four_servers(np.ones((4, 1, 4)), held)
+    assert rank[0] == [0, 3, 1, 2]  # c holds twice what d and b hold; d is nearer than b
+    counts = np.ones((4, 1, 4))
+    counts[0, 0, 3] = 0  # nobody at a uses what only c holds
+    assert four_servers(counts, held)[0] == [0, 2, 3, 1]
 
 
 def test_summary_of_a_known_case():

@@ -1,9 +1,8 @@
-"""Arrivals and windows: the right rate, the right domain, the same again for the same seed; old counts fade."""
+"""Arrivals: the right rate, the right domain, the same again for the same seed."""
 
 import numpy as np
 import pytest
 
-from launch.statistics import DecayingWindow
 from launch.workload import PoissonWorkload
 
 PROMPTS = {"code": [[1, 2], [3]], "prose": [[4, 5, 6]]}
@@ -40,10 +39,3 @@ def test_same_seed_same_requests_and_nothing_is_due_twice():
     assert first == [(r.server, r.arrival_s, r.max_tokens) for r in b.due(10)]
     assert first != [(r.server, r.arrival_s, r.max_tokens) for r in other.due(10)]
     assert a.next_s > 10
-
-
-def test_window_halves_at_its_half_life():
-    window = DecayingWindow(2.0, np.zeros((1, 1, 2)), 0.0)
-    window.observe(np.array([[[8, 0]]]), 1.0)
-    window.observe(np.array([[[8, 6]]]), 5.0)
-    np.testing.assert_allclose(window.counts, [[[2.0, 6.0]]])
