@@ -26,33 +26,37 @@ def remote_share(frequency: np.ndarray, held: np.ndarray) -> np.ndarray:
     return np.divide(remote, total, out=np.zeros_like(remote), where=total > 0)
 
 
-def pair_price(problem: Problem) -> np.ndarray:
-    """Seconds that one decode step's token, and a prompt's rows, spend between two servers, float64 [N, N].
+def pair_price(problem: Problem, alone: np.ndarray | float = 1.0) -> np.ndarray:
+    """Seconds of a chunk and its decode steps that one layer costs if every token of n needs m, float64 [..., N, N].
 
-    price_nm = steps a (alpha_nm + beta_nm + beta_mn) + prompt (beta_nm + beta_mn), with `problem.workload`.
+    price_nm = steps a alone alpha_nm + (prompt + steps a) (beta_nm + beta_mn), with `problem.workload`
+
+    Args:
+        alone: probability that no other active sequence waits for an exchange in the layer anyway, [...].
     """
-    rows = problem.row_seconds + problem.row_seconds.T
-    steps = problem.workload.decode_steps * problem.workload.active
-    return steps * (problem.exchange_seconds + rows) + problem.workload.prefill_tokens * rows
+    work = problem.workload
+    steps = np.asarray(work.decode_steps * work.active * alone)
+    tokens = work.prefill_tokens + work.decode_steps * work.active
+    return steps[..., None, None] * problem.exchange_seconds + tokens * (problem.row_seconds + problem.row_seconds.T)
 
 
-def copy_preference(problem: Problem, held: np.ndarray, layers: slice = slice(None)) -> np.ndarray:
+def copy_preference(problem: Problem, held: np.ndarray) -> np.ndarray:
     """Order in which a source turns to the servers for the experts of a layer: int64 [N, L, N], 0 for itself, no ties.
 
-    The one rule for copies: in each layer a source prefers the partner that holds most of the demand it cannot serve
-    itself, per price of the link to it (`pair_price`). What a token needs then comes from as few servers as possible,
-    over cheap links. Equally good partners come in ring order from the source, so that sources share them.
+    The one rule for copies: in each layer a source prefers the partner that holds most of the experts it lacks, per
+    price of the link to it (`pair_price`). What a token needs then comes from as few servers as possible, over cheap
+    links. Equally good partners come in ring order from the source, so that sources share them. Statistics play no
+    part, so that who runs a placement can apply the rule as well.
 
     Args:
         held: bool [N, L, E], or of fewer layers.
-        layers: which layers of the problem these are.
     """
     servers = len(problem.names)
-    open_demand = np.where(held, 0.0, problem.demand[:, layers]).transpose(1, 0, 2)
-    mass = (open_demand @ held.transpose(1, 2, 0).astype(np.float64)).transpose(1, 0, 2).round(9)  # [N, L, N]
+    lacking = (~held).transpose(1, 0, 2).astype(np.float64)
+    number = (lacking @ held.transpose(1, 2, 0).astype(np.float64)).transpose(1, 0, 2)  # [N, L, N]
     price = pair_price(problem)
     np.fill_diagonal(price, 1.0)
-    score = mass / price[:, None]
+    score = number / price[:, None]
     score[np.arange(servers), :, np.arange(servers)] = np.inf
     ring = (np.arange(servers) - np.arange(servers)[:, None]) % servers
     ties = [np.broadcast_to(key[:, None], score.shape) for key in (ring, price)]

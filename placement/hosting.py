@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from placement.cost import pair_price
 from placement.problem import Problem
 from placement.token_sets import Chains
 
@@ -146,31 +147,24 @@ def _toll(problem: Problem, worth: np.ndarray, share: np.ndarray) -> np.ndarray:
         worth: seconds a server pays for its usual partner, [N].
         share: part of the model that a server has room for, [N]; so much it does not ask others for.
     """
-    price = remote_price(problem)
+    price = pair_price(problem)
     away = ~np.eye(len(worth), dtype=bool)
     extra = np.where(away, price - worth[:, None], 0.0)
     return ((1 - np.minimum(share, 1.0))[:, None] * extra * (worth > 0)[:, None]).sum(0)
 
 
-def remote_price(problem: Problem, alone: np.ndarray | float = 1.0) -> np.ndarray:
-    """Seconds of a chunk and its decode steps that one layer costs if every token of n needs m, float64 [..., N, N].
+def layer_worth(problem: Problem, alone: np.ndarray, held: np.ndarray | None = None) -> np.ndarray:
+    """Seconds saved where a layer's tokens are all served at home rather than by a partner, float64 [N, L].
 
     Args:
-        alone: probability that no other active sequence waits for an exchange in the layer anyway, [...].
+        alone: as for `pair_price`, [L].
+        held: bool [N, L, E], who holds the one copy of each expert that there is: the partners of a layer, each counting
+            by what it holds of it. None takes all servers alike.
     """
-    work = problem.workload
-    steps = np.asarray(work.decode_steps * work.active * alone)
-    rows = problem.row_seconds + problem.row_seconds.T
-    tokens = work.prefill_tokens + work.decode_steps * work.active
-    return steps[..., None, None] * problem.exchange_seconds + tokens * rows
-
-
-def layer_worth(problem: Problem, alone: np.ndarray) -> np.ndarray:
-    """Seconds saved where a layer's tokens are all served at home rather than by the usual partner, float64 [N, L].
-
-    Args:
-        alone: as for `remote_price`, [L].
-    """
-    servers = len(problem.names)
-    price = remote_price(problem, alone).sum(-1) / max(1, servers - 1)
-    return (price * (problem.frequency.sum((1, 2)) > 0)).T
+    price, servers = pair_price(problem, alone), len(problem.names)  # [L, N, N]
+    if held is None:
+        worth = price.sum(-1).T / max(1, servers - 1)
+    else:
+        part = held.sum(-1) / np.maximum(held.sum((0, 2)), 1)
+        worth = np.einsum("lnm,ml->nl", price, part)
+    return worth * (problem.frequency.sum((1, 2)) > 0)[:, None]

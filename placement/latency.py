@@ -84,11 +84,10 @@ def _whole_layers(problem: Problem, sets: TokenSets) -> list[np.ndarray]:
     chain, demand = chains(problem, sets), problem.frequency.sum((1, 2)) > 0
 
     def plan(alone: np.ndarray) -> np.ndarray:
-        worth = layer_worth(problem, alone)
-        held = host_layers(problem, chain, worth)
+        held = host_layers(problem, chain, layer_worth(problem, alone))
         if not held.any(0).all():
             held = problem.held(_to_devices(problem, held, None))
-        return _fill(problem, sets, held, worth)
+        return _fill(problem, sets, held, layer_worth(problem, alone, held))
 
     plans = [plan(np.ones(problem.shape[1]))]
     if problem.workload.active == 1 or demand.sum() < 2:

@@ -125,8 +125,7 @@ def _measure(
     servers, _, experts = problem.shape
     work, here, source = problem.workload, held[:, layer], sets.source
     ids = sets.ids[:, layer].astype(np.int64)
-    one = slice(layer, layer + 1)
-    rank = copy_preference(problem, held[:, one], one)[:, 0]
+    rank = copy_preference(problem, held[:, layer : layer + 1])[:, 0]
     distance = np.where(here, rank[:, :, None], servers)  # [source, holder, expert]
     first = distance.argmin(1)
     row = source[:, None]

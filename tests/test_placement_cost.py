@@ -81,8 +81,7 @@ def test_calls_go_to_the_partner_that_holds_most_per_price(instance):
         assert target in holders
         assert (target == n) == (n in holders)
         if target != n:
-            lacking = np.where(held[n, layer], 0, problem.demand[n, layer])
-            worth = [(lacking * held[m, layer]).sum() / price[n, m] for m in (target, *holders)]
+            worth = [(held[m, layer] & ~held[n, layer]).sum() / price[n, m] for m in (target, *holders)]
             assert worth[0] >= max(worth) * (1 - 1e-6)
 
 
@@ -140,27 +139,24 @@ def test_balance_counts_speed_and_copies():
     assert np.isclose(balance(problem, resident), 3)
 
 
-def four_servers(counts, held):
+def four_servers(held):
+    """Each source's order of partners in a layer, servers a to d in a ring, a and d closer than others."""
     names = "abcd"
     tables = [{"name": n, "devices": [{"memory": 9}]} for n in names]
     near = {"from": "a", "to": "d", "latency": "0.1ms", "both": True}
     cluster = Cluster.from_dict({"server": tables, "link": [near]})
-    problem = Problem.build(Profile(counts, tuple(names), "m", 1, 8, 1), cluster)
-    return copy_preference(problem, np.asarray(held, bool)[:, None])[:, 0].tolist()
+    held = np.asarray(held, bool)[:, None]
+    problem = Problem.build(Profile(np.ones(held.shape), tuple(names), "m", 1, 8, 1), cluster)
+    return copy_preference(problem, held)[:, 0].tolist()
 
 
 def test_equally_good_partners_are_taken_in_ring_order():
-    rank = four_servers(np.ones((4, 1, 2)), [[0, 0]] * 4)
-    assert rank == [[0, 2, 3, 1], [3, 0, 1, 2], [2, 3, 0, 1], [1, 2, 3, 0]]
+    assert four_servers([[0, 0]] * 4) == [[0, 2, 3, 1], [3, 0, 1, 2], [2, 3, 0, 1], [1, 2, 3, 0]]
 
 
-def test_who_holds_most_of_what_is_needed_comes_first():
-    held = [[1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1], [0, 0, 1, 0]]
-    rank = four_servers(np.ones((4, 1, 4)), held)
-    assert rank[0] == [0, 3, 1, 2]  # c holds twice what d and b hold; d is nearer than b
-    counts = np.ones((4, 1, 4))
-    counts[0, 0, 3] = 0  # nobody at a uses what only c holds
-    assert four_servers(counts, held)[0] == [0, 2, 3, 1]
+def test_who_holds_most_of_what_is_lacking_comes_first():
+    held = [[1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 1, 1], [0, 0, 1, 0]]
+    assert four_servers(held)[0] == [0, 3, 1, 2]  # c has both experts that a lacks, b and d one; d is nearer than b
 
 
 def test_summary_of_a_known_case():
