@@ -60,7 +60,12 @@ def assign_slots(layout: PoolLayout, resident: np.ndarray, previous: np.ndarray 
     return slots
 
 
-def routing_tables(slots: np.ndarray, device_server: np.ndarray, link_cost: np.ndarray | None = None) -> Tables:
+def routing_tables(
+    slots: np.ndarray,
+    device_server: np.ndarray,
+    link_cost: np.ndarray | None = None,
+    serving: np.ndarray | None = None,
+) -> Tables:
     """Choose a copy for every source device: its own, then one on its server, then one over the cheapest link.
 
     Equally cheap copies share the load by a fixed rule over source, layer and expert, so that runs reproduce.
@@ -69,6 +74,8 @@ def routing_tables(slots: np.ndarray, device_server: np.ndarray, link_cost: np.n
         slots: int [devices, layers, experts], from `assign_slots`.
         device_server: int [devices], server of each device.
         link_cost: float [servers, servers], cost of reaching column from row; default: all links alike.
+        serving: int [servers, layers, experts], the server that a planner wants to serve each server's calls; where it
+            holds no copy, the links decide.
     """
     devices, layers, experts = slots.shape
     device_server = np.asarray(device_server)
@@ -83,6 +90,9 @@ def routing_tables(slots: np.ndarray, device_server: np.ndarray, link_cost: np.n
     chosen = np.empty((devices, layers, experts), np.int32)
     for source in range(devices):
         far = np.where(slots >= 0, distance[source][:, None, None], np.iinfo(np.int64).max)
+        if serving is not None:
+            wanted = device_server[:, None, None] == np.asarray(serving)[device_server[source]]
+            far = np.where(wanted & (far > 1) & (slots >= 0), 2, np.where((far > 1) & (slots >= 0), far + 1, far))
         best = far == far.min(0)
         turn = (spread + source) % best.sum(0)
         chosen[source] = np.argmax(best & (np.cumsum(best, axis=0) - 1 == turn), axis=0)

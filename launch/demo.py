@@ -36,6 +36,7 @@ from launch.reference import CompilationCounter, check_requests
 from launch.tables import phase_table, summary_lines
 from launch.workload import PoissonWorkload
 from placement import Cluster, InputError
+from placement.cost import serving_server
 from placement.files import write_bytes
 
 SEQUENCES, CHUNK = 8, 64
@@ -109,6 +110,7 @@ class Demo:
         # Planned before anything is put on a device: a cluster that cannot hold one copy is refused here.
         self.placement = placement.plan(self._profile(nothing), self.cluster, "uniform")
         self.uniform = self.placement
+        self.problem = placement.Problem.build(self._profile(nothing), self.cluster)
         slots = slots_per_device(self.cluster, self.reserved, self.expert_bytes)
         self.mesh = make_mesh(cluster_devices(len(slots)))
         self.model = load_model(path)
@@ -189,7 +191,9 @@ class Demo:
         )
 
     def _tables(self, slots: np.ndarray):
-        return place_tables(routing_tables(slots, self.cluster.device_server, self.cluster.latency), self.mesh)
+        # Which copy serves a remote call is the planner's rule, the one that its costs are counted by.
+        serving = serving_server(self.problem, self.problem.held(slots >= 0))
+        return place_tables(routing_tables(slots, self.cluster.device_server, serving=serving), self.mesh)
 
     def _encode_prompts(self) -> dict[str, list[list[int]]]:
         length = min(PROMPT_TOKENS, self.config.max_position - OUTPUT_TOKENS[1])

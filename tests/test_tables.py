@@ -50,6 +50,23 @@ def test_every_source_uses_a_nearest_copy(seed):
     )
 
 
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32 - 1))
+def test_remote_calls_go_where_the_planner_says(seed):
+    rng = np.random.default_rng(seed)
+    slots = assign_slots(LAYOUT, random_resident(rng))
+    serving = rng.integers(0, 3, (3, *slots.shape[1:]))
+    tables = routing_tables(slots, DEVICE_SERVER, serving=serving)
+    for source, layer, expert in np.ndindex(tables.device.shape):
+        home, chosen = DEVICE_SERVER[source], tables.device[source, layer, expert]
+        assert slots[chosen, layer, expert] == tables.slot[source, layer, expert] >= 0
+        holders = set(DEVICE_SERVER[slots[:, layer, expert] >= 0].tolist())
+        wanted = home if home in holders else serving[home, layer, expert]
+        assert DEVICE_SERVER[chosen] == wanted or wanted not in holders
+        if slots[source, layer, expert] >= 0:
+            assert chosen == source
+
+
 def test_equally_cheap_copies_share_the_load():
     slots = np.full((4, 2, 64), -1, np.int32)
     slots[0] = slots[1] = np.arange(128).reshape(2, 64)
