@@ -278,7 +278,6 @@ def test_an_untrained_model_cannot_add(model):
     assert right == 0
 
 
-@pytest.mark.skipif(not (bundled_model() / "config.json").is_file(), reason="the bundled model is not there yet")
 def test_bundled_model_loads_and_fits_its_size():
     model = load_model(bundled_model())
     assert model.config.num_layers >= 6
