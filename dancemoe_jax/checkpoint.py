@@ -1,8 +1,8 @@
-"""Model directories in the Hugging Face layout: written whole or not at all, checked before anything is loaded.
+"""Model directories in the Hugging Face layout: checked before anything is loaded, written whole or not at all.
 
-A directory holds `config.json`, `tokenizer.json` and `model.safetensors` (or shards and their index) with the tensor
-names of transformers' Qwen3-MoE. Routed experts come back as host arrays, or one at a time straight from the file,
-because which device gets which expert is not decided here.
+A directory holds `config.json`, `tokenizer.json` and `model.safetensors` (or shards and their index). Which tensor is which
+parameter is families.py's business, how its bytes are stored tensors.py's. Routed experts come back as host arrays, or one
+at a time straight from the file, because which device gets which expert is not decided here.
 """
 
 import importlib.resources
@@ -10,118 +10,115 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from dancemoe_jax.config import ModelConfig, ModelError
+from dancemoe_jax.experts import ExpertWeights, quantise
+from dancemoe_jax.families import Source, expert_sources, fields_of, layer_sources, whole_sources
 from dancemoe_jax.model import Decoder, Experts
+from dancemoe_jax.tensors import TensorFiles
 from dancemoe_jax.tokenizer import END_OF_TEXT, byte_tokenizer, load_tokenizer
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
 WRITTEN = ("config.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json")
-_READABLE = ("F16", "F32", "F64", "BF16")
-
-# Parameter -> tensor name, and how many of the parameter's leading axes a product sums over: torch keeps a matrix as
-# [outputs, inputs] with heads flattened into either side. 0 = stored as it is.
-_WHOLE = {
-    "embedding": ("model.embed_tokens.weight", 0),
-    "final_norm": ("model.norm.weight", 0),
-    "head": ("lm_head.weight", 1),
-}
-_PER_LAYER = {
-    "attention_norm": ("input_layernorm.weight", 0),
-    "q": ("self_attn.q_proj.weight", 1),
-    "k": ("self_attn.k_proj.weight", 1),
-    "v": ("self_attn.v_proj.weight", 1),
-    "o": ("self_attn.o_proj.weight", 2),
-    "q_norm": ("self_attn.q_norm.weight", 0),
-    "k_norm": ("self_attn.k_norm.weight", 0),
-    "moe_norm": ("post_attention_layernorm.weight", 0),
-    "router": ("mlp.gate.weight", 1),
-}
-
-
-class HostExperts(NamedTuple):
-    """All routed experts in logical order as numpy arrays; `w_in` holds gate, then up, side by side."""
-
-    w_in: np.ndarray  # [layers, experts, hidden, 2 * expert_size]
-    w_out: np.ndarray  # [layers, experts, expert_size, hidden]
+_READABLE = ("F16", "F32", "F64", "BF16", "F8_E4M3", "F8_E5M2", "MXFP4")
 
 
 class Model(NamedTuple):
-    """A loaded model: the decoder on the default device, the routed experts in host memory."""
+    """A loaded model: the decoder on the default device, the routed experts in host memory.
+
+    `experts` has axes [MoE layers, experts] in front of each weight.
+    """
 
     config: ModelConfig
     decoder: Decoder
-    experts: HostExperts
+    experts: ExpertWeights
     tokenizer: Tokenizer
 
 
 class ExpertFile:
-    """The routed experts of a model directory, read one at a time; opening it checks all of the directory's tensors.
+    """A model directory, its routed experts read one at a time; opening it checks all of the directory's tensors.
+
+    Args:
+        dtype: of all weights that are read.
+        int8: whether experts are rounded to int8 with a scale per output channel as they are read.
 
     Raises:
         ModelError: the configuration or a tensor is missing, misshapen, of an unreadable type, or in a damaged file.
     """
 
-    def __init__(self, path: str | Path, dtype=np.float32):
+    def __init__(self, path: str | Path, dtype: Any = np.float32, int8: bool = False):
         self.config = ModelConfig.from_hf(path)
-        self._tensors = _Tensors(Path(path), self.config)
-        self._dtype = np.dtype(dtype)
+        self._tensors = TensorFiles(path)
+        self._dtype, self._int8 = np.dtype(dtype), int8
+        _check(Path(path), self.config, self._tensors)
 
-    def read(self, layer: int, expert: int) -> tuple[np.ndarray, np.ndarray]:
-        """`w_in` [hidden, 2 * expert_size] and `w_out` [expert_size, hidden] of one logical expert."""
-        gate, up, down = (self._tensors.read(name) for name in _expert_names(layer, expert))
-        w_in = np.concatenate([gate.T, up.T], axis=1).astype(self._dtype, copy=False)
-        return w_in, np.ascontiguousarray(down.T).astype(self._dtype, copy=False)
+    def read(self, layer: int, expert: int) -> ExpertWeights:
+        """One logical expert; `layer` counts MoE layers."""
+        shapes = _expert_shapes(self.config)
+        sources = expert_sources(self.config, layer, expert)
+        weights = ExpertWeights(**{field: self._read(source, shapes[field]) for field, source in sources.items()})
+        return quantise(weights) if self._int8 else weights
 
-    def read_all(self) -> HostExperts:
-        c = self.config
-        grid = (c.num_layers, c.num_experts)
-        w_in = np.empty((*grid, c.hidden_size, 2 * c.expert_size), self._dtype)
-        w_out = np.empty((*grid, c.expert_size, c.hidden_size), self._dtype)
+    def read_all(self) -> ExpertWeights:
+        """All experts, axes [MoE layers, experts] in front."""
+        grid = (self.config.num_moe_layers, self.config.num_experts)
+        every = jax.tree.map(lambda a: np.empty((*grid, *a.shape), a.dtype), self.read(0, 0))
         for index in np.ndindex(grid):
-            w_in[index], w_out[index] = self.read(*index)
-        return HostExperts(w_in, w_out)
+            jax.tree.map(lambda whole, one, at=index: whole.__setitem__(at, one), every, self.read(*index))
+        return every
 
     def decoder(self) -> Decoder:
         """Everything that is not a routed expert, on the default device."""
-
-        def param(shape: tuple[int, ...], inputs: int, tensor: np.ndarray) -> np.ndarray:
-            return (tensor.T if inputs else tensor).reshape(shape).astype(self._dtype, copy=False)
-
-        decoder, read = _abstract_decoder(self.config), self._tensors.read
-        for field, (name, inputs) in _fields(_WHOLE, decoder):
-            array = param(getattr(decoder, field).shape, inputs, read(name))
-            setattr(decoder, field, nnx.Param(jnp.asarray(array)))
-        for field, (name, inputs) in _fields(_PER_LAYER, decoder.layers):
-            layers, *shape = getattr(decoder.layers, field).shape
-            arrays = [param(tuple(shape), inputs, read(f"model.layers.{i}.{name}")) for i in range(layers)]
-            setattr(decoder.layers, field, nnx.Param(jnp.asarray(np.stack(arrays))))
+        decoder = _abstract_decoder(self.config)
+        for field, source in whole_sources(self.config).items():
+            setattr(decoder, field, nnx.Param(jnp.asarray(self._read(source, getattr(decoder, field).shape))))
+        for (start, stop), layers in zip(self.config.runs, decoder.runs, strict=True):
+            for field in _present(layers, layer_sources(self.config, start)):
+                shape = getattr(layers, field).shape
+                stacked = _aligned_empty(shape, self._dtype)
+                for index in range(start, stop):
+                    stacked[index - start] = self._read(layer_sources(self.config, index)[field], shape[1:])
+                setattr(layers, field, nnx.Param(jnp.asarray(stacked)))
         return decoder
 
+    def _read(self, source: Source, shape: tuple[int, ...]) -> np.ndarray:
+        """A parameter (or one expert's, one layer's part of it) from its tensors."""
+        parts = [self._tensors.read(name, source.row) for name in source.names]
+        if source.inputs is not None:
+            parts = [part.T for part in parts]
+        array = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+        if source.span is not None:
+            start, stop, width = source.span
+            array = array.reshape(*shape[:-1], width)[..., start:stop]
+        if source.interleaved:
+            array = np.concatenate([array[..., ::2], array[..., 1::2]], axis=-1)
+        return np.ascontiguousarray(array.reshape(shape), dtype=self._dtype)
 
-def load_model(path: str | Path, dtype: Any = jnp.float32) -> Model:
+
+def load_model(path: str | Path, dtype: Any = jnp.float32, int8: bool = False) -> Model:
     """Load a model directory.
 
     Everything is checked from the files' headers first, so an unusable directory costs no device memory.
 
     Args:
-        dtype: of all weights; the files may be float16, bfloat16, float32 or float64.
+        dtype: of all weights; the files may be float16, bfloat16, float32, float64, float8 in blocks, or MXFP4.
+        int8: round routed experts to int8 with a scale per output channel.
 
     Raises:
         ModelError: a file or tensor is missing, damaged or of the wrong shape, or the tokenizer has ids that the
             embedding has no row for.
     """
-    file = ExpertFile(path, dtype)
+    file = ExpertFile(path, dtype, int8)
     tokenizer = load_tokenizer(path, file.config)
     return Model(file.config, file.decoder(), file.read_all(), tokenizer)
 
@@ -131,11 +128,57 @@ def bundled_model() -> Path:
     return Path(str(importlib.resources.files("dancemoe_jax") / "assets" / "tiny-moe"))
 
 
-def on_device(config: ModelConfig, experts: HostExperts) -> Experts:
+def on_device(config: ModelConfig, experts: ExpertWeights) -> Experts:
     """All experts on the default device, as `forward` takes them: for models that fit one device."""
     module = nnx.eval_shape(lambda: Experts(config, nnx.Rngs(0)))
-    module.w_in, module.w_out = nnx.Param(jnp.asarray(experts.w_in)), nnx.Param(jnp.asarray(experts.w_out))
+    for field, array in experts._asdict().items():
+        if array is not None:
+            setattr(module, field, nnx.Param(jnp.asarray(array)))
     return module
+
+
+def stored_tensors(
+    config: ModelConfig, decoder: Decoder, read: Callable[[int, int], ExpertWeights], dtype: Any
+) -> Iterator[tuple[str, np.ndarray]]:
+    """A model's tensors under its family's names and in its layout, one after another.
+
+    Args:
+        read: (MoE layer, expert) -> weights, as ExpertFile.read. Called in order; where a family keeps a layer's experts
+            in one tensor, one such layer is in memory at a time.
+    """
+
+    def of_module(module: nnx.Module, sources: dict[str, Source], index: int | None = None):
+        fields = _present(module, sources)
+        arrays = {
+            f: np.asarray(getattr(module, f)[...] if index is None else getattr(module, f)[index]) for f in fields
+        }
+        done: set[tuple[str, ...]] = set()
+        for field in fields:
+            names = sources[field].names
+            sharing = sorted((f for f in fields if sources[f].names == names), key=lambda f: sources[f].span or ())
+            if names not in done:  # parameters that are parts of one tensor go into it together
+                done.add(names)
+                yield from _to_stored(sources[field], np.concatenate([arrays[f] for f in sharing], axis=-1))
+
+    def all_parts():
+        yield from of_module(decoder, whole_sources(config))
+        for (start, stop), layers in zip(config.runs, decoder.runs, strict=True):
+            for index in range(start, stop):
+                yield from of_module(layers, layer_sources(config, index), index - start)
+        for layer in range(config.num_moe_layers):
+            if expert_sources(config, layer, 0)["w_in"].row is None:
+                for expert in range(config.num_experts):
+                    yield from of_expert(layer, read(layer, expert), expert)
+            else:
+                every = [read(layer, expert) for expert in range(config.num_experts)]
+                yield from of_expert(layer, jax.tree.map(lambda *parts: np.stack(parts), *every), 0)
+
+    def of_expert(layer: int, weights: ExpertWeights, expert: int):
+        for field, source in expert_sources(config, layer, expert).items():
+            yield from _to_stored(source, np.asarray(getattr(weights, field)))
+
+    for name, array in all_parts():
+        yield name, np.ascontiguousarray(array.astype(dtype))
 
 
 def save_hf(out: Path, config: ModelConfig, decoder: Decoder, experts: Experts, dtype: str = "bfloat16") -> None:
@@ -151,13 +194,16 @@ def save_hf(out: Path, config: ModelConfig, decoder: Decoder, experts: Experts, 
     """
     out = Path(out)
     check_replaceable(out)
-    fields = config.to_hf() | {"torch_dtype": dtype}
+    fields = fields_of(config) | {"torch_dtype": dtype}
     if config.vocab_size <= 256 or config.eos_token not in (None, 256):
         raise ModelError(
             f"config: vocab_size = {config.vocab_size}, eos_token = {config.eos_token}; the byte-level tokenizer "
             "that is written with a model has 256 bytes and the end-of-text token 256"
         )
-    tensors = _to_torch(config, decoder, experts, np.dtype(dtype))
+    weights = jax.tree.map(np.asarray, experts.weights)
+    tensors = dict(
+        stored_tensors(config, decoder, lambda layer, e: jax.tree.map(lambda a: a[layer, e], weights), np.dtype(dtype))
+    )
     tokenizer_fields = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END_OF_TEXT,
@@ -187,92 +233,65 @@ def check_replaceable(out: Path) -> None:
         )
 
 
-class _Tensors:
-    """The named tensors of a directory's safetensors file or files, checked against a configuration on opening."""
-
-    def __init__(self, path: Path, config: ModelConfig):
-        self._file: dict[str, Path] = {}
-        self._open: dict[Path, Any] = {}
-        for file in _weight_files(path):
-            try:
-                opened = safe_open(file, framework="numpy")
-            except FileNotFoundError:
-                raise ModelError(f"{file}: no such file; a model directory needs its weights here") from None
-            except (OSError, SafetensorError) as error:
-                raise ModelError(
-                    f"{file}: damaged or truncated ({_first_line(error)}); export or download it again"
-                ) from None
-            self._open[file] = opened
-            self._file |= dict.fromkeys(opened.keys(), file)
-        for name, shape in _expected(config).items():
-            self._check(path, name, shape)
-
-    def _check(self, path: Path, name: str, shape: tuple[int, ...]) -> None:
-        if name not in self._file:
-            where = path / (WEIGHTS if len(self._open) == 1 else INDEX)
-            raise ModelError(f"{where}: tensor {name!r} is missing; config.json asks for it, export the model again")
-        piece = self._open[self._file[name]].get_slice(name)
-        stored, kind = tuple(piece.get_shape()), piece.get_dtype()
-        if stored != shape:
+def _check(path: Path, config: ModelConfig, tensors: TensorFiles) -> None:
+    """Raise ModelError unless every tensor of the model is there, with the shape that config.json asks for."""
+    for name, shape in _expected(config):
+        if name not in tensors:
+            raise ModelError(f"{path}: tensor {name!r} is missing; config.json asks for it, export the model again")
+        if tensors.shape(name) != shape:
             raise ModelError(
-                f"{self._file[name]}: tensor {name!r} has shape {list(stored)}, config.json asks for {list(shape)}; "
+                f"{path}: tensor {name!r} has shape {list(tensors.shape(name))}, config.json asks for {list(shape)}; "
                 "use the config.json that belongs to these weights"
             )
-        if kind not in _READABLE:
+        if tensors.kind(name) not in _READABLE:
             raise ModelError(
-                f"{self._file[name]}: tensor {name!r} is stored as {kind}; supported: {', '.join(_READABLE)}"
+                f"{path}: tensor {name!r} is stored as {tensors.kind(name)}; supported: {', '.join(_READABLE)}"
             )
 
-    def read(self, name: str) -> np.ndarray:
-        return self._open[self._file[name]].get_tensor(name)
 
-
-def _weight_files(path: Path) -> list[Path]:
-    index = path / INDEX
-    if (path / WEIGHTS).exists() or not index.exists():
-        return [path / WEIGHTS]
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return [path / name for name in sorted(names)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ModelError(f"{index}: not an index of shards ('weight_map'); download it again") from None
-
-
-def _expected(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Tensor name -> stored shape of a whole model."""
+def _expected(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Tensor names and stored shapes of a whole model."""
     decoder = _abstract_decoder(config)
-    shapes = {name: _torch_shape(getattr(decoder, f).shape, inputs) for f, (name, inputs) in _fields(_WHOLE, decoder)}
-    for layer in range(config.num_layers):
-        for field, (name, inputs) in _fields(_PER_LAYER, decoder.layers):
-            shapes[f"model.layers.{layer}.{name}"] = _torch_shape(getattr(decoder.layers, field).shape[1:], inputs)
-        for expert in range(config.num_experts):
-            gate, up, down = _expert_names(layer, expert)
-            shapes[gate] = shapes[up] = (config.expert_size, config.hidden_size)
-            shapes[down] = (config.hidden_size, config.expert_size)
-    return shapes
+    for field, source in whole_sources(config).items():
+        yield from _stored_shapes(source, getattr(decoder, field).shape, config)
+    for (start, stop), layers in zip(config.runs, decoder.runs, strict=True):
+        for index in range(start, stop):
+            sources = layer_sources(config, index)
+            for field in _present(layers, sources):
+                yield from _stored_shapes(sources[field], getattr(layers, field).shape[1:], config)
+    shapes = _expert_shapes(config)
+    for layer, expert in np.ndindex(config.num_moe_layers, config.num_experts):
+        for field, source in expert_sources(config, layer, expert).items():
+            yield from _stored_shapes(source, shapes[field], config)
 
 
-def _to_torch(config: ModelConfig, decoder: Decoder, experts: Experts, dtype: np.dtype) -> dict[str, np.ndarray]:
-    def convert(array, inputs: int) -> np.ndarray:
-        flat = np.asarray(array).astype(dtype)
-        if inputs:
-            flat = flat.reshape(math.prod(flat.shape[:inputs]), -1).T
-        return np.ascontiguousarray(flat)
-
-    tensors = {name: convert(getattr(decoder, f)[...], inputs) for f, (name, inputs) in _fields(_WHOLE, decoder)}
-    for field, (name, inputs) in _fields(_PER_LAYER, decoder.layers):
-        for layer, array in enumerate(np.asarray(getattr(decoder.layers, field)[...])):
-            tensors[f"model.layers.{layer}.{name}"] = convert(array, inputs)
-    w_in, w_out = np.asarray(experts.w_in[...]), np.asarray(experts.w_out[...])
-    for layer, expert in np.ndindex(config.num_layers, config.num_experts):
-        matrices = [*np.split(w_in[layer, expert], 2, axis=-1), w_out[layer, expert]]
-        for name, matrix in zip(_expert_names(layer, expert), matrices, strict=True):
-            tensors[name] = convert(matrix, 1)
-    return tensors
+def _stored_shapes(
+    source: Source, shape: tuple[int, ...], config: ModelConfig
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    width = source.span[2] if source.span else shape[-1] // len(source.names)
+    shape = (*shape[:-1], width)
+    if source.inputs is not None:
+        outputs, inputs = math.prod(shape[source.inputs :]), math.prod(shape[: source.inputs])
+        shape = (outputs, inputs) if source.inputs else (outputs,)
+    if source.row is not None:
+        shape = (config.num_experts, *shape)
+    for name in source.names:
+        yield name, shape
 
 
-def _expert_names(layer: int, expert: int) -> list[str]:
-    return [f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight" for part in ("gate", "up", "down")]
+def _to_stored(source: Source, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """The inverse of ExpertFile's reading: a whole parameter as its tensors."""
+    if source.interleaved:
+        array = np.stack(np.split(array, 2, axis=-1), axis=-1).reshape(array.shape)
+    for name, part in zip(source.names, np.split(array, len(source.names), axis=-1), strict=True):
+        if source.inputs:
+            part = part.reshape(math.prod(part.shape[: source.inputs]), -1).T
+        yield name, part.reshape(-1) if source.inputs == 0 else part
+
+
+def _expert_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    hidden, inner = config.hidden_size, config.expert_size
+    return {"w_in": (hidden, 2 * inner), "w_out": (inner, hidden), "b_in": (2 * inner,), "b_out": (hidden,)}
 
 
 def _abstract_decoder(config: ModelConfig) -> Decoder:
@@ -280,13 +299,17 @@ def _abstract_decoder(config: ModelConfig) -> Decoder:
     return nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0)))
 
 
-def _fields(table: dict[str, tuple[str, int]], module: nnx.Module) -> list[tuple[str, tuple[str, int]]]:
-    """The rows of a table that this module really has (a tied model has no head)."""
-    return [(field, row) for field, row in table.items() if getattr(module, field) is not None]
+def _present(module: nnx.Module, sources: dict[str, Source]) -> list[str]:
+    """The fields that this module really has (a tied model has no head)."""
+    return [field for field in sources if getattr(module, field, None) is not None]
 
 
-def _torch_shape(shape: tuple[int, ...], inputs: int) -> tuple[int, ...]:
-    return (math.prod(shape[inputs:]), math.prod(shape[:inputs])) if inputs else tuple(shape)
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Host memory that a CPU device can take over as it is, without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -311,7 +334,3 @@ def _replace_directory(out: Path, write: Callable[[Path], None]) -> None:
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -5,6 +5,7 @@ Nothing is dropped and nothing is cut: the buffer of an exchange is the smallest
 pair, agreed by all devices, up to every token of the step; with no need anywhere there is no exchange.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -12,7 +13,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dancemoe_jax.mesh import AXIS
-from dancemoe_jax.pool import ExpertPool, PoolLayout, slot_experts
 from dancemoe_jax.tables import Tables
 
 
@@ -38,18 +38,17 @@ def size_classes(tokens: int, most: int = 4) -> list[int]:
 
 
 def dispatch(
-    layout: PoolLayout,
-    pool: ExpertPool,
+    compute: Callable,
     tables: Tables,
     x: Float[Array, "tokens hidden"],
     topk_weights: Float[Array, "tokens k"],
     topk_ids: Int[Array, "tokens k"],
     valid: Bool[Array, " tokens"],
-    tile: int,
 ) -> tuple[Float[Array, "tokens hidden"], Traffic]:
     """Sum of each token's routed experts, wherever they are (inside shard_map).
 
     Args:
+        compute: (x, slots, topk_weights) -> weighted sum of the slots' experts on this device (pool.slot_experts).
         tables: this source's and one layer's: `device` and `slot` [experts], `exchange` a scalar, `server` [devices].
         valid: rows that hold a token; the others are not sent anywhere and give zeros.
     """
@@ -58,7 +57,7 @@ def dispatch(
     to = jnp.where(valid[:, None], tables.device[topk_ids], -1)
     slots = tables.slot[topk_ids]
     with jax.named_scope("local_experts"):
-        out = slot_experts(layout, pool, x, jnp.where(to == me, slots, -1), topk_weights, tile)
+        out = compute(x, jnp.where(to == me, slots, -1), topk_weights)
 
     needs = (to[:, :, None] == jnp.arange(devices)).any(1) & (jnp.arange(devices) != me)
     away = tables.server != tables.server[me]
@@ -66,7 +65,7 @@ def dispatch(
     def exchange(size: int):
         def branch(x, topk_weights):
             with jax.named_scope(f"exchange_{size}"):
-                return _exchange(layout, pool, x, topk_weights, to, slots, needs, size, tile), size * away.sum()
+                return _exchange(compute, x, topk_weights, to, slots, needs, size), size * away.sum()
 
         return branch
 
@@ -87,7 +86,7 @@ def dispatch(
     return out + there, jax.tree.map(lambda a: a.astype(jnp.int32), traffic)
 
 
-def _exchange(layout, pool, x, topk_weights, to, slots, needs, size, tile):
+def _exchange(compute, x, topk_weights, to, slots, needs, size):
     """Send each device the tokens that need it, compute what arrives, send the partial sums back."""
     devices, k = needs.shape[1], slots.shape[1]
     # The tokens that need a device, in order, first; `size` is enough for all of them.
@@ -100,7 +99,7 @@ def _exchange(layout, pool, x, topk_weights, to, slots, needs, size, tile):
         "slots": jnp.where(theirs, slots[token], -1),
     }
     parcel = jax.tree.map(lambda a: jax.lax.all_to_all(a, AXIS, 0, 0).reshape(devices * size, -1), parcel)
-    partial = slot_experts(layout, pool, parcel["x"], parcel["slots"].reshape(-1, k), parcel["weights"], tile)
+    partial = compute(parcel["x"], parcel["slots"].reshape(-1, k), parcel["weights"])
     partial = jax.lax.all_to_all(partial.reshape(devices, size, -1), AXIS, 0, 0)
     rows = jnp.where(sent, token, x.shape[0]).reshape(-1)
     return jnp.zeros_like(x).at[rows].add(partial.reshape(devices * size, -1), mode="drop")

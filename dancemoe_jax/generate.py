@@ -16,12 +16,11 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Int
 
-from dancemoe_jax.attention import attend
 from dancemoe_jax.config import ModelConfig, ModelError
 from dancemoe_jax.dispatch import Traffic, dispatch
 from dancemoe_jax.mesh import AXIS, replicated, sharded
-from dancemoe_jax.model import Decoder, decoder_layer, head_logits
-from dancemoe_jax.pool import ExpertPool, PoolLayout
+from dancemoe_jax.model import Decoder, decoder_layer, head_logits, scan_layers
+from dancemoe_jax.pool import ExpertPool, PoolLayout, slot_experts
 from dancemoe_jax.tables import Tables
 
 DECODE_TILE, PREFILL_TILE = 8, 32
@@ -39,17 +38,24 @@ class State(NamedTuple):
     """What steps carry on. S: sequences a device has room for.
 
     Attributes:
-        k, v: cache [layers, devices * S, max_position, kv_heads, head_dim], dealt over devices.
-        counts: int32 [devices, layers, experts], assignments of the tokens that entered at each device, since the start.
+        k, v: cache [layers, devices * S, max_position, kv_heads, head_dim], dealt over devices. With latent attention k is
+            the narrow vector and the shared key, [layers, devices * S, max_position, 1, kv_rank + rope_dim], v is None.
+        counts: int32 [devices, MoE layers, experts], assignments of the tokens that entered at each device, since the start.
     """
 
     k: jax.Array
-    v: jax.Array
+    v: jax.Array | None
     counts: jax.Array
 
 
 class StepResult(NamedTuple):
-    """Of every row of the step: the greedy next token int32 [devices, rows] and its logits; traffic [devices, layers]."""
+    """What a step found.
+
+    Attributes:
+        tokens: int32 [devices, rows], the greedy next token of every row.
+        logits: float32 [devices, rows, vocab] they come from; with `all_logits` [devices, rows, chunk, vocab].
+        traffic: int32 [devices, MoE layers] each.
+    """
 
     tokens: jax.Array
     logits: jax.Array
@@ -58,10 +64,15 @@ class StepResult(NamedTuple):
 
 def init_state(config: ModelConfig, mesh: Mesh, sequences: int, dtype=jnp.float32) -> State:
     """Empty caches for `sequences` sequences on each device, and zero counts."""
-    shape = (config.num_layers, mesh.size * sequences, config.max_position, config.num_kv_heads, config.head_dim)
-    cache = functools.partial(jnp.zeros, shape, dtype, device=sharded(mesh, 1))
-    counts = jnp.zeros((mesh.size, config.num_layers, config.num_experts), jnp.int32, device=sharded(mesh))
-    return State(cache(), cache(), counts)
+    heads = config.num_kv_heads if config.latent is None else 1
+    shape = (config.num_layers, mesh.size * sequences, config.max_position, heads)
+
+    def cache(width: int) -> jax.Array:
+        return jnp.zeros((*shape, width // heads), dtype, device=sharded(mesh, 1))
+
+    counts = jnp.zeros((mesh.size, config.num_moe_layers, config.num_experts), jnp.int32, device=sharded(mesh))
+    key_width, value_width = config.cache_widths
+    return State(cache(key_width), cache(value_width) if value_width else None, counts)
 
 
 def place_decoder(decoder: Decoder, mesh: Mesh) -> Decoder:
@@ -97,7 +108,7 @@ def decode_step(
     return _over_devices(local, mesh)(weights, state, tokens, positions, active)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "layout", "mesh"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("config", "layout", "mesh", "all_logits"), donate_argnames=("state",))
 def prefill(
     weights: Weights,
     state: State,
@@ -109,6 +120,7 @@ def prefill(
     config: ModelConfig,
     layout: PoolLayout,
     mesh: Mesh,
+    all_logits: bool = False,
 ) -> tuple[State, StepResult]:
     """A chunk of prompt for `rows` sequences of each device.
 
@@ -116,6 +128,7 @@ def prefill(
         sequences: which of the device's sequences each row belongs to; rows of one step belong to different ones.
         starts: position of each chunk's first token.
         lengths: tokens of the chunk that count; 0 for a row without work.
+        all_logits: give the logits at every position of the chunk, not only at its last token.
 
     Returns:
         State, and of each row the token that follows the chunk's last one.
@@ -124,7 +137,7 @@ def prefill(
     def local(weights, state, tokens, sequences, starts, lengths):
         index = jnp.arange(tokens.shape[2])
         positions = jnp.where(index < lengths[0][:, None], starts[0][:, None] + index, config.max_position)
-        return _run(config, layout, weights, state, tokens[0], positions, sequences[0], PREFILL_TILE)
+        return _run(config, layout, weights, state, tokens[0], positions, sequences[0], PREFILL_TILE, all_logits)
 
     return _over_devices(local, mesh)(weights, state, tokens, sequences, starts, lengths)
 
@@ -145,7 +158,7 @@ def _over_devices(local, mesh):
     return run
 
 
-def _run(config, layout, weights, state, tokens, positions, sequences, tile):
+def _run(config, layout, weights, state, tokens, positions, sequences, tile, all_logits=False):
     """One step of one device. tokens, positions [rows, chunk]; a position of max_position marks a row as empty."""
     rows = len(tokens)
     valid = positions < config.max_position
@@ -153,33 +166,45 @@ def _run(config, layout, weights, state, tokens, positions, sequences, tile):
     cache_positions = jnp.broadcast_to(jnp.arange(config.max_position), (rows, config.max_position))
     tables = Tables(weights.tables.device[0], weights.tables.slot[0], weights.tables.exchange, weights.tables.server)
 
-    def body(carry, layer_inputs):
-        x, k_cache, v_cache = carry
-        layer, index, (device, slot, exchange) = layer_inputs
+    compute = functools.partial(slot_experts, layout, weights.pool, tile=tile, limit=config.swiglu_limit)
 
-        def attention(q, k, v):
+    def body(carry, layer_inputs):
+        x, *caches = carry
+        layer, index, window, own = layer_inputs
+
+        def attention(how, *qkv):
             at = (index, sequence[:, None], positions)
-            k_all, v_all = k_cache.at[at].set(k, mode="drop"), v_cache.at[at].set(v, mode="drop")
             mine = (index,) if sequences is None else (index, sequence)
-            heads = attend(q, k_all[mine], v_all[mine], jnp.where(valid, positions, 0), cache_positions)
-            return heads, (k_all, v_all)
+
+            def cached(cache, new):
+                return None if cache is None else cache.at[at].set(new.astype(cache.dtype), mode="drop")
+
+            q, *new = qkv
+            kept = [cached(cache, part) for cache, part in zip(caches, new, strict=True)]
+            k, v = (None if cache is None else cache[mine] for cache in kept)
+            return how(q, k, v, jnp.where(valid, positions, 0), cache_positions), kept
 
         def moe(h, topk_weights, topk_ids, logits):
-            own = Tables(device, slot, exchange, tables.server)
-            routed, traffic = dispatch(layout, weights.pool, own, h, topk_weights, topk_ids, valid.reshape(-1), tile)
+            device, slot, exchange = own
+            layer_tables = Tables(device, slot, exchange, tables.server)
+            routed, traffic = dispatch(compute, layer_tables, h, topk_weights, topk_ids, valid.reshape(-1))
             ones = jnp.broadcast_to(valid.reshape(-1, 1), topk_ids.shape).astype(jnp.int32)
             return routed, (traffic, jnp.zeros(config.num_experts, jnp.int32).at[topk_ids].add(ones))
 
-        x, (k_cache, v_cache), aux = decoder_layer(config, layer, x, positions, attention, moe)
-        return (x, k_cache, v_cache), aux
+        x, caches, aux = decoder_layer(config, layer, x, positions, attention, moe, window)
+        return (x, *caches), aux
 
-    inputs = (weights.decoder.layers, jnp.arange(config.num_layers), (tables.device, tables.slot, tables.exchange))
-    x = weights.decoder.embedding[...][tokens]
-    (x, k, v), (traffic, counts) = jax.lax.scan(body, (x, state.k, state.v), inputs)
-    last = jnp.maximum(valid.sum(1) - 1, 0)
-    logits = head_logits(config, weights.decoder, jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])
+    per_layer = (tables.device, tables.slot, tables.exchange)
+    carry = (weights.decoder.embedding[...][tokens], state.k, state.v)
+    (x, k, v), (traffic, counts) = scan_layers(config, weights.decoder, body, carry, per_layer)
+    last = jnp.maximum(valid.sum(1) - 1, 0)[:, None]
+    if all_logits:
+        logits = head_logits(config, weights.decoder, x)
+        final = jnp.take_along_axis(logits, last[:, :, None], axis=1)[:, 0]
+    else:
+        final = logits = head_logits(config, weights.decoder, jnp.take_along_axis(x, last[:, :, None], axis=1)[:, 0])
     result = StepResult(
-        jnp.argmax(logits, -1).astype(jnp.int32)[None], logits[None], jax.tree.map(lambda a: a[None], traffic)
+        jnp.argmax(final, -1).astype(jnp.int32)[None], logits[None], jax.tree.map(lambda a: a[None], traffic)
     )
     return State(k, v, state.counts + counts[None]), result
 

@@ -7,11 +7,12 @@ slots of experts that stay are not touched, shapes never change and no step is c
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dancemoe_jax.pool import ExpertPool, PoolLayout, write_experts
+from dancemoe_jax.experts import ExpertWeights
+from dancemoe_jax.pool import ExpertPool, PoolLayout, local_devices, write_experts
 from dancemoe_jax.tables import assign_slots
 
 
@@ -20,36 +21,37 @@ class Staged(NamedTuple):
 
     Attributes:
         slots: int32 [devices, layers, experts], the new assignment.
-        writes: for each device, (slot, w_in, w_out) of each expert that is new there, on the host.
+        writes: device -> (slot, weights) of each expert that is new there, on the host; this process's devices.
     """
 
     slots: np.ndarray
-    writes: tuple[tuple[tuple[int, np.ndarray, np.ndarray], ...], ...]
+    writes: dict[int, list[tuple[int, ExpertWeights]]]
 
     @property
     def nbytes(self) -> int:
         """Bytes of weights that the commit writes."""
-        return sum(w_in.nbytes + w_out.nbytes for device in self.writes for _, w_in, w_out in device)
+        return sum(leaf.nbytes for own in self.writes.values() for leaf in jax.tree.leaves([w for _, w in own]))
 
 
-def stage(layout: PoolLayout, slots: np.ndarray, resident: np.ndarray, read: Callable, dtype=jnp.float32) -> Staged:
-    """Read every expert that `resident` adds on some device, once for each device that gets it.
+def stage(
+    layout: PoolLayout, mesh: Mesh, slots: np.ndarray, resident: np.ndarray, read: Callable[[int, int], ExpertWeights]
+) -> Staged:
+    """Read every expert that `resident` adds on a device of this process, once for each device that gets it.
 
     Args:
         slots: the assignment in force, int [devices, layers, experts].
         resident: the new placement, bool [devices, layers, experts].
-        read: (layer, expert) -> (w_in, w_out) on the host.
+        read: (layer, expert) -> its weights on the host, in the pool's types.
 
     Raises:
         ModelError: the placement does not fit the pool or leaves an expert uncovered; nothing has changed then.
     """
     new = assign_slots(layout, resident, previous=slots)
-    writes = []
-    for device in range(len(slots)):
+    writes = {}
+    for device in local_devices(mesh):
         added = np.argwhere((new[device] >= 0) & (slots[device] < 0))
-        weights = [(int(new[device, layer, e]), *read(int(layer), int(e))) for layer, e in added]
-        writes.append(tuple((slot, np.asarray(a, dtype), np.asarray(b, dtype)) for slot, a, b in weights))
-    return Staged(new, tuple(writes))
+        writes[device] = [(int(new[device, layer, e]), read(int(layer), int(e))) for layer, e in added]
+    return Staged(new, writes)
 
 
 def commit(pool: ExpertPool, layout: PoolLayout, mesh: Mesh, staged: Staged) -> ExpertPool:
@@ -64,5 +66,5 @@ def migrate(
 
     Make the new tables with `routing_tables(slots, …)` and pass both to the next step.
     """
-    staged = stage(layout, slots, resident, read, pool.w_in[0].dtype)
+    staged = stage(layout, mesh, slots, resident, read)
     return commit(pool, layout, mesh, staged), staged.slots

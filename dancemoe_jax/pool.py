@@ -8,7 +8,7 @@ one buffer, two names, no bytes. Which expert sits in which slot is tables.py's 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from dancemoe_jax.config import ModelError
-from dancemoe_jax.experts import swiglu
+from dancemoe_jax.experts import ExpertWeights, expert
 from dancemoe_jax.mesh import sharded
 
 # Slots written by one call: the shape of a write, and so compiled once for each device and size of bank.
@@ -27,10 +27,14 @@ WRITE_ROWS = 8
 
 
 class ExpertPool(NamedTuple):
-    """Expert weights of all devices, a pytree. Bank b: `w_in[b]` [devices * slots, hidden, 2 * inner], `w_out[b]`."""
+    """Expert weights of all devices, a pytree. Each bank's arrays have [devices * its slots] in front."""
 
-    w_in: tuple[jax.Array, ...]
-    w_out: tuple[jax.Array, ...]
+    banks: tuple[ExpertWeights, ...]
+
+    @property
+    def dtype(self):
+        """Of the weight matrices."""
+        return self.banks[0].w_in.dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,89 +91,111 @@ def pool_layout(capacity: Sequence[int]) -> PoolLayout:
     return PoolLayout(tuple(int(c) for c in capacity), (*([rest] if rest else []), *shared, *steps))
 
 
-def assemble(mesh: Mesh, layout: PoolLayout, buffers: Sequence[Sequence[jax.Array]]) -> tuple[jax.Array, ...]:
-    """Banks as global arrays over the buffers that devices own: `buffers[device][bank]`, no copy."""
-    banks = []
-    for bank, slots in enumerate(layout.banks):
-        shape = (len(buffers) * slots, *buffers[0][0].shape[1:])
-        parts = [own[layout.buffer(device, bank)] for device, own in enumerate(buffers)]
-        banks.append(jax.make_array_from_single_device_arrays(shape, sharded(mesh), parts))
-    return tuple(banks)
+def local_devices(mesh: Mesh) -> list[int]:
+    """Places in the mesh of this process's devices."""
+    return [i for i, device in enumerate(mesh.devices) if device.process_index == jax.process_index()]
 
 
-def buffers_of(layout: PoolLayout, banks: Sequence[jax.Array], mesh: Mesh) -> list[list[jax.Array]]:
-    """The inverse of `assemble`: each device's own bank buffers, in order."""
-    by_device = [{shard.device: shard.data for shard in bank.addressable_shards} for bank in banks]
-    return [
-        [by_device[bank][device] for bank in range(layout.owned(index))] for index, device in enumerate(mesh.devices)
-    ]
+def assemble(mesh: Mesh, layout: PoolLayout, buffers: dict[int, list[ExpertWeights]]) -> ExpertPool:
+    """The pool over the buffers that this process's devices own: `buffers[device][bank]`, no copy."""
+
+    def bank(number: int) -> ExpertWeights:
+        parts = [own[layout.buffer(device, number)] for device, own in buffers.items()]
+
+        def joined(*arrays: jax.Array) -> jax.Array:
+            shape = (mesh.size * layout.banks[number], *arrays[0].shape[1:])
+            return jax.make_array_from_single_device_arrays(shape, sharded(mesh), list(arrays))
+
+        return jax.tree.map(joined, *parts)
+
+    return ExpertPool(tuple(bank(number) for number in range(len(layout.banks))))
 
 
-def fill_pool(mesh: Mesh, layout: PoolLayout, slots: np.ndarray, read: Callable, dtype=jnp.float32) -> ExpertPool:
-    """A pool with the experts that `slots` names; empty slots are zero.
+def buffers_of(layout: PoolLayout, pool: ExpertPool, mesh: Mesh) -> dict[int, list[ExpertWeights]]:
+    """The inverse of `assemble`: the bank buffers of each device of this process, in order."""
+
+    def local(array: jax.Array) -> dict:
+        return {shard.device: shard.data for shard in array.addressable_shards}
+
+    by_device = [jax.tree.map(local, bank) for bank in pool.banks]
+    return {
+        index: [
+            jax.tree.map(lambda shards, at=index: shards[mesh.devices[at]], bank, is_leaf=lambda x: isinstance(x, dict))
+            for bank in by_device[: layout.owned(index)]
+        ]
+        for index in local_devices(mesh)
+    }
+
+
+def fill_pool(
+    mesh: Mesh, layout: PoolLayout, slots: np.ndarray, read: Callable[[int, int], ExpertWeights]
+) -> ExpertPool:
+    """A pool with the experts that `slots` names; empty slots are zero. Each process fills its own devices.
 
     Args:
         slots: int [devices, layers, experts], slot of each resident expert or -1 (tables.assign_slots).
-        read: (layer, expert) -> (w_in [hidden, 2 * inner], w_out [inner, hidden]) on the host. Called once for each
-            copy; a few experts are in host memory at a time.
+        read: (layer, expert) -> its weights on the host, in the pool's types. Called once for each copy; a few experts
+            are in host memory at a time.
     """
+    example = read(0, 0)
 
-    def empty(side: np.ndarray) -> tuple[jax.Array, ...]:
-        owned = [
-            [jnp.zeros((n, *side.shape), dtype, device=device) for n in layout.banks[: layout.owned(index)]]
-            for index, device in enumerate(mesh.devices)
-        ]
-        return assemble(mesh, layout, owned)
+    def empty(device: int) -> list[ExpertWeights]:
+        def zeros(array: np.ndarray, count: int) -> jax.Array:
+            return jnp.zeros((count, *array.shape), array.dtype, device=mesh.devices[device])
 
-    def experts_of(device: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        for layer, expert in np.argwhere(slots[device] >= 0):
-            yield int(slots[device, layer, expert]), *read(int(layer), int(expert))
+        owned = layout.banks[: layout.owned(device)]
+        return [jax.tree.map(functools.partial(zeros, count=count), example) for count in owned]
 
-    w_in, w_out = read(0, 0)
-    pool = ExpertPool(empty(w_in), empty(w_out))
-    return write_experts(pool, layout, mesh, [experts_of(device) for device in range(mesh.size)])
+    def experts_of(device: int) -> Iterator[tuple[int, ExpertWeights]]:
+        for layer, index in np.argwhere(slots[device] >= 0):
+            yield int(slots[device, layer, index]), read(int(layer), int(index))
+
+    pool = assemble(mesh, layout, {device: empty(device) for device in local_devices(mesh)})
+    return write_experts(pool, layout, mesh, {device: experts_of(device) for device in local_devices(mesh)})
 
 
 def write_experts(
     pool: ExpertPool,
     layout: PoolLayout,
     mesh: Mesh,
-    writes: Sequence[Iterable[tuple[int, np.ndarray, np.ndarray]]],
+    writes: Mapping[int, Iterable[tuple[int, ExpertWeights]]],
 ) -> ExpertPool:
     """Put experts into slots, in the pool's own memory. The pool passed in must not be used afterwards.
 
     Args:
-        writes: for each device, (slot, w_in, w_out) of what is new there; taken a few at a time.
+        writes: device -> (slot, weights) of what is new there, taken a few at a time; this process's devices only.
     """
-    buffers = [buffers_of(layout, banks, mesh) for banks in pool]
+    buffers = buffers_of(layout, pool, mesh)
 
-    def flush(device: int, bank: int, rows: list) -> None:
+    def flush(device: int, bank: int, rows: list[tuple[int, ExpertWeights]]) -> None:
         rows = rows + [rows[-1]] * (WRITE_ROWS - len(rows))
-        places, *weights = (np.stack(column) for column in zip(*rows, strict=True))
-        for own, values in zip(buffers, weights, strict=True):
-            target = own[device][bank]
-            own[device][bank] = _write(
-                target, *jax.device_put((places.astype(np.int32), values.astype(target.dtype)), target.device)
-            )
+        places = np.array([place for place, _ in rows], np.int32)
+        weights = jax.tree.map(lambda *parts: np.stack(parts), *(own for _, own in rows))
+        own = buffers[device]
+        own[bank] = _write(own[bank], *jax.device_put((places, weights), mesh.devices[device]))
 
-    for device, own_writes in enumerate(writes):
+    for device, own_writes in writes.items():
         pending: dict[int, list] = {}
-        for slot, *weights in own_writes:
+        for slot, weights in own_writes:
             bank, place = layout.locate(slot)
-            pending.setdefault(bank, []).append((place, *weights))
+            pending.setdefault(bank, []).append((place, weights))
             if len(pending[bank]) == WRITE_ROWS:
                 flush(device, bank, pending.pop(bank))
         for bank, rows in pending.items():
             flush(device, bank, rows)
-    return ExpertPool(*(assemble(mesh, layout, own) for own in buffers))
+    return assemble(mesh, layout, buffers)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _write(bank, places, values):
     """bank[places[i]] = values[i] in place; a place named twice has the same value twice."""
-    for i in range(WRITE_ROWS):
-        bank = jax.lax.dynamic_update_index_in_dim(bank, values[i], places[i], axis=0)
-    return bank
+
+    def put(array, rows):
+        for i in range(WRITE_ROWS):
+            array = jax.lax.dynamic_update_index_in_dim(array, rows[i].astype(array.dtype), places[i], axis=0)
+        return array
+
+    return jax.tree.map(put, bank, values)
 
 
 def resident_bytes(pool: ExpertPool, mesh: Mesh) -> np.ndarray:
@@ -188,7 +214,9 @@ def slot_experts(
     x: Float[Array, "tokens hidden"],
     slots: Int[Array, "tokens k"],
     weights: Float[Array, "tokens k"],
+    *,
     tile: int,
+    limit: float = 0.0,
 ) -> Float[Array, "tokens hidden"]:
     """Weighted sum over each token's assignments to slots of this device's pool (inside shard_map).
 
@@ -198,6 +226,7 @@ def slot_experts(
     Args:
         slots: slot of each assignment; -1 for none (its weight does not matter).
         tile: rows computed at once; a few for decode, more for prefill.
+        limit: of the experts' SwiGLU (ModelConfig.swiglu_limit).
     """
     tokens, k = slots.shape
     count = tokens * k
@@ -210,23 +239,18 @@ def slot_experts(
     starts_tile = (rank % tile == 0) & (key < jnp.iinfo(jnp.int32).max)
     tile_start = jnp.nonzero(starts_tile, size=count, fill_value=0)[0]
     rows = jnp.concatenate([x[order // k], jnp.zeros((tile, x.shape[1]), x.dtype)])
-    banks = list(zip(pool.w_in, pool.w_out, strict=True))
 
-    def take(w_in, w_out):
-        def branch(place):
-            pick = jax.lax.dynamic_index_in_dim
-            return pick(w_in, place, keepdims=False), pick(w_out, place, keepdims=False)
+    def take(bank: ExpertWeights):
+        return lambda place: jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, place, keepdims=False), bank)
 
-        return branch
-
-    branches = [take(*bank) for bank in banks]
+    branches = [take(bank) for bank in pool.banks]
     starts = jnp.array(layout.starts, jnp.int32)
 
     def work(i, outputs):
         start = tile_start[i]
         bank = jnp.sum(key[start] >= starts) - 1
-        w_in, w_out = jax.lax.switch(bank, branches, key[start] - starts[bank])
-        result = swiglu(jax.lax.dynamic_slice_in_dim(rows, start, tile), w_in, w_out)
+        own = jax.lax.switch(bank, branches, key[start] - starts[bank])
+        result = expert(jax.lax.dynamic_slice_in_dim(rows, start, tile), own, limit)
         # A tile may run into the rows of the next expert: that expert's own tiles come later and overwrite them.
         return jax.lax.dynamic_update_slice_in_dim(outputs, result, start, axis=0)
 

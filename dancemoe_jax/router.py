@@ -8,18 +8,35 @@ from dancemoe_jax.config import ModelConfig
 
 
 def route(
-    config: ModelConfig, router: Float[Array, "hidden experts"], h: Float[Array, "tokens hidden"]
+    config: ModelConfig,
+    router: Float[Array, "hidden experts"],
+    h: Float[Array, "tokens hidden"],
+    bias: Float[Array, " experts"] | None = None,
+    correction: Float[Array, " experts"] | None = None,
 ) -> tuple[Float[Array, "tokens k"], Int[Array, "tokens k"], Float[Array, "tokens experts"]]:
-    """Choose `top_k` experts for each token.
+    """Choose `top_k` experts for each token (config.Routing says how).
 
     Returns:
         topk_weights, topk_ids and the logits they come from, all float32 or int32.
     """
+    routing = config.routing
     logits = h.astype(jnp.float32) @ router.astype(jnp.float32)
-    topk_weights, topk_ids = jax.lax.top_k(jax.nn.softmax(logits), config.top_k)
-    if config.norm_topk:
-        topk_weights = topk_weights / topk_weights.sum(-1, keepdims=True)
-    return topk_weights, topk_ids, logits
+    if bias is not None:
+        logits = logits + bias.astype(jnp.float32)
+    scores = jax.nn.sigmoid(logits) if routing.score == "sigmoid" else jax.nn.softmax(logits)
+    choice = scores if correction is None else scores + correction.astype(jnp.float32)
+    if routing.groups > 1:
+        grouped = choice.reshape(len(h), routing.groups, -1)
+        merit = jax.lax.top_k(grouped, 2 if routing.correction else 1)[0].sum(-1)
+        best = jax.lax.top_k(merit, routing.top_groups)[1]
+        open_groups = (best[:, :, None] == jnp.arange(routing.groups)).any(1)
+        choice = jnp.where(open_groups[:, :, None], grouped, -jnp.inf).reshape(choice.shape)
+    topk_ids = jax.lax.top_k(choice, config.top_k)[1]
+    topk_weights = jnp.take_along_axis(scores, topk_ids, axis=1)
+    if routing.normalise:
+        # The smallest normal number guards a sigmoid router whose chosen scores all vanish.
+        topk_weights = topk_weights / jnp.maximum(topk_weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    return topk_weights * routing.scale, topk_ids, logits
 
 
 def router_losses(

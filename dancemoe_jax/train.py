@@ -93,8 +93,8 @@ def batch_at(train: TrainConfig, domains: Sequence[np.ndarray], step: int) -> np
     return np.stack(rows).astype(np.int32)
 
 
-def _training_moe(h, w_in, w_out, topk_weights, topk_ids, logits):
-    return grouped_experts(h, w_in, w_out, topk_weights, topk_ids), router_losses(logits, topk_ids)
+def _training_moe(h, weights, topk_weights, topk_ids, logits):
+    return grouped_experts(h, weights.w_in, weights.w_out, topk_weights, topk_ids), router_losses(logits, topk_ids)
 
 
 def token_losses(config: ModelConfig, decoder: Decoder, experts: Experts, tokens: jax.Array):

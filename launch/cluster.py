@@ -21,8 +21,8 @@ def reserved_bytes(config: ModelConfig, sequences: int, itemsize: int = 4) -> in
 
 def demo_cluster(config: ModelConfig, reserved: int, copies: float = 1.3, itemsize: int = 4) -> Cluster:
     """Three servers whose devices together hold `copies` of all experts beside what is reserved."""
-    slots = round(copies * config.num_layers * config.num_experts)
-    expert_bytes = config.expert_params * itemsize
+    slots = round(copies * config.num_moe_layers * config.num_experts)
+    expert_bytes = config.expert_bytes(itemsize)
     servers: list[dict[str, Any]] = [
         {"name": name, "devices": [{"memory": reserved + round(share * slots) * expert_bytes} for share in shares]}
         for name, shares in DEMO_SERVERS
@@ -37,7 +37,7 @@ def model_profile(
     """What was counted [servers, layers, experts], with the model's sizes."""
     return Profile(
         counts, cluster.names, model=name, top_k=config.top_k, hidden_size=config.hidden_size,
-        expert_bytes=config.expert_params * itemsize, reserved_bytes=reserved,
+        expert_bytes=config.expert_bytes(itemsize), reserved_bytes=reserved,
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from rich.console import Console
 import placement
 from dancemoe_jax.checkpoint import bundled_model, load_model
 from dancemoe_jax.config import ModelConfig
+from dancemoe_jax.experts import ExpertWeights
 from dancemoe_jax.generate import Weights, place_decoder, place_tables
 from dancemoe_jax.mesh import make_mesh
 from dancemoe_jax.migrate import Staged, commit, stage
@@ -101,12 +102,12 @@ class Demo:
         self.config, self.model_name = ModelConfig.from_hf(path), path.name
         config = self.config
         self.itemsize = 4  # float32 throughout
-        self.expert_bytes = config.expert_params * self.itemsize
+        self.expert_bytes = config.expert_bytes(self.itemsize)
         self.reserved = reserved_bytes(config, SEQUENCES, self.itemsize)
         self.cluster = (
             Cluster.from_toml(arguments.cluster) if arguments.cluster else demo_cluster(config, self.reserved)
         )
-        nothing = np.zeros((len(self.cluster.names), config.num_layers, config.num_experts), np.int64)
+        nothing = np.zeros((len(self.cluster.names), config.num_moe_layers, config.num_experts), np.int64)
         # Planned before anything is put on a device: a cluster that cannot hold one copy is refused here.
         self.placement = placement.plan(self._profile(nothing), self.cluster, "uniform")
         self.uniform = self.placement
@@ -117,7 +118,7 @@ class Demo:
         self.prompts = self._encode_prompts()
         self.layout = pool_layout(slots)
         self.slots = assign_slots(self.layout, self.placement.resident)
-        pool = fill_pool(self.mesh, self.layout, self.slots, self._read, self.model.experts.w_in.dtype)
+        pool = fill_pool(self.mesh, self.layout, self.slots, self._read)
         weights = Weights(place_decoder(self.model.decoder, self.mesh), pool, self._tables(self.slots))
         server = self.cluster.device_server
         self.engine = Engine(config, self.layout, self.mesh, weights, server, SEQUENCES, CHUNK)
@@ -182,8 +183,8 @@ class Demo:
     def _now(self) -> float:
         return time.monotonic() - self.zero
 
-    def _read(self, layer: int, expert: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.model.experts.w_in[layer, expert], self.model.experts.w_out[layer, expert]
+    def _read(self, layer: int, expert: int) -> ExpertWeights:
+        return jax.tree.map(lambda a: a[layer, expert], self.model.experts)
 
     def _profile(self, counts: np.ndarray) -> placement.Profile:
         return model_profile(
@@ -206,10 +207,10 @@ class Demo:
         return {name: [self.model.tokenizer.encode(text.decode()).ids for text in some] for name, some in texts.items()}
 
     def _describe(self) -> None:
-        config, total = self.config, self.config.num_layers * self.config.num_experts
+        config, total = self.config, self.config.num_moe_layers * self.config.num_experts
         parameters = config.other_params + total * config.expert_params
         self._say(
-            f"model {self.model_name}: {parameters / 1e6:.1f} M parameters, {config.num_layers} layers x "
+            f"model {self.model_name}: {parameters / 1e6:.1f} M parameters, {config.num_moe_layers} layers x "
             f"{config.num_experts} experts, top-{config.top_k}; {total} experts of {self.expert_bytes / 1e3:.0f} kB"
         )
         for index, (server, device) in enumerate(self.cluster.device_names):
@@ -331,7 +332,7 @@ class Demo:
 
             def prepare():
                 plan = placement.plan(self._profile(counts), self.cluster, "dance", previous=before)
-                return plan, stage(self.layout, self.slots, plan.resident, self._read, self.model.experts.w_in.dtype)
+                return plan, stage(self.layout, self.mesh, self.slots, plan.resident, self._read)
 
             job = worker.submit(prepare)
             self._serve(phase, job.done)
@@ -385,7 +386,7 @@ class Demo:
 
     def _result(self, checks: dict[str, Any]) -> dict[str, Any]:
         config = self.config
-        total = config.num_layers * config.num_experts
+        total = config.num_moe_layers * config.num_experts
         final, devices = self.placements[-1]["devices"], iter(range(len(self.layout.capacity)))
         servers = [
             {"name": server.name, "devices": [
@@ -402,7 +403,7 @@ class Demo:
             headline[f"reduction_{name}"] = 1 - phase["remote_share"] / max(phase["remote_share_uniform"], 1e-12)
         return {
             "format": "dancemoe.demo/1", "seed": self.seed,
-            "model": {"name": self.model_name, "layers": config.num_layers, "experts": config.num_experts,
+            "model": {"name": self.model_name, "layers": config.num_moe_layers, "experts": config.num_experts,
                       "top_k": config.top_k, "hidden_size": config.hidden_size, "expert_bytes": self.expert_bytes,
                       "parameters": config.other_params + total * config.expert_params},
             "cluster": {"servers": servers, "copies": sum(self.layout.capacity) / total},

@@ -179,10 +179,10 @@ class Engine:
         for name in ("local", "remote", "crossings", "rows"):
             getattr(tally, name)[...] += np.asarray(getattr(traffic, name))
         tally.steps += 1
-        tally.asked += self.config.num_layers
+        tally.asked += self.config.num_moe_layers
         tally.crossed += int((np.asarray(traffic.crossings).sum(0) > 0).sum())
 
     def _empty_tally(self) -> Tally:
-        shape = (len(self.running), self.config.num_layers)
+        shape = (len(self.running), self.config.num_moe_layers)
         local, remote, crossings, rows = np.zeros((4, *shape), np.int64)
         return Tally(local, remote, crossings, rows)

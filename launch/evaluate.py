@@ -160,15 +160,15 @@ def _score(config: ModelConfig, decoder: Decoder, experts: Experts, inputs, targ
     logits, topk_ids = forward(config, decoder, experts, inputs, moe=_grouped_moe)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     rows = len(inputs)
-    ids = topk_ids.reshape(config.num_layers, rows, -1)  # [layers, rows, width * k]
-    layer, row = jnp.arange(config.num_layers)[:, None, None], jnp.arange(rows)[None, :, None]
+    ids = topk_ids.reshape(config.num_moe_layers, rows, -1)  # [layers, rows, width * k]
+    layer, row = jnp.arange(config.num_moe_layers)[:, None, None], jnp.arange(rows)[None, :, None]
     counted = jnp.repeat(scored, config.top_k, axis=1).astype(jnp.int32)
-    counts = jnp.zeros((rows, config.num_layers, config.num_experts), jnp.int32).at[row, layer, ids].add(counted)
+    counts = jnp.zeros((rows, config.num_moe_layers, config.num_experts), jnp.int32).at[row, layer, ids].add(counted)
     return jnp.where(scored, losses, 0).sum(1), counts
 
 
-def _grouped_moe(h, w_in, w_out, topk_weights, topk_ids, logits):
-    return grouped_experts(h, w_in, w_out, topk_weights, topk_ids), topk_ids
+def _grouped_moe(h, weights, topk_weights, topk_ids, logits):
+    return grouped_experts(h, weights.w_in, weights.w_out, topk_weights, topk_ids), topk_ids
 
 
 def top_quarter_share(rank_by: np.ndarray, measure_on: np.ndarray) -> np.ndarray:

@@ -31,7 +31,7 @@ CAPACITY = (7, 10, 8, 16)
 
 def random_resident(rng, capacity=CAPACITY, config=CONFIG) -> np.ndarray:
     """A valid placement: every expert somewhere, then more copies until every device is full or holds all experts."""
-    grid = (config.num_layers, config.num_experts)
+    grid = (config.num_moe_layers, config.num_experts)
     resident = np.zeros((len(capacity), *grid), bool)
     for layer, expert in rng.permutation(np.argwhere(np.ones(grid, bool))):
         room = [d for d, most in enumerate(capacity) if resident[d].sum() < most]
@@ -58,7 +58,9 @@ class Small:
         config = dataclasses.replace(CONFIG, **changes)
         decoder, experts = Decoder(config, nnx.Rngs(seed)), Experts(config, nnx.Rngs(seed + 1))
         # Sharper routing, so that tokens differ in where they go.
-        decoder.layers.router = nnx.Param(decoder.layers.router[...] * 4)
+        for layers in decoder.runs:
+            if layers.router is not None:
+                layers.router = nnx.Param(layers.router[...] * 4)
         mesh = make_mesh(jax.devices()[: len(capacity)])
         return cls(config, decoder, experts, mesh, pool_layout(capacity), np.asarray(device_server))
 
@@ -67,7 +69,7 @@ class Small:
         return {"config": self.config, "layout": self.layout, "mesh": self.mesh}
 
     def read(self, layer, expert):
-        return np.asarray(self.experts.w_in[...][layer, expert]), np.asarray(self.experts.w_out[...][layer, expert])
+        return jax.tree.map(lambda a: np.asarray(a[layer, expert]), self.experts.weights)
 
     def place(self, resident):
         """Slots and weights under a placement."""

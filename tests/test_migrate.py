@@ -11,11 +11,11 @@ from dancemoe_jax.pool import buffers_of
 
 def contents(small, pool, slots):
     """Weights found in each expert's slot, by (device, layer, expert)."""
-    banks = [buffers_of(small.layout, side, small.mesh) for side in pool]
+    buffers = buffers_of(small.layout, pool, small.mesh)
     found = {}
     for device, layer, expert in np.argwhere(slots >= 0):
         bank, place = small.layout.locate(int(slots[device, layer, expert]))
-        found[device, layer, expert] = [np.asarray(own[device][bank])[place] for own in banks]
+        found[device, layer, expert] = jax.tree.map(lambda a, at=place: np.asarray(a[at]), buffers[device][bank])
     return found
 
 
@@ -34,8 +34,7 @@ def test_after_a_migration_every_slot_holds_its_expert(seed):
         pool, slots = migrate(pool, slots, resident, small.read, layout=small.layout, mesh=small.mesh)
         np.testing.assert_array_equal(slots >= 0, resident)
         for (_, layer, expert), found in contents(small, pool, slots).items():
-            for got, expected in zip(found, small.read(layer, expert), strict=True):
-                np.testing.assert_array_equal(got, expected)
+            jax.tree.map(np.testing.assert_array_equal, found, small.read(layer, expert))
         np.testing.assert_array_equal(resident_bytes(pool, small.mesh), memory)
 
 
@@ -54,12 +53,16 @@ def test_staging_reads_just_what_is_new(rng):
     after = random_resident(rng)
     read = []
     staged = stage(
-        small.layout, slots, after, lambda layer, expert: read.append((layer, expert)) or small.read(layer, expert)
+        small.layout,
+        small.mesh,
+        slots,
+        after,
+        lambda layer, expert: read.append((layer, expert)) or small.read(layer, expert),
     )
     new = after & (slots < 0)
     assert sorted(read) == sorted((layer, expert) for _, layer, expert in np.argwhere(new).tolist())
     assert staged.nbytes == new.sum() * small.config.expert_params * 4
-    assert stage(small.layout, slots, slots >= 0, small.read).nbytes == 0
+    assert stage(small.layout, small.mesh, slots, slots >= 0, small.read).nbytes == 0
 
 
 def test_a_refused_placement_changes_nothing(rng):
@@ -71,7 +74,7 @@ def test_a_refused_placement_changes_nothing(rng):
     with pytest.raises(ModelError, match="expert 2 of layer 1 is on no device"):
         migrate(weights.pool, slots, uncovered, small.read, layout=small.layout, mesh=small.mesh)
     for key, found in contents(small, weights.pool, slots).items():
-        np.testing.assert_array_equal(found[0], before[key][0])
+        jax.tree.map(np.testing.assert_array_equal, found, before[key])
 
 
 def test_writes_compile_once_for_each_bank(rng):
@@ -83,13 +86,19 @@ def test_writes_compile_once_for_each_bank(rng):
     del weights
     for _ in range(2):
         pool = commit(
-            pool, small.layout, small.mesh, staged := stage(small.layout, slots, random_resident(rng), small.read)
+            pool,
+            small.layout,
+            small.mesh,
+            staged := stage(small.layout, small.mesh, slots, random_resident(rng), small.read),
         )
         slots = staged.slots
     compiled = _write._cache_size()
     for _ in range(3):
         pool = commit(
-            pool, small.layout, small.mesh, staged := stage(small.layout, slots, random_resident(rng), small.read)
+            pool,
+            small.layout,
+            small.mesh,
+            staged := stage(small.layout, small.mesh, slots, random_resident(rng), small.read),
         )
         slots = staged.slots
     assert _write._cache_size() == compiled

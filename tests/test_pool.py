@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dancemoe_jax import ModelError, pool_layout, resident_bytes
-from dancemoe_jax.experts import dense_experts
+from dancemoe_jax.experts import ExpertWeights, dense_experts
 from dancemoe_jax.pool import ExpertPool, buffers_of, slot_experts
 
 
@@ -48,10 +48,14 @@ def test_pool_memory_is_what_the_capacities_say(rng):
 def test_pool_holds_each_expert_in_its_slot(rng):
     small = Small.make()
     slots, weights = small.place(random_resident(rng))
-    for device, own in enumerate(buffers_of(small.layout, weights.pool.w_in, small.mesh)):
+    for device, own in buffers_of(small.layout, weights.pool, small.mesh).items():
         for layer, expert in np.argwhere(slots[device] >= 0):
             bank, place = small.layout.locate(int(slots[device, layer, expert]))
-            np.testing.assert_array_equal(np.asarray(own[bank][place]), small.read(layer, expert)[0])
+            jax.tree.map(
+                lambda there, here, at=place: np.testing.assert_array_equal(there[at], here),
+                own[bank],
+                small.read(layer, expert),
+            )
 
 
 @pytest.mark.parametrize("tile", [1, 3, 8, 32])
@@ -66,13 +70,14 @@ def test_slot_experts_equals_the_dense_sum(tile, tokens, rng):
     skipped = rng.random((tokens, k)) < 0.4
     layout = pool_layout([11])
     split = np.cumsum(layout.banks)[:-1]
-    pool = ExpertPool(tuple(jnp.split(w_in, split)), tuple(jnp.split(w_out, split)))
-    got = slot_experts(layout, pool, x, jnp.where(skipped, -1, ids), jnp.asarray(weights), tile)
-    expected = dense_experts(x, w_in, w_out, jnp.where(skipped, 0, weights), jnp.asarray(ids))
+    pool = ExpertPool(tuple(map(ExpertWeights, jnp.split(w_in, split), jnp.split(w_out, split))))
+    got = slot_experts(layout, pool, x, jnp.where(skipped, -1, ids), jnp.asarray(weights), tile=tile)
+    expected = dense_experts(x, ExpertWeights(w_in, w_out), jnp.where(skipped, 0, weights), jnp.asarray(ids))
     np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
 
 
 def test_slot_experts_with_nothing_to_do_gives_zeros(rng):
-    pool = ExpertPool((jnp.ones((2, 4, 4)),), (jnp.ones((2, 2, 4)),))
-    out = slot_experts(pool_layout([2]), pool, jnp.ones((3, 4)), jnp.full((3, 2), -1), jnp.full((3, 2), jnp.nan), 4)
+    pool = ExpertPool((ExpertWeights(jnp.ones((2, 4, 4)), jnp.ones((2, 2, 4))),))
+    nothing = jnp.full((3, 2), -1), jnp.full((3, 2), jnp.nan)
+    out = slot_experts(pool_layout([2]), pool, jnp.ones((3, 4)), *nothing, tile=4)
     np.testing.assert_array_equal(out, 0)
