@@ -25,6 +25,7 @@ from dancemoe_jax.config import ModelConfig, ModelError
 from dancemoe_jax.experts import ExpertWeights, quantise
 from dancemoe_jax.families import Source, expert_sources, fields_of, layer_sources, whole_sources
 from dancemoe_jax.model import Decoder, Experts
+from dancemoe_jax.store import DecoderTensors, ExpertStore, is_store
 from dancemoe_jax.tensors import TensorFiles
 from dancemoe_jax.tokenizer import END_OF_TEXT, byte_tokenizer, load_tokenizer
 
@@ -46,11 +47,13 @@ class Model(NamedTuple):
 
 
 class ExpertFile:
-    """A model directory, its routed experts read one at a time; opening it checks all of the directory's tensors.
+    """A model on disk, its routed experts read one at a time; opening it checks all of its tensors.
 
     Args:
+        path: a Hugging Face directory, or a store of Orbax checkpoints (store.py).
         dtype: of all weights that are read.
-        int8: whether experts are rounded to int8 with a scale per output channel as they are read.
+        int8: whether experts are rounded to int8 with a scale per output channel as they are read. A store may hold them
+            like that already; they stay so.
 
     Raises:
         ModelError: the configuration or a tensor is missing, misshapen, of an unreadable type, or in a damaged file.
@@ -58,16 +61,24 @@ class ExpertFile:
 
     def __init__(self, path: str | Path, dtype: Any = np.float32, int8: bool = False):
         self.config = ModelConfig.from_hf(path)
-        self._tensors = TensorFiles(path)
         self._dtype, self._int8 = np.dtype(dtype), int8
-        _check(Path(path), self.config, self._tensors)
+        self._store = ExpertStore(path) if is_store(path) else None
+        self._tensors = TensorFiles(path) if self._store is None else self._store.decoder
+        _check(Path(path), self.config, self._tensors, self._store)
 
     def read(self, layer: int, expert: int) -> ExpertWeights:
-        """One logical expert; `layer` counts MoE layers."""
+        """One logical expert; `layer` counts MoE layers. Safe from several threads at once."""
+        if self._store is not None:
+            stored = ExpertWeights(**self._store.read(layer, expert))
+            weights = ExpertWeights(**{f: self._cast(f, part) for f, part in stored._asdict().items()})
+            return quantise(weights) if self._int8 and weights.s_in is None else weights
         shapes = _expert_shapes(self.config)
         sources = expert_sources(self.config, layer, expert)
         weights = ExpertWeights(**{field: self._read(source, shapes[field]) for field, source in sources.items()})
         return quantise(weights) if self._int8 else weights
+
+    def _cast(self, field: str, part: np.ndarray | None) -> np.ndarray | None:
+        return part if part is None or part.dtype == np.int8 or field.startswith("s_") else part.astype(self._dtype)
 
     def read_all(self) -> ExpertWeights:
         """All experts, axes [MoE layers, experts] in front."""
@@ -233,9 +244,9 @@ def check_replaceable(out: Path) -> None:
         )
 
 
-def _check(path: Path, config: ModelConfig, tensors: TensorFiles) -> None:
+def _check(path: Path, config: ModelConfig, tensors: TensorFiles | DecoderTensors, store: ExpertStore | None) -> None:
     """Raise ModelError unless every tensor of the model is there, with the shape that config.json asks for."""
-    for name, shape in _expected(config):
+    for name, shape in _expected(config, experts=store is None):
         if name not in tensors:
             raise ModelError(f"{path}: tensor {name!r} is missing; config.json asks for it, export the model again")
         if tensors.shape(name) != shape:
@@ -243,14 +254,20 @@ def _check(path: Path, config: ModelConfig, tensors: TensorFiles) -> None:
                 f"{path}: tensor {name!r} has shape {list(tensors.shape(name))}, config.json asks for {list(shape)}; "
                 "use the config.json that belongs to these weights"
             )
-        if tensors.kind(name) not in _READABLE:
+        if store is None and tensors.kind(name) not in _READABLE:
             raise ModelError(
                 f"{path}: tensor {name!r} is stored as {tensors.kind(name)}; supported: {', '.join(_READABLE)}"
             )
+    if store is not None:
+        shapes = {field: shape for field, (shape, _) in store.expert_arrays().items() if not field.startswith("s_")}
+        asked = {f: shape for f, shape in _expert_shapes(config).items() if config.expert_bias or f.startswith("w_")}
+        held = (store.num_layers, store.num_experts, shapes)
+        if held != (config.num_moe_layers, config.num_experts, asked):
+            raise ModelError(f"{path}: holds experts {held}, config.json asks for others; convert the model again")
 
 
-def _expected(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Tensor names and stored shapes of a whole model."""
+def _expected(config: ModelConfig, experts: bool = True) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Tensor names and stored shapes of a whole model, or of all of it but the routed experts."""
     decoder = _abstract_decoder(config)
     for field, source in whole_sources(config).items():
         yield from _stored_shapes(source, getattr(decoder, field).shape, config)
@@ -260,7 +277,7 @@ def _expected(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
             for field in _present(layers, sources):
                 yield from _stored_shapes(sources[field], getattr(layers, field).shape[1:], config)
     shapes = _expert_shapes(config)
-    for layer, expert in np.ndindex(config.num_moe_layers, config.num_experts):
+    for layer, expert in np.ndindex(config.num_moe_layers, config.num_experts if experts else 0):
         for field, source in expert_sources(config, layer, expert).items():
             yield from _stored_shapes(source, shapes[field], config)
 

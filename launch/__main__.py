@@ -1,4 +1,4 @@
-"""Command line: python -m launch demo | generate | train | evaluate. Exit 0 done, 2 unusable input, 1 anything else."""
+"""Command line: python -m launch demo | generate | score | convert | train | evaluate. Exit 0 done, 2 unusable input, 1 anything else."""
 
 import argparse
 import importlib
@@ -12,7 +12,9 @@ from placement import InputError
 
 COMMANDS = {
     "demo": "serve a small model on three unequal servers, plan from what is seen, migrate while serving",
-    "generate": "continue a prompt",
+    "generate": "continue prompts",
+    "score": "logits of given token ids, to compare with other implementations",
+    "convert": "a model between its Hugging Face directory and Orbax checkpoints, one expert readable at a time",
     "train": "train a small mixture of experts on text by domain",
     "evaluate": "quality of a model on held-out text, and how its routing differs by domain",
 }
