@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 
 from dancemoe_jax.config import ModelConfig, ModelError
 from dancemoe_jax.experts import ExpertWeights, quantise
-from dancemoe_jax.families import Source, expert_sources, fields_of, layer_sources, whole_sources
+from dancemoe_jax.families import Source, expert_sources, fields_of, layer_sources, stored_dtype, whole_sources
 from dancemoe_jax.model import Decoder, Experts
 from dancemoe_jax.store import DecoderTensors, ExpertStore, is_store
 from dancemoe_jax.tensors import TensorFiles
@@ -88,6 +88,13 @@ class ExpertFile:
             jax.tree.map(lambda whole, one, at=index: whole.__setitem__(at, one), every, self.read(*index))
         return every
 
+    def decoder_tensors(self) -> TensorFiles | DecoderTensors:
+        """The file's tensors as they are stored; `decoder_names` are those that are not routed experts."""
+        return self._tensors
+
+    def decoder_names(self) -> list[str]:
+        return list(dict.fromkeys(name for name, _ in _expected(self.config, experts=False)))
+
     def decoder(self) -> Decoder:
         """Everything that is not a routed expert, on the default device."""
         decoder = _abstract_decoder(self.config)
@@ -96,7 +103,9 @@ class ExpertFile:
         for (start, stop), layers in zip(self.config.runs, decoder.runs, strict=True):
             for field in _present(layers, layer_sources(self.config, start)):
                 shape = getattr(layers, field).shape
-                stacked = _aligned_empty(shape, self._dtype)
+                stacked = _aligned_empty(
+                    shape, stored_dtype(layer_sources(self.config, start)[field].names[0], self._dtype)
+                )
                 for index in range(start, stop):
                     stacked[index - start] = self._read(layer_sources(self.config, index)[field], shape[1:])
                 setattr(layers, field, nnx.Param(jnp.asarray(stacked)))
@@ -113,7 +122,7 @@ class ExpertFile:
             array = array.reshape(*shape[:-1], width)[..., start:stop]
         if source.interleaved:
             array = np.concatenate([array[..., ::2], array[..., 1::2]], axis=-1)
-        return np.ascontiguousarray(array.reshape(shape), dtype=self._dtype)
+        return np.ascontiguousarray(array.reshape(shape), dtype=stored_dtype(source.names[0], self._dtype))
 
 
 def load_model(path: str | Path, dtype: Any = jnp.float32, int8: bool = False) -> Model:
@@ -189,7 +198,7 @@ def stored_tensors(
             yield from _to_stored(source, np.asarray(getattr(weights, field)))
 
     for name, array in all_parts():
-        yield name, np.ascontiguousarray(array.astype(dtype))
+        yield name, np.ascontiguousarray(array.astype(stored_dtype(name, dtype)))
 
 
 def save_hf(out: Path, config: ModelConfig, decoder: Decoder, experts: Experts, dtype: str = "bfloat16") -> None:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from dancemoe_jax.config import Latent as LatentShape
 from dancemoe_jax.config import ModelConfig, ModelError, Rope, Routing
 
@@ -169,6 +171,11 @@ def layer_sources(config: ModelConfig, index: int) -> dict[str, Source]:
         "k_up": Source(kv_up, 1, span=(0, latent.nope_dim, both)),
         "v_up": Source(kv_up, 1, span=(latent.nope_dim, both, both)),
     }
+
+
+def stored_dtype(name: str, dtype: Any) -> np.dtype:
+    """The type to keep a tensor in where weights are to be `dtype`: biases that decide between experts stay float32."""
+    return np.dtype(np.float32) if name.endswith("e_score_correction_bias") else np.dtype(dtype)
 
 
 def expert_sources(config: ModelConfig, layer: int, expert: int) -> dict[str, Source]:

@@ -1,4 +1,4 @@
-"""Command line: python -m launch demo | generate | score | convert | train | evaluate. Exit 0 done, 2 unusable input, 1 anything else."""
+"""Command line: python -m launch COMMAND. Exit 0 done, 2 unusable input, 1 anything else."""
 
 import argparse
 import importlib

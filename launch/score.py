@@ -18,10 +18,14 @@ CHUNK = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, default=None, help="model directory or store (default: the bundled model)")
+    parser.add_argument(
+        "--model", type=Path, default=None, help="model directory or store (default: the bundled model)"
+    )
     parser.add_argument("--ids", type=Path, required=True, help="int [batch, length] token ids, a .npy file")
     parser.add_argument("--out", type=Path, required=True, help="where to write float32 [batch, length, vocabulary]")
-    parser.add_argument("--placement-seed", type=int, help="scatter the experts and copies at random (else dealt evenly)")
+    parser.add_argument(
+        "--placement-seed", type=int, help="scatter the experts and copies at random (else dealt evenly)"
+    )
     add_model_arguments(parser)
 
 
@@ -60,7 +64,14 @@ def score(local: Local, ids: np.ndarray) -> np.ndarray:
         lengths = np.full((devices, rows), min(CHUNK, length - start), np.int32)
         chunk = dealt[:, :, start : start + CHUNK]
         state, result = prefill(
-            local.weights, state, chunk, sequences, np.full_like(lengths, start), lengths, **local.shapes, all_logits=True
+            local.weights,
+            state,
+            chunk,
+            sequences,
+            np.full_like(lengths, start),
+            lengths,
+            **local.shapes,
+            all_logits=True,
         )
         parts.append(np.asarray(result.logits))
     logits = np.concatenate(parts, axis=2)
