@@ -5,10 +5,12 @@ unequal memory, the smaller ones pass a bank of theirs a second time in place of
 one buffer, two names, no bytes. Which expert sits in which slot is tables.py's business, changing it is migrate.py's.
 """
 
+import collections
 import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import NamedTuple
 
@@ -134,8 +136,8 @@ def fill_pool(
 
     Args:
         slots: int [devices, layers, experts], slot of each resident expert or -1 (tables.assign_slots).
-        read: (layer, expert) -> its weights on the host, in the pool's types. Called once for each copy; a few experts
-            are in host memory at a time.
+        read: (layer, expert) -> its weights on the host, in the pool's types. Called once for each copy, from several
+            threads; a few experts are in host memory at a time.
     """
     example = read(0, 0)
 
@@ -147,11 +149,25 @@ def fill_pool(
         return [jax.tree.map(functools.partial(zeros, count=count), example) for count in owned]
 
     def experts_of(device: int) -> Iterator[tuple[int, ExpertWeights]]:
-        for layer, index in np.argwhere(slots[device] >= 0):
-            yield int(slots[device, layer, index]), read(int(layer), int(index))
+        held = np.argwhere(slots[device] >= 0)
+        return zip(slots[device][tuple(held.T)].tolist(), read_ahead(read, map(tuple, held.tolist())), strict=True)
 
     pool = assemble(mesh, layout, {device: empty(device) for device in local_devices(mesh)})
     return write_experts(pool, layout, mesh, {device: experts_of(device) for device in local_devices(mesh)})
+
+
+def read_ahead(
+    read: Callable[[int, int], ExpertWeights], experts: Iterable[tuple[int, int]], threads: int = 4
+) -> Iterator[ExpertWeights]:
+    """Weights of (layer, expert) pairs in order, read by several threads: one waits for the disk, another transposes."""
+    with ThreadPoolExecutor(threads) as pool:
+        coming: collections.deque = collections.deque()
+        for layer, index in experts:
+            coming.append(pool.submit(read, layer, index))
+            if len(coming) > threads:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
 
 
 def write_experts(

@@ -192,7 +192,7 @@ def _threshold_among(scaled, rows, count):
     return jnp.where(nucleus, jnp.maximum(kth[:, 0], last), kth[:, 0]), settled
 
 
-def _integer(value: Any, least: int, below: float = math.inf) -> bool:
+def _integer(value: Any, least: int, below: int | float = math.inf) -> bool:
     return type(value) is int and least <= value < below
 
 

@@ -15,6 +15,7 @@ COMMANDS = {
     "generate": "continue prompts",
     "score": "logits of given token ids, to compare with other implementations",
     "convert": "a model between its Hugging Face directory and Orbax checkpoints, one expert readable at a time",
+    "bench": "measure loading",
     "train": "train a small mixture of experts on text by domain",
     "evaluate": "quality of a model on held-out text, and how its routing differs by domain",
 }

@@ -58,7 +58,15 @@ def slots_per_device(cluster: Cluster, reserved: int, expert_bytes: int) -> list
 
 
 def cluster_devices(count: int) -> Sequence[Any]:
-    """Devices to run a whole cluster in this process: the accelerators where there are enough, else virtual CPUs."""
-    jax.config.update("jax_num_cpu_devices", count)
+    """Devices to run a whole cluster in this process: the accelerators where there are enough, else virtual CPUs.
+
+    Raises:
+        InputError: this process uses JAX already, with fewer devices.
+    """
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:  # the devices are made once for a process
+        if len(jax.devices("cpu")) < count:
+            raise InputError(f"{count} devices: this process has {len(jax.devices('cpu'))} already") from None
     devices = jax.devices()
     return (devices if len(devices) >= count else jax.devices("cpu"))[:count]
