@@ -248,7 +248,7 @@ def _rope(fields: Fields, max_position: int, **more: Any) -> Rope:
     if kind == "llama3":
         more |= {"low_freq": given["low_freq_factor"], "high_freq": given["high_freq_factor"]}
     if kind == "yarn":
-        factor = given.get("factor") or max_position / original
+        factor = given.get("factor") or max_position / (original or max_position)
         amplitude = given.get("attention_factor") or (
             _mscale(factor, given.get("mscale") or 1) / _mscale(factor, given["mscale_all_dim"])
             if given.get("mscale") and given.get("mscale_all_dim")

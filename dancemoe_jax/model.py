@@ -153,7 +153,7 @@ def _latent_qkv(config: ModelConfig, layer: Layers, h, positions):
     """
     part = config.latent
     assert part is not None
-    if layer.q_down is not None:
+    if layer.q_down is not None and layer.q_down_norm is not None:
         h_q = rms_norm(h @ layer.q_down[...], layer.q_down_norm[...], _LATENT_EPS)
     else:
         h_q = h
@@ -239,7 +239,8 @@ def scan_layers(config: ModelConfig, decoder: Decoder, body: Callable, carry, pe
     """
     body = jax.checkpoint(body) if remat else body
     windows = jnp.array(config.windows, jnp.int32) if any(config.windows) else None
-    collected, done = [], 0
+    collected: list[Any] = []
+    done = 0
     for (start, stop), layers in zip(config.runs, decoder.runs, strict=True):
         dense = start in config.dense_layers
         count = 0 if dense else stop - start
@@ -251,7 +252,9 @@ def scan_layers(config: ModelConfig, decoder: Decoder, body: Callable, carry, pe
         carry, aux = jax.lax.scan(body, carry, (layers, jnp.arange(start, stop), window, own))
         done += count
         collected += [] if dense else [aux]
-    return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts) if len(parts) > 1 else parts[0], *collected)
+    if len(collected) == 1:
+        return carry, collected[0]
+    return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *collected)
 
 
 def head_logits(

@@ -150,7 +150,11 @@ def fill_pool(
 
     def experts_of(device: int) -> Iterator[tuple[int, ExpertWeights]]:
         held = np.argwhere(slots[device] >= 0)
-        return zip(slots[device][tuple(held.T)].tolist(), read_ahead(read, map(tuple, held.tolist())), strict=True)
+        return zip(
+            slots[device][tuple(held.T)].tolist(),
+            read_ahead(read, [(layer, index) for layer, index in held.tolist()]),
+            strict=True,
+        )
 
     pool = assemble(mesh, layout, {device: empty(device) for device in local_devices(mesh)})
     return write_experts(pool, layout, mesh, {device: experts_of(device) for device in local_devices(mesh)})

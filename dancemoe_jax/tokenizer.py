@@ -327,9 +327,10 @@ def _plain_messages(messages: Any) -> list[dict[str, Any]]:
         content = message.get("content")
         if isinstance(content, list):
             texts = [part.get("text") if isinstance(part, dict) else None for part in content]
-            if not all(isinstance(text, str) for text in texts):
+            known = [text for text in texts if isinstance(text, str)]
+            if len(known) < len(texts):
                 raise ModelError(f"messages[{number}]: content has a part without text; only text can be served")
-            content = "".join(texts)
+            content = "".join(known)
         if not isinstance(content, str | None):
             raise ModelError(f"messages[{number}]: content is a {type(content).__name__}, must be a text")
         plain.append({**message, "content": content})

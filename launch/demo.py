@@ -229,13 +229,13 @@ class Demo:
             self.engine.submit(Request(server, first, 2, 0.0))
         while not self.engine.idle:
             self.engine.step()
-        engine, empty = self.engine, [np.zeros_like(w) for w in self._read(0, 0)]
-        writes = []
+        engine, empty = self.engine, jax.tree.map(np.zeros_like, self._read(0, 0))
+        writes = {}
         for device in range(len(self.slots)):
             occupant = {int(s): tuple(i) for i, s in np.ndenumerate(self.slots[device]) if s >= 0}
             firsts = self.layout.starts[: self.layout.owned(device)]
-            writes.append(tuple((s, *(self._read(*occupant[s]) if s in occupant else empty)) for s in firsts))
-        pool = commit(engine.weights.pool, self.layout, self.mesh, Staged(self.slots, tuple(writes)))
+            writes[device] = [(s, self._read(*occupant[s]) if s in occupant else empty) for s in firsts]
+        pool = commit(engine.weights.pool, self.layout, self.mesh, Staged(self.slots, writes))
         engine.adopt(engine.weights._replace(pool=pool))
         engine.take_tally()
         self._say(f"compiled and warm after {time.monotonic() - start:.1f} s; serving")
