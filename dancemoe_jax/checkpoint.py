@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from dancemoe_jax.config import ModelConfig, ModelError
-from dancemoe_jax.experts import ExpertWeights, quantise
+from dancemoe_jax.experts import ExpertWeights, dequantise, quantise
 from dancemoe_jax.families import Source, expert_sources, fields_of, layer_sources, stored_dtype, whole_sources
 from dancemoe_jax.model import Decoder, Experts
 from dancemoe_jax.store import DecoderTensors, ExpertStore, is_store
@@ -171,9 +171,9 @@ def bundled_model() -> Path:
 
 
 def on_device(config: ModelConfig, experts: ExpertWeights) -> Experts:
-    """All experts on the default device, as `forward` takes them: for models that fit one device."""
+    """All experts on the default device, as `forward` takes them: for models that fit one device. int8 is multiplied out."""
     module = nnx.eval_shape(lambda: Experts(config, nnx.Rngs(0)))
-    for field, array in experts._asdict().items():
+    for field, array in dequantise(experts)._asdict().items():
         if array is not None:
             setattr(module, field, nnx.Param(jnp.asarray(array)))
     return module

@@ -44,6 +44,14 @@ def quantise(weights: ExpertWeights) -> ExpertWeights:
     return weights._replace(w_in=w_in, w_out=w_out, s_in=s_in, s_out=s_out)
 
 
+def dequantise(weights: ExpertWeights) -> ExpertWeights:
+    """Float32 weights in place of int8 ones with scales; others as they are. On the host."""
+    if weights.s_in is None:
+        return weights
+    w_in, w_out = weights.w_in * weights.s_in[..., None, :], weights.w_out * weights.s_out[..., None, :]
+    return weights._replace(w_in=w_in, w_out=w_out, s_in=None, s_out=None)
+
+
 def expert(
     x: Float[Array, "*tokens hidden"], weights: ExpertWeights, limit: float = 0.0
 ) -> Float[Array, "*tokens hidden"]:

@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 
 from dancemoe_jax.checkpoint import ExpertFile, stored_tensors
 from dancemoe_jax.config import ModelError
+from dancemoe_jax.experts import dequantise
 from dancemoe_jax.families import stored_dtype
 from dancemoe_jax.store import StoreWriter, is_store, replace_directory
 from launch.local import DTYPES
@@ -96,7 +97,9 @@ def _to_hf(source: Path, target: Path, file: ExpertFile, dtype: str, shard_bytes
     try:
         sizes, weight_map, number = 0, {}, 0
         for number, shard in enumerate(
-            _shards(stored_tensors(file.config, file.decoder(), _plain(file), dtype), shard_bytes)
+            _shards(
+                stored_tensors(file.config, file.decoder(), lambda *at: dequantise(file.read(*at)), dtype), shard_bytes
+            )
         ):
             name = f"model-{number + 1:05}.safetensors"
             save_file(shard, fresh / name, metadata={"format": "pt"})
@@ -116,19 +119,6 @@ def _to_hf(source: Path, target: Path, file: ExpertFile, dtype: str, shard_bytes
         replace_directory(fresh, target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-
-
-def _plain(file: ExpertFile):
-    """Reads experts with int8 weights multiplied out."""
-
-    def read(layer: int, expert: int):
-        weights = file.read(layer, expert)
-        if weights.s_in is None:
-            return weights
-        w_in, w_out = weights.w_in * weights.s_in, weights.w_out * weights.s_out
-        return weights._replace(w_in=w_in, w_out=w_out, s_in=None, s_out=None)
-
-    return read
 
 
 def _shards(tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int) -> Iterator[dict[str, np.ndarray]]:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from dancemoe_jax import ModelError, bundled_model, load_model
-from dancemoe_jax.checkpoint import ExpertFile
+from dancemoe_jax.checkpoint import ExpertFile, on_device
+from dancemoe_jax.model import forward
 from dancemoe_jax.store import StoreWriter
 from launch.__main__ import main
 
@@ -57,6 +58,12 @@ def test_int8_stores_stay_int8_and_go_back_multiplied_out(tmp_path):
         ExpertFile(FOLDER / "gpt_oss", int8=True).read(1, 2),
     )
     assert_same(ExpertFile(FOLDER / "gpt_oss"), ExpertFile(back), exact=False)
+    config, decoder = ExpertFile(store).config, ExpertFile(store).decoder()
+    logits = [
+        forward(config, decoder, on_device(config, ExpertFile(p).read_all()), np.array([[1, 2, 3]]))[0]
+        for p in (store, back)
+    ]
+    np.testing.assert_allclose(*logits, atol=1e-5)
 
 
 def test_an_interrupted_conversion_goes_on_and_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):

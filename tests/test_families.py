@@ -28,6 +28,7 @@ from dancemoe_jax.checkpoint import ExpertFile, on_device, stored_tensors
 from dancemoe_jax.families import FAMILIES
 from dancemoe_jax.model import forward
 from dancemoe_jax.tensors import TensorFiles
+from placement.__main__ import main as placement_main
 
 FOLDER = Path(__file__).parent / "fixtures" / "families"
 NAMES = sorted(path.name for path in FOLDER.iterdir())
@@ -153,3 +154,11 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(tmp_path, name, change, wo
     assert str(directory) in str(error.value)
     assert "\n" not in str(error.value)
     assert len(jax.live_arrays()) == before
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_planner_counts_the_same_parameters(name, capsys):
+    assert placement_main(["model", str(FOLDER / name / "config.json"), "--json"]) == 0
+    sizes, config = json.loads(capsys.readouterr().out), ModelConfig.from_hf(FOLDER / name)
+    assert sizes["expert_parameters"] == config.expert_params
+    assert sizes["other_parameters"] == config.other_params
