@@ -14,9 +14,12 @@ from dancemoe_jax import (
     ModelError,
     Weights,
     assign_slots,
+    bundled_model,
     decode_step,
     fill_pool,
+    generate,
     init_state,
+    load_model,
     make_mesh,
     place_decoder,
     place_tables,
@@ -162,3 +165,20 @@ def test_the_planner_counts_the_same_parameters(name, capsys):
     sizes, config = json.loads(capsys.readouterr().out), ModelConfig.from_hf(FOLDER / name)
     assert sizes["expert_parameters"] == config.expert_params
     assert sizes["other_parameters"] == config.other_params
+
+
+def test_the_bundled_model_says_what_it_says_in_transformers():
+    model = load_model(bundled_model())
+    config, mesh = model.config, make_mesh(jax.devices()[:4])
+    layout = pool_layout((60, 70, 80, 90))
+    slots = assign_slots(layout, random_resident(np.random.default_rng(0), layout.capacity, config))
+    pool = fill_pool(mesh, layout, slots, lambda layer, e: jax.tree.map(lambda a: a[layer, e], model.experts))
+    tables = place_tables(routing_tables(slots, DEVICE_SERVER), mesh)
+    weights = Weights(place_decoder(model.decoder, mesh), pool, tables)
+    with np.load(FOLDER.parent / "bundled.npz", allow_pickle=False) as stored:
+        prompts = [stored[f"prompt_{i}"].tolist() for i in range(2)]
+        for i, prompt in enumerate(prompts):
+            logits = forward(config, model.decoder, on_device(config, model.experts), np.array([prompt]))[0]
+            assert_equal(np.asarray(logits)[0], stored[f"logits_{i}"])
+        expected = [stored[f"output_{i}"].tolist() for i in range(2)]
+    assert generate(weights, prompts, len(expected[0]), config=config, layout=layout, mesh=mesh) == expected
