@@ -171,6 +171,10 @@ class ModelConfig:
                 f"config: top_k = {self.top_k} exceeds the {top_groups * self.num_experts // groups} experts of "
                 f"{top_groups} groups"
             )
+        if self.routing.correction and groups > 1 and self.num_experts < 2 * groups:
+            raise ModelError(
+                f"config: {groups} groups of {self.num_experts} experts; groups are judged by two experts each"
+            )
         wrong = [i for i in self.dense_layers if type(i) is not int or not 0 <= i < self.num_layers]
         if wrong or len(set(self.dense_layers)) >= self.num_layers:
             raise ModelError(

@@ -53,6 +53,7 @@ CHANGES = [
         ({"rope": Rope(kind="ntk")}, "rope kind = 'ntk' is not supported"),
         ({"routing": Routing(groups=4)}, "1 of 4 groups"),
         ({"routing": Routing(groups=6, top_groups=1)}, "exceeds the 1 experts of 1 groups"),
+        ({"routing": Routing(correction=True, groups=6, top_groups=6)}, "judged by two experts each"),
         ({"dense_layers": (2,), "dense_size": 8}, "dense_layers = [2]"),
         ({"dense_layers": (0, 1), "dense_size": 8}, "some, not all"),
         ({"dense_layers": (0,)}, "dense_size = 0"),
