@@ -5,6 +5,7 @@ plain pytrees and go through `jax.jit` and `jax.grad` as they are. How a layer's
 (`moe`): dense for the reference, grouped for training, dispatched over devices for serving (dispatch.py).
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -117,16 +118,22 @@ class Experts(nnx.Module):
 class Decoder(nnx.Module):
     """Embedding, decoder layers, final norm and head: what every device holds. Routed experts live apart.
 
-    `runs` holds the layers, one `Layers` for each of `config.runs`.
+    `runs` are the layers, one `Layers` for each of `config.runs`.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype=jnp.float32):
         self.embedding = _normal(rngs, (config.vocab_size, config.hidden_size), config.hidden_size, dtype)
-        runs = [Layers(config, b - a, a in config.dense_layers, rngs, dtype) for a, b in config.runs]
-        self.runs = nnx.List(runs)
+        for number, (a, b) in enumerate(config.runs):
+            setattr(self, f"run_{number}", Layers(config, b - a, a in config.dense_layers, rngs, dtype))
         self.final_norm = nnx.Param(jnp.ones((config.hidden_size,), dtype))
         shape = (config.hidden_size, config.vocab_size)
         self.head = None if config.tie_embeddings else _normal(rngs, shape, config.hidden_size, dtype)
+
+    @property
+    def runs(self) -> list[Layers]:
+        """`run_0`, `run_1`, …: attributes, because Orbax takes no tree that has lists among names."""
+        names = itertools.takewhile(lambda name: hasattr(self, name), (f"run_{i}" for i in itertools.count()))
+        return [getattr(self, name) for name in names]
 
 
 def _grouped_qkv(config: ModelConfig, layer: Layers, h, positions):

@@ -114,15 +114,17 @@ def join(
     if server not in cluster.names:
         raise InputError(f"server {server}: not in {cluster.source}; known are {', '.join(cluster.names)}")
     index, count = cluster.names.index(server), len(cluster.servers)
-    jax.config.update("jax_num_cpu_devices", len(cluster.servers[index].devices))
+    devices_here = len(cluster.servers[index].devices)
     if count == 1:
+        jax.config.update("jax_num_cpu_devices", devices_here)
         yield ordered_devices(cluster)
         return
     coordinator = coordinator or coordinator_address(cluster)
     facts = {"cluster file": cluster_fingerprint(cluster), "version of JAX": jax.__version__, **(agree or {})}
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
     with meeting(cluster.names, server, coordinator, facts, timeout):
+        jax.config.update("jax_num_cpu_devices", devices_here)
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
         jax.distributed.initialize(
             coordinator, count, index, local_device_ids=_visible(cluster, index), cluster_detection_method="deactivate",
             initialization_timeout=max(1, round(timeout)), heartbeat_timeout_seconds=30, shutdown_timeout_seconds=60,

@@ -176,7 +176,8 @@ def _resume(
         saved = checkpointer.metadata(step).custom_metadata
         saved = dict(saved) if isinstance(saved, dict) else {}
         seconds = saved.pop("seconds", None)
-        same = saved == json.loads(json.dumps(recipe))
+        recipe = json.loads(json.dumps(recipe))  # as it comes back: tuples are lists
+        same = saved == recipe
         state = checkpointer.load(step, state) if same else state
     except Exception as error:  # orbax and its storage raise many kinds for a damaged checkpoint
         reason = (str(error).splitlines() or [type(error).__name__])[0]
