@@ -17,10 +17,10 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Int
 
 from dancemoe_jax.config import ModelConfig, ModelError
-from dancemoe_jax.dispatch import Traffic, dispatch
-from dancemoe_jax.mesh import AXIS, replicated, sharded
+from dancemoe_jax.dispatch import Traffic, Transport, default_transport, dispatch
+from dancemoe_jax.mesh import AXIS, deal, own_rows, put, replicated, sharded
 from dancemoe_jax.model import Decoder, decoder_layer, head_logits, scan_layers
-from dancemoe_jax.pool import ExpertPool, PoolLayout, slot_experts
+from dancemoe_jax.pool import ExpertPool, PoolLayout, local_devices, slot_experts
 from dancemoe_jax.tables import Tables
 
 DECODE_TILE, PREFILL_TILE = 8, 32
@@ -55,11 +55,25 @@ class StepResult(NamedTuple):
         tokens: int32 [devices, rows], the greedy next token of every row.
         logits: float32 [devices, rows, vocab] they come from; with `all_logits` [devices, rows, chunk, vocab].
         traffic: int32 [devices, MoE layers] each.
+        notes: int32 [devices, n], what was passed in, of all devices on all of them.
     """
 
     tokens: jax.Array
     logits: jax.Array
     traffic: Traffic
+    notes: jax.Array
+
+
+class GivenRouting(NamedTuple):
+    """Experts of each token that are known beforehand, from a trace: they take the place of the router's choice.
+
+    Attributes:
+        ids: int32 [devices, tokens, MoE layers, k], tokens in the order of the step's rows.
+        weights: float of the same shape.
+    """
+
+    ids: jax.Array
+    weights: jax.Array
 
 
 def init_state(config: ModelConfig, mesh: Mesh, sequences: int, dtype=jnp.float32) -> State:
@@ -77,38 +91,51 @@ def init_state(config: ModelConfig, mesh: Mesh, sequences: int, dtype=jnp.float3
 
 def place_decoder(decoder: Decoder, mesh: Mesh) -> Decoder:
     """Everything but the routed experts, on every device."""
-    return jax.device_put(decoder, replicated(mesh))
+    return put(decoder, replicated(mesh))
 
 
 def place_tables(tables: Tables, mesh: Mesh) -> Tables:
     """Tables where the steps read them."""
     by_source: Any = sharded(mesh)
     everywhere: Any = replicated(mesh)
-    return jax.device_put(tables, Tables(by_source, by_source, everywhere, everywhere))
+    return put(tables, Tables(by_source, by_source, everywhere, everywhere))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "layout", "mesh"), donate_argnames=("state",))
+_SHAPES = ("config", "layout", "mesh", "transport")
+
+
+@functools.partial(jax.jit, static_argnames=_SHAPES, donate_argnames=("state",))
 def decode_step(
     weights: Weights,
     state: State,
     tokens: Int[ArrayLike, "devices sequences"],
     positions: Int[ArrayLike, "devices sequences"],
     active: Bool[ArrayLike, "devices sequences"],
+    notes: Int[ArrayLike, "devices n"] | None = None,
+    routing: GivenRouting | None = None,
     *,
     config: ModelConfig,
     layout: PoolLayout,
     mesh: Mesh,
+    transport: Transport | None = None,
 ) -> tuple[State, StepResult]:
-    """One token for every active sequence: token and its position in, the next token out."""
+    """One token for every active sequence: token and its position in, the next token out.
 
-    def local(weights, state, tokens, positions, active):
+    Args:
+        notes: numbers of each device that all are to hear, at no cost beyond the step's own.
+        routing: takes the place of the router's.
+        transport: how rows travel; default: as fits the mesh (dispatch.default_transport).
+    """
+
+    def local(weights, state, tokens, positions, active, *rest):
         rows = jnp.where(active[0], positions[0], config.max_position)[:, None]
-        return _run(config, layout, weights, state, tokens[0][:, None], rows, None, DECODE_TILE)
+        step = _Step(config, layout, transport or default_transport(mesh), DECODE_TILE, *rest)
+        return _run(step, weights, state, tokens[0][:, None], rows, None)
 
-    return _over_devices(local, mesh)(weights, state, tokens, positions, active)
+    return _over_devices(local, mesh)(weights, state, tokens, positions, active, _notes(mesh, notes), routing)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "layout", "mesh", "all_logits"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=(*_SHAPES, "all_logits"), donate_argnames=("state",))
 def prefill(
     weights: Weights,
     state: State,
@@ -116,10 +143,13 @@ def prefill(
     sequences: Int[ArrayLike, "devices rows"],
     starts: Int[ArrayLike, "devices rows"],
     lengths: Int[ArrayLike, "devices rows"],
+    notes: Int[ArrayLike, "devices n"] | None = None,
+    routing: GivenRouting | None = None,
     *,
     config: ModelConfig,
     layout: PoolLayout,
     mesh: Mesh,
+    transport: Transport | None = None,
     all_logits: bool = False,
 ) -> tuple[State, StepResult]:
     """A chunk of prompt for `rows` sequences of each device.
@@ -128,18 +158,25 @@ def prefill(
         sequences: which of the device's sequences each row belongs to; rows of one step belong to different ones.
         starts: position of each chunk's first token.
         lengths: tokens of the chunk that count; 0 for a row without work.
+        notes, routing, transport: as in `decode_step`.
         all_logits: give the logits at every position of the chunk, not only at its last token.
 
     Returns:
         State, and of each row the token that follows the chunk's last one.
     """
 
-    def local(weights, state, tokens, sequences, starts, lengths):
+    def local(weights, state, tokens, sequences, starts, lengths, *rest):
         index = jnp.arange(tokens.shape[2])
         positions = jnp.where(index < lengths[0][:, None], starts[0][:, None] + index, config.max_position)
-        return _run(config, layout, weights, state, tokens[0], positions, sequences[0], PREFILL_TILE, all_logits)
+        step = _Step(config, layout, transport or default_transport(mesh), PREFILL_TILE, *rest)
+        return _run(step, weights, state, tokens[0], positions, sequences[0], all_logits)
 
-    return _over_devices(local, mesh)(weights, state, tokens, sequences, starts, lengths)
+    notes = _notes(mesh, notes)
+    return _over_devices(local, mesh)(weights, state, tokens, sequences, starts, lengths, notes, routing)
+
+
+def _notes(mesh, notes):
+    return jnp.zeros((mesh.size, 0), jnp.int32) if notes is None else notes
 
 
 def _over_devices(local, mesh):
@@ -149,7 +186,7 @@ def _over_devices(local, mesh):
     everywhere: Any = P()
     weights = Weights(everywhere, own, Tables(own, own, everywhere, everywhere))
     state = State(cache, cache, own)
-    result = StepResult(own, own, Traffic(own, own, own, own))
+    result = StepResult(own, own, Traffic(own, own, own, own), everywhere)
 
     def run(*arguments):
         specs = (weights, state, *(own for _ in arguments[2:]))
@@ -158,15 +195,27 @@ def _over_devices(local, mesh):
     return run
 
 
-def _run(config, layout, weights, state, tokens, positions, sequences, tile, all_logits=False):
+class _Step(NamedTuple):
+    """What the layers of one device's step share."""
+
+    config: ModelConfig
+    layout: PoolLayout
+    transport: Transport
+    tile: int
+    notes: jax.Array
+    routing: GivenRouting | None
+
+
+def _run(step, weights, state, tokens, positions, sequences, all_logits=False):
     """One step of one device. tokens, positions [rows, chunk]; a position of max_position marks a row as empty."""
+    config, layout = step.config, step.layout
     rows = len(tokens)
     valid = positions < config.max_position
     sequence = jnp.arange(rows) if sequences is None else sequences
     cache_positions = jnp.broadcast_to(jnp.arange(config.max_position), (rows, config.max_position))
-    tables = Tables(weights.tables.device[0], weights.tables.slot[0], weights.tables.exchange, weights.tables.server)
-
-    compute = functools.partial(slot_experts, layout, weights.pool, tile=tile, limit=config.swiglu_limit)
+    tables = weights.tables._replace(device=weights.tables.device[0], slot=weights.tables.slot[0])
+    busy, notes = _tell_all(valid.any(), step.notes[0])
+    compute = functools.partial(slot_experts, layout, weights.pool, tile=step.tile, limit=config.swiglu_limit)
 
     def body(carry, layer_inputs):
         x, *caches = carry
@@ -185,16 +234,20 @@ def _run(config, layout, weights, state, tokens, positions, sequences, tile, all
             return how(q, k, v, jnp.where(valid, positions, 0), cache_positions), kept
 
         def moe(h, topk_weights, topk_ids, logits):
-            device, slot, exchange = own
-            layer_tables = Tables(device, slot, exchange, tables.server)
-            routed, traffic = dispatch(compute, layer_tables, h, topk_weights, topk_ids, valid.reshape(-1))
+            layer_tables, given = own
+            if given is not None:
+                topk_ids, topk_weights = given.ids, given.weights.astype(topk_weights.dtype)
+            routed, traffic = dispatch(
+                compute, layout.links, layer_tables, h, topk_weights, topk_ids, valid.reshape(-1), busy,
+                transport=step.transport,
+            )  # fmt: skip
             ones = jnp.broadcast_to(valid.reshape(-1, 1), topk_ids.shape).astype(jnp.int32)
             return routed, (traffic, jnp.zeros(config.num_experts, jnp.int32).at[topk_ids].add(ones))
 
         x, caches, aux = decoder_layer(config, layer, x, positions, attention, moe, window)
         return (x, *caches), aux
 
-    per_layer = (tables.device, tables.slot, tables.exchange)
+    per_layer = (tables, jax.tree.map(lambda a: jnp.swapaxes(a[0], 0, 1), step.routing))
     carry = (weights.decoder.embedding[...][tokens], state.k, state.v)
     (x, k, v), (traffic, counts) = scan_layers(config, weights.decoder, body, carry, per_layer)
     last = jnp.maximum(valid.sum(1) - 1, 0)[:, None]
@@ -204,9 +257,17 @@ def _run(config, layout, weights, state, tokens, positions, sequences, tile, all
     else:
         final = logits = head_logits(config, weights.decoder, jnp.take_along_axis(x, last[:, :, None], axis=1)[:, 0])
     result = StepResult(
-        jnp.argmax(final, -1).astype(jnp.int32)[None], logits[None], jax.tree.map(lambda a: a[None], traffic)
+        jnp.argmax(final, -1).astype(jnp.int32)[None], logits[None], jax.tree.map(lambda a: a[None], traffic), notes
     )
     return State(k, v, state.counts + counts[None]), result
+
+
+def _tell_all(busy, notes):
+    """Of every device whether it has tokens, and its notes: the one exchange that every step has."""
+    own = jnp.concatenate([busy[None].astype(jnp.int32), notes])
+    here = jnp.arange(jax.lax.axis_size(AXIS)) == jax.lax.axis_index(AXIS)
+    everyone = jax.lax.psum(jnp.where(here[:, None], own, 0), AXIS)
+    return everyone[:, 0] > 0, everyone[:, 1:]
 
 
 def generate(
@@ -218,6 +279,7 @@ def generate(
     layout: PoolLayout,
     mesh: Mesh,
     chunk: int = 64,
+    transport: Transport | None = None,
 ) -> list[list[int]]:
     """Greedy continuation of each prompt, prompts dealt over the devices in turn.
 
@@ -226,7 +288,8 @@ def generate(
         max_tokens: tokens to generate for each prompt, fewer where the end-of-text token or the context ends it.
 
     Returns:
-        The generated tokens of each prompt, end-of-text not included.
+        The generated tokens of each prompt, end-of-text not included. Where several processes run this together, each
+        gets those of the prompts on its own devices, and empty lists for the others.
 
     Raises:
         ModelError: an empty prompt, one that leaves no room in the context, or ids outside the vocabulary.
@@ -241,23 +304,18 @@ def generate(
     for i, prompt in enumerate(prompts):
         padded[i % mesh.size, i // mesh.size, : len(prompt)] = prompt
         length[i % mesh.size, i // mesh.size] = len(prompt)
-    shapes = {"config": config, "layout": layout, "mesh": mesh}
+    shapes: Any = {"config": config, "layout": layout, "mesh": mesh, "transport": transport}
     current = np.zeros(grid, np.int32)
     sequences = np.broadcast_to(np.arange(per_device, dtype=np.int32), grid)
     for start in range(0, int(length.max()), chunk):
         lengths = np.clip(length - start, 0, chunk)
-        state, result = prefill(
-            weights,
-            state,
-            padded[:, :, start : start + chunk],
-            sequences,
-            np.full(grid, start, np.int32),
-            lengths,
-            **shapes,
-        )
-        current = np.where(lengths > 0, np.asarray(result.tokens), current)
+        rows = (padded[:, :, start : start + chunk], sequences, np.full(grid, start, np.int32), lengths)
+        state, result = prefill(weights, state, *(deal(mesh, part) for part in rows), **shapes)
+        for device, tokens in own_rows(result.tokens).items():
+            current[device] = np.where(lengths[device] > 0, tokens, current[device])
     outputs: list[list[int]] = [[] for _ in prompts]
-    active = length > 0
+    active = (length > 0) & np.isin(np.arange(mesh.size), local_devices(mesh))[:, None]
+    elsewhere = jax.process_count() > 1
     for _ in range(max_tokens):
         for i, output in enumerate(outputs):
             at = (i % mesh.size, i // mesh.size)
@@ -266,11 +324,14 @@ def generate(
             elif active[at]:
                 output.append(int(current[at]))
                 active[at] = len(prompts[i]) + len(output) < config.max_position and len(output) < max_tokens
-        if not active.any():
+        if not (active.any() or elsewhere):
             break
-        state, result = decode_step(weights, state, current, length, active, **shapes)
+        rows = (current, length, active, active.any(1, keepdims=True).astype(np.int32))
+        state, result = decode_step(weights, state, *(deal(mesh, part) for part in rows), **shapes)
+        elsewhere = jax.process_count() > 1 and bool(np.asarray(result.notes).any())
         length = length + active
-        current = np.where(active, np.asarray(result.tokens), current)
+        for device, tokens in own_rows(result.tokens).items():
+            current[device] = np.where(active[device], tokens, current[device])
     return outputs
 
 

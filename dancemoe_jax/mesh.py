@@ -23,3 +23,28 @@ def sharded(mesh: Mesh, axis: int = 0) -> NamedSharding:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
+
+
+def put(tree: Any, sharding: Any) -> Any:
+    """Arrays in a sharding (a tree of them, or one for all), from values that every process has."""
+
+    def everywhere(array: Any, where: NamedSharding) -> jax.Array:
+        if jax.process_count() == 1:
+            return jax.device_put(array, where)
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+
+    if isinstance(sharding, NamedSharding):
+        return jax.tree.map(lambda array: everywhere(array, sharding), tree)
+    return jax.tree.map(everywhere, tree, sharding)
+
+
+def deal(mesh: Mesh, rows: Any) -> jax.Array:
+    """Rows [devices, …] on their devices. Each process has to know those of its own devices only."""
+    rows = np.asarray(rows)
+    return jax.make_array_from_callback(rows.shape, sharded(mesh), lambda index: rows[index])
+
+
+def own_rows(array: jax.Array) -> dict[int, np.ndarray]:
+    """Of an array [devices, …], by device, the rows of this process's devices."""
+    return {shard.index[0].start or 0: np.asarray(shard.data)[0] for shard in array.addressable_shards}

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, SupportsInt
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from dancemoe_jax.config import ModelError
+from dancemoe_jax.exchange import Links, make_links
 from dancemoe_jax.experts import ExpertWeights, expert
 from dancemoe_jax.mesh import sharded
 
@@ -41,15 +42,22 @@ class ExpertPool(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PoolLayout:
-    """How the slots of each device are cut into banks.
+    """The devices, and how the slots of each are cut into banks.
 
     Attributes:
         capacity: slots of each device.
         banks: slots of each bank. A device owns a prefix of this list, so a slot's number is the same cut everywhere.
+        server: of each device.
     """
 
     capacity: tuple[int, ...]
     banks: tuple[int, ...]
+    server: tuple[int, ...]
+
+    @cached_property
+    def links(self) -> Links:
+        """Who sends to whom in an exchange."""
+        return make_links(self.server, max(self.capacity))
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
@@ -70,15 +78,22 @@ class PoolLayout:
         return bank, slot - self.starts[bank]
 
 
-def pool_layout(capacity: Sequence[int]) -> PoolLayout:
+def pool_layout(capacity: Sequence[int], server: Iterable[SupportsInt] | None = None) -> PoolLayout:
     """Cut devices' slots into banks so that no slot is lost and every bank's size occurs among those all devices own.
 
     The distinct capacities are levels; a step between two levels becomes one bank, and the smallest device's slots are
     cut so that a bank of each step's size is among them. Steps too large for that are cut into equal parts.
 
+    Args:
+        capacity: slots of each device.
+        server: of each device, a number; default: all are on one.
+
     Raises:
-        ModelError: a device has no slot at all.
+        ModelError: a device has no slot at all, or there is not one server for each.
     """
+    server = tuple(int(s) for s in server) if server is not None else (0,) * len(capacity)
+    if len(server) != len(capacity):
+        raise ModelError(f"pool: {len(capacity)} devices, but servers of {len(server)}")
     if min(capacity) < 1:
         raise ModelError(
             f"device {int(np.argmin(capacity))} has room for no expert; give it more memory or leave it out"
@@ -90,7 +105,7 @@ def pool_layout(capacity: Sequence[int]) -> PoolLayout:
         steps = [size for step in steps for size in [part] * (step // part) + [step % part] * (step % part > 0)]
     shared = sorted(set(steps))
     rest = levels[0] - sum(shared)
-    return PoolLayout(tuple(int(c) for c in capacity), (*([rest] if rest else []), *shared, *steps))
+    return PoolLayout(tuple(int(c) for c in capacity), (*([rest] if rest else []), *shared, *steps), server)
 
 
 def local_devices(mesh: Mesh) -> list[int]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dancemoe_jax.config import ModelError
+from dancemoe_jax.exchange import link_needs
 from dancemoe_jax.pool import PoolLayout
 
 
@@ -17,14 +18,15 @@ class Tables(NamedTuple):
     Attributes:
         device: int32 [devices, layers, experts], the device whose copy the source uses; sharded by source.
         slot: int32 [devices, layers, experts], the slot of that copy; sharded by source.
-        exchange: bool [layers], whether any device may need another in that layer; replicated.
-        server: int32 [devices], the server of every device; replicated.
+        needs: bool [layers, devices, devices, devices], whether the pair (source, target) may carry rows of the tokens of a
+            device (exchange.link_needs); replicated.
+        eager: bool [layers, devices, devices], pairs whose first row goes before it is known that it is needed; replicated.
     """
 
     device: np.ndarray
     slot: np.ndarray
-    exchange: np.ndarray
-    server: np.ndarray
+    needs: np.ndarray
+    eager: np.ndarray
 
 
 def assign_slots(layout: PoolLayout, resident: np.ndarray, previous: np.ndarray | None = None) -> np.ndarray:
@@ -61,10 +63,11 @@ def assign_slots(layout: PoolLayout, resident: np.ndarray, previous: np.ndarray 
 
 
 def routing_tables(
+    layout: PoolLayout,
     slots: np.ndarray,
-    device_server: np.ndarray,
     link_cost: np.ndarray | None = None,
     serving: np.ndarray | None = None,
+    likely: np.ndarray | None = None,
 ) -> Tables:
     """Choose a copy for every source device: its own, then one on its server, then one over the cheapest link.
 
@@ -72,13 +75,14 @@ def routing_tables(
 
     Args:
         slots: int [devices, layers, experts], from `assign_slots`.
-        device_server: int [devices], server of each device.
         link_cost: float [servers, servers], cost of reaching column from row; default: all links alike.
         serving: int [servers, layers, experts], the server that a planner wants to serve each server's calls; where it
             holds no copy, the links decide.
+        likely: bool [servers, layers, servers], whether a step of row's tokens is so sure to need column in a layer that
+            its first row had better go without asking; default: nobody.
     """
     devices, layers, experts = slots.shape
-    device_server = np.asarray(device_server)
+    device_server = np.asarray(layout.server)
     servers = int(device_server.max()) + 1
     cost = np.ones((servers, servers)) if link_cost is None else np.asarray(link_cost, float)
     # 0 = this device, 1 = this server, 2 and up = other servers by the rank of their link's cost.
@@ -97,5 +101,8 @@ def routing_tables(
         turn = (spread + source) % best.sum(0)
         chosen[source] = np.argmax(best & (np.cumsum(best, axis=0) - 1 == turn), axis=0)
     slot = np.take_along_axis(slots, chosen, axis=0)
-    exchange = (chosen != np.arange(devices)[:, None, None]).any(axis=(0, 2))
-    return Tables(chosen, slot.astype(np.int32), exchange, device_server.astype(np.int32))
+    # Within a server the devices share nearly every token, and bytes cost nothing.
+    eager = np.broadcast_to(device_server[:, None] == device_server, (layers, devices, devices)).copy()
+    if likely is not None:
+        eager |= np.asarray(likely)[device_server][:, :, device_server].transpose(1, 0, 2)
+    return Tables(chosen, slot.astype(np.int32), link_needs(layout.links, chosen), eager)

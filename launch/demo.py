@@ -116,7 +116,7 @@ class Demo:
         self.mesh = make_mesh(cluster_devices(len(slots)))
         self.model = load_model(path)
         self.prompts = self._encode_prompts()
-        self.layout = pool_layout(slots)
+        self.layout = pool_layout(slots, self.cluster.device_server)
         self.slots = assign_slots(self.layout, self.placement.resident)
         pool = fill_pool(self.mesh, self.layout, self.slots, self._read)
         weights = Weights(place_decoder(self.model.decoder, self.mesh), pool, self._tables(self.slots))
@@ -194,7 +194,7 @@ class Demo:
     def _tables(self, slots: np.ndarray):
         # Which copy serves a remote call is the planner's rule, the one that its costs are counted by.
         serving = serving_server(self.problem, self.problem.held(slots >= 0))
-        return place_tables(routing_tables(slots, self.cluster.device_server, serving=serving), self.mesh)
+        return place_tables(routing_tables(self.layout, slots, serving=serving), self.mesh)
 
     def _encode_prompts(self) -> dict[str, list[list[int]]]:
         length = min(PROMPT_TOKENS, self.config.max_position - OUTPUT_TOKENS[1])

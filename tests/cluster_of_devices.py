@@ -26,6 +26,7 @@ CONFIG = ModelConfig(
     expert_size=16, max_position=48,
 )  # fmt: skip
 DEVICE_SERVER = np.array([0, 1, 2, 2])
+PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8], [4, 6], [60, 2, 8, 1, 33, 12, 7, 7, 7]]
 CAPACITY = (7, 10, 8, 16)
 
 
@@ -54,15 +55,15 @@ class Small:
     device_server: np.ndarray
 
     @classmethod
-    def make(cls, seed=0, capacity=CAPACITY, device_server=DEVICE_SERVER, **changes):
+    def make(cls, seed=0, capacity=CAPACITY, device_server=DEVICE_SERVER, devices=None, **changes):
         config = dataclasses.replace(CONFIG, **changes)
         decoder, experts = Decoder(config, nnx.Rngs(seed)), Experts(config, nnx.Rngs(seed + 1))
         # Sharper routing, so that tokens differ in where they go.
         for layers in decoder.runs:
             if layers.router is not None:
                 layers.router = nnx.Param(layers.router[...] * 4)
-        mesh = make_mesh(jax.devices()[: len(capacity)])
-        return cls(config, decoder, experts, mesh, pool_layout(capacity), np.asarray(device_server))
+        mesh = make_mesh(devices or jax.devices()[: len(capacity)])
+        return cls(config, decoder, experts, mesh, pool_layout(capacity, device_server), np.asarray(device_server))
 
     @property
     def shapes(self):
@@ -77,8 +78,8 @@ class Small:
         pool = fill_pool(self.mesh, self.layout, slots, self.read)
         return slots, Weights(place_decoder(self.decoder, self.mesh), pool, self.tables(slots))
 
-    def tables(self, slots):
-        return place_tables(routing_tables(slots, self.device_server), self.mesh)
+    def tables(self, slots, likely=None):
+        return place_tables(routing_tables(self.layout, slots, likely=likely), self.mesh)
 
     def reference_logits(self, tokens):
         """Float32 [tokens, vocab] of one sequence from the dense model on one device."""

@@ -73,7 +73,7 @@ def test_served_logits_are_those_of_transformers_under_random_placements(name):
     config, mesh = file.config, make_mesh(jax.devices()[:4])
     copies = config.num_moe_layers * config.num_experts
     capacity = tuple(max(1, round(share * copies)) for share in (0.2, 0.3, 0.4, 0.5))
-    layout = pool_layout(capacity)
+    layout = pool_layout(capacity, DEVICE_SERVER)
     shapes = {"config": config, "layout": layout, "mesh": mesh}
     tokens, expected = reference(name)
     decoder = place_decoder(file.decoder(), mesh)
@@ -81,7 +81,7 @@ def test_served_logits_are_those_of_transformers_under_random_placements(name):
     everywhere = np.broadcast_to(tokens, (4, *tokens.shape))
     for seed in range(2):
         slots = assign_slots(layout, random_resident(np.random.default_rng(seed), capacity, config))
-        tables = place_tables(routing_tables(slots, DEVICE_SERVER), mesh)
+        tables = place_tables(routing_tables(layout, slots), mesh)
         weights = Weights(decoder, fill_pool(mesh, layout, slots, file.read), tables)
         state, grid = init_state(config, mesh, 2), np.zeros((4, 2), np.int32)
         for start in range(0, PROMPT, 12):
@@ -120,7 +120,7 @@ def test_int8_experts_are_close_and_half_the_size(name):
     tokens, expected = reference(name)
     mesh, layout = make_mesh(jax.devices()[:1]), pool_layout([config.num_moe_layers * config.num_experts])
     slots = assign_slots(layout, np.ones((1, config.num_moe_layers, config.num_experts), bool))
-    tables = place_tables(routing_tables(slots, np.zeros(1, int)), mesh)
+    tables = place_tables(routing_tables(layout, slots), mesh)
     weights = Weights(plain.decoder(), fill_pool(mesh, layout, slots, rounded.read), tables)
     rows = np.arange(2, dtype=np.int32)[None]
     _, result = prefill(
@@ -170,10 +170,10 @@ def test_the_planner_counts_the_same_parameters(name, capsys):
 def test_the_bundled_model_says_what_it_says_in_transformers():
     model = load_model(bundled_model())
     config, mesh = model.config, make_mesh(jax.devices()[:4])
-    layout = pool_layout((60, 70, 80, 90))
+    layout = pool_layout((60, 70, 80, 90), DEVICE_SERVER)
     slots = assign_slots(layout, random_resident(np.random.default_rng(0), layout.capacity, config))
     pool = fill_pool(mesh, layout, slots, lambda layer, e: jax.tree.map(lambda a: a[layer, e], model.experts))
-    tables = place_tables(routing_tables(slots, DEVICE_SERVER), mesh)
+    tables = place_tables(routing_tables(layout, slots), mesh)
     weights = Weights(place_decoder(model.decoder, mesh), pool, tables)
     with np.load(FOLDER.parent / "bundled.npz", allow_pickle=False) as stored:
         prompts = [stored[f"prompt_{i}"].tolist() for i in range(2)]

@@ -5,12 +5,10 @@ import re
 import jax
 import numpy as np
 import pytest
-from cluster_of_devices import CAPACITY, Small, random_resident
+from cluster_of_devices import CAPACITY, PROMPTS, Small, random_resident
 
 from dancemoe_jax import ModelError, decode_step, generate, init_state, migrate, prefill
 from dancemoe_jax.dispatch import size_classes
-
-PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8], [4, 6], [60, 2, 8, 1, 33, 12, 7, 7, 7]]
 
 
 def relative_error(got, expected):
@@ -32,13 +30,15 @@ def run_prefill(small, weights, state, prompt, *, device=0, sequence=0, chunk=8,
     return state, logits
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_any_placement_gives_the_reference_tokens(seed):
+@pytest.mark.parametrize(
+    ("seed", "transport"), [*((seed, "all_to_all") for seed in range(6)), (0, "ragged"), (1, "ragged"), (0, "fixed")]
+)
+def test_any_placement_gives_the_reference_tokens(seed, transport):
     small = Small.make(
         seed, shared_expert_size=8 if seed % 2 else 0, tie_embeddings=seed % 3 > 0, qk_norm="" if seed == 4 else "head"
     )
     _, weights = small.place(random_resident(np.random.default_rng(seed)))
-    texts = generate(weights, PROMPTS, 12, chunk=8, **small.shapes)
+    texts = generate(weights, PROMPTS, 12, chunk=8, transport=transport, **small.shapes)
     assert texts == [small.reference_text(prompt, 12) for prompt in PROMPTS]
 
 
@@ -120,7 +120,7 @@ def test_traffic_is_what_the_placement_implies(rng):
     traffic = result.traffic
     np.testing.assert_array_equal(np.asarray(traffic.local)[1], (server == 1).sum((1, 2)))
     np.testing.assert_array_equal(np.asarray(traffic.remote)[1], (server != 1).sum((1, 2)))
-    crossings = [[sum((row == d).any() for row in layer) for d in (0, 2, 3)] for layer in to]
+    crossings = [[sum((row == s).any() for row in layer) for s in (0, 2)] for layer in server]
     np.testing.assert_array_equal(np.asarray(traffic.crossings)[1], np.sum(crossings, axis=1))
     assert np.asarray(traffic.local)[[0, 2, 3]].sum() == 0
     # All devices agree on a size; it holds the busiest pair and is less than twice as large.
@@ -134,7 +134,7 @@ def test_layers_local_everywhere_send_nothing():
     full = CAPACITY[0] + 100
     small = Small.make(capacity=(full,) * 4)
     _, weights = small.place(np.ones((4, 3, 8), bool))
-    assert not np.asarray(weights.tables.exchange).any()
+    assert not np.asarray(weights.tables.needs).any()
     state, _ = run_prefill(small, weights, init_state(small.config, small.mesh, 1), PROMPTS[2])
     grid = np.zeros((4, 1), np.int32)
     _, result = decode_step(weights, state, grid, grid + 13, grid == 0, **small.shapes)
@@ -160,12 +160,13 @@ def test_steps_lower_for_cuda(rng):
     _, weights = small.place(random_resident(rng))
     state = init_state(small.config, small.mesh, 2)
     grid = np.zeros((4, 2), np.int32)
-    traced = decode_step.trace(weights, state, grid, grid, grid == 0, **small.shapes)
-    assert "all_to_all" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    shapes = {**small.shapes, "transport": "ragged"}
+    traced = decode_step.trace(weights, state, grid, grid, grid == 0, **shapes)
+    assert "ragged_all_to_all" in traced.lower(lowering_platforms=("cuda",)).as_text()
     chunk = np.zeros((4, 1, 8), np.int32)
     row = grid[:, :1]
-    traced = prefill.trace(weights, state, chunk, row, row, row, **small.shapes)
-    assert "all_to_all" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    traced = prefill.trace(weights, state, chunk, row, row, row, **shapes)
+    assert "ragged_all_to_all" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_end_of_text_and_the_context_end_a_text(rng):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dancemoe_jax import ModelError, assign_slots, pool_layout, routing_tables
 
-LAYOUT = pool_layout(CAPACITY)
+LAYOUT = pool_layout(CAPACITY, DEVICE_SERVER)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -34,7 +34,7 @@ def test_every_source_uses_a_nearest_copy(seed):
     rng = np.random.default_rng(seed)
     slots = assign_slots(LAYOUT, random_resident(rng))
     cost = rng.permutation(9).reshape(3, 3).astype(float)
-    tables = routing_tables(slots, DEVICE_SERVER, cost)
+    tables = routing_tables(LAYOUT, slots, cost)
     for source, layer, expert in np.ndindex(tables.device.shape):
         chosen = tables.device[source, layer, expert]
         assert tables.slot[source, layer, expert] == slots[chosen, layer, expert] >= 0
@@ -45,9 +45,12 @@ def test_every_source_uses_a_nearest_copy(seed):
 
         holders = [d for d in range(len(CAPACITY)) if slots[d, layer, expert] >= 0]
         assert distance(chosen) == min(map(distance, holders))
-    np.testing.assert_array_equal(
-        tables.exchange, [(np.arange(4) != tables.device[:, layer].T).any() for layer in range(3)]
-    )
+    away = (np.arange(4)[:, None, None] != tables.device).any(2).T  # [layers, source]
+    np.testing.assert_array_equal(tables.needs.any((1, 2)), away)
+    for layer, source, target, entry in np.argwhere(tables.needs):
+        used = DEVICE_SERVER[tables.device[entry, layer]]
+        assert DEVICE_SERVER[target] in used
+        assert source == entry or DEVICE_SERVER[source] == DEVICE_SERVER[target] != DEVICE_SERVER[entry]
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
@@ -56,7 +59,7 @@ def test_remote_calls_go_where_the_planner_says(seed):
     rng = np.random.default_rng(seed)
     slots = assign_slots(LAYOUT, random_resident(rng))
     serving = rng.integers(0, 3, (3, *slots.shape[1:]))
-    tables = routing_tables(slots, DEVICE_SERVER, serving=serving)
+    tables = routing_tables(LAYOUT, slots, serving=serving)
     for source, layer, expert in np.ndindex(tables.device.shape):
         home, chosen = DEVICE_SERVER[source], tables.device[source, layer, expert]
         assert slots[chosen, layer, expert] == tables.slot[source, layer, expert] >= 0
@@ -70,7 +73,7 @@ def test_remote_calls_go_where_the_planner_says(seed):
 def test_equally_cheap_copies_share_the_load():
     slots = np.full((4, 2, 64), -1, np.int32)
     slots[0] = slots[1] = np.arange(128).reshape(2, 64)
-    device = routing_tables(slots, np.array([0, 1, 2, 3])).device[2]
+    device = routing_tables(pool_layout([128] * 4, range(4)), slots).device[2]
     assert 0.4 < (device == 0).mean() < 0.6
 
 
