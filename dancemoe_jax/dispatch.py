@@ -6,7 +6,7 @@ within one CPU process, where there is no network. The all_to_all is also the re
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,7 @@ def dispatch(
     busy: Bool[Array, " devices"],
     *,
     transport: Transport,
+    wire_dtype: Any = None,
 ) -> tuple[Float[Array, "tokens hidden"], Traffic]:
     """Sum of each token's routed experts, wherever they are (inside shard_map).
 
@@ -75,11 +76,13 @@ def dispatch(
     if transport in ("pairs", "ragged"):
         live = live_links(tables.needs, busy)
         out, rows = exchange(
-            links, compute, x, topk_weights, device, slot, live, tables.eager & live, transport=transport
-        )
+            links, compute, x, topk_weights, device, slot, live, tables.eager & live, transport=transport,
+            wire_dtype=wire_dtype,
+        )  # fmt: skip
     else:
         need = (tables.needs & busy).any()
-        out, rows = _all_to_all(compute, server, need, x, topk_weights, device, slot, transport == "fixed")
+        fixed = transport == "fixed"
+        out, rows = _all_to_all(compute, server, need, x, topk_weights, device, slot, fixed, wire_dtype or x.dtype)
     there = server[device]
     here = server[jax.lax.axis_index(AXIS)]
     servers = jnp.array(sorted(set(links.server)))
@@ -89,7 +92,7 @@ def dispatch(
     return out, jax.tree.map(lambda a: a.astype(jnp.int32), traffic)
 
 
-def _all_to_all(compute, server, need, x, topk_weights, device, slot, fixed):
+def _all_to_all(compute, server, need, x, topk_weights, device, slot, fixed, wire):
     """Buffers of one size for every pair of devices: the smallest of a few that holds the busiest pair, agreed by all."""
     me, devices = jax.lax.axis_index(AXIS), server.size
     out = compute(x, jnp.where(device == me, slot, -1), topk_weights)
@@ -99,7 +102,7 @@ def _all_to_all(compute, server, need, x, topk_weights, device, slot, fixed):
     def exchange(size: int):
         def branch(x, topk_weights):
             with jax.named_scope(f"exchange_{size}"):
-                return _exchange(compute, x, topk_weights, device, slot, needs, size), size * away
+                return _exchange(compute, x, topk_weights, device, slot, needs, size, wire), size * away
 
         return branch
 
@@ -118,7 +121,7 @@ def _all_to_all(compute, server, need, x, topk_weights, device, slot, fixed):
     return out + there, rows
 
 
-def _exchange(compute, x, topk_weights, device, slot, needs, size):
+def _exchange(compute, x, topk_weights, device, slot, needs, size, wire):
     """Send each device the tokens that need it, compute what arrives, send the partial sums back."""
     devices, k = needs.shape[1], slot.shape[1]
     # The tokens that need a device, in order, first; `size` is enough for all of them.
@@ -126,12 +129,12 @@ def _exchange(compute, x, topk_weights, device, slot, needs, size):
     sent = jnp.take_along_axis(needs.T, token, axis=1)
     theirs = (device[token] == jnp.arange(devices)[:, None, None]) & sent[:, :, None]
     parcel = {
-        "x": x[token],
+        "x": x[token].astype(wire),
         "weights": topk_weights[token],
         "slots": jnp.where(theirs, slot[token], -1),
     }
     parcel = jax.tree.map(lambda a: jax.lax.all_to_all(a, AXIS, 0, 0).reshape(devices * size, -1), parcel)
-    partial = compute(parcel["x"], parcel["slots"].reshape(-1, k), parcel["weights"])
-    partial = jax.lax.all_to_all(partial.reshape(devices, size, -1), AXIS, 0, 0)
+    partial = compute(parcel["x"].astype(x.dtype), parcel["slots"].reshape(-1, k), parcel["weights"]).astype(wire)
+    partial = jax.lax.all_to_all(partial.reshape(devices, size, -1), AXIS, 0, 0).astype(x.dtype)
     rows = jnp.where(sent, token, x.shape[0]).reshape(-1)
     return jnp.zeros_like(x).at[rows].add(partial.reshape(devices * size, -1), mode="drop")

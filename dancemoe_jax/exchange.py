@@ -446,9 +446,7 @@ def _ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offset
 
     def gathered(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes):
         me = jax.lax.axis_index(AXIS)
-        operands, starts, sizes, places = jax.lax.all_gather(
-            (operand, input_offsets, send_sizes, output_offsets), AXIS
-        )
+        operands, starts, sizes, places = jax.lax.all_gather((operand, input_offsets, send_sizes, output_offsets), AXIS)
         for source, rows in enumerate(operands):
             index = jnp.arange(len(output)) - places[source, me]
             hit = (index >= 0) & (index < sizes[source, me])

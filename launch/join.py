@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax._src import distributed  # the only way to leave without waiting for the others
+from jax.sharding import PartitionSpec as P
 
+from dancemoe_jax.mesh import AXIS, deal, make_mesh
 from launch.meeting import DEFAULT_PORT, join_address, meeting, split_address
 from placement import Cluster, InputError
 
@@ -132,11 +135,20 @@ def join(
     try:
         devices = ordered_devices(cluster)
         _check_own_address(coordinator, server)
+        _connect(devices)
         yield devices
     except BaseException:
         _abandon()
         raise
     jax.distributed.shutdown()
+
+
+def _connect(devices: list[Any]) -> None:
+    """Have all servers take part in one collective at once. The first makes the connections between them, waits half a
+    minute for the slowest, and would otherwise come whenever each has compiled its first step."""
+    mesh = make_mesh(devices)
+    add = jax.shard_map(lambda a: jax.lax.psum(a, AXIS), mesh=mesh, in_specs=P(AXIS), out_specs=P())
+    jax.jit(add)(deal(mesh, np.zeros(mesh.size, np.int32))).block_until_ready()
 
 
 def ordered_devices(cluster: Cluster) -> list[Any]:

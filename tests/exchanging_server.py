@@ -67,9 +67,6 @@ with join(Cluster.from_dict({"server": SERVERS}), server, coordinator=coordinato
     mesh = make_mesh(devices)
     scale = np.random.default_rng(99).normal(size=(EXPERTS, HIDDEN)).astype(np.float32)
     specs = (*(P(AXIS) for _ in range(6)), P(), P(), P(), P())
-    # Gloo's connections are made by the first collective, which has to be one of all devices.
-    meet = jax.jit(jax.shard_map(lambda a: jax.lax.psum(a, AXIS), mesh=mesh, in_specs=P(AXIS), out_specs=P()))
-    meet(deal(mesh, np.zeros(DEVICES))).block_until_ready()
     step = jax.jit(jax.shard_map(layers_of, mesh=mesh, in_specs=specs, out_specs=P(AXIS)))
     worst, sent = 0.0, 0
     for call in range(int(calls)):
