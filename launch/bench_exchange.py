@@ -15,11 +15,11 @@ from placement.units import parse_rate
 TRANSPORTS = ("pairs", "all_to_all", "fixed")
 # What a step asks of the network: which devices have tokens, and how many each.
 CASES = {
-    "decode, one server": {"prefill": False, "active": [0], "rows": 1},
-    "decode, all servers": {"prefill": False, "active": [0, 1, 2, 3], "rows": 1},
-    "decode, 4 a device": {"prefill": False, "active": [0, 1, 2, 3], "rows": 4},
-    "prefill, one server": {"prefill": True, "active": [0], "rows": 64},
-    "prefill, all servers": {"prefill": True, "active": [0, 1, 2, 3], "rows": 64},
+    "decode, 1 server": {"prefill": False, "active": [0], "rows": 1},
+    "decode, 3 servers": {"prefill": False, "active": [0, 1, 2, 3], "rows": 1},
+    "decode, 4 rows each": {"prefill": False, "active": [0, 1, 2, 3], "rows": 4},
+    "prefill, 1 server": {"prefill": True, "active": [0], "rows": 64},
+    "prefill, 3 servers": {"prefill": True, "active": [0, 1, 2, 3], "rows": 64},
 }
 
 
@@ -96,4 +96,4 @@ def _print(rows: list[dict[str, Any]], rate: str) -> None:
             row["placement"], row["case"], row["transport"], f"{1e3 * row['total']:.1f}", f"{1e3 * row['compute']:.1f}",
             f"{1e3 * row['network']:.1f}", f"{row['sent_bytes'] / 1e3:.1f}", f"{row['least_bytes'] / 1e3:.1f}", ratio,
         )  # fmt: skip
-    Console().print(table)
+    Console(width=100).print(table)

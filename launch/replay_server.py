@@ -29,7 +29,7 @@ from dancemoe_jax.model import Decoder
 from dancemoe_jax.pool import pool_layout
 from dancemoe_jax.tables import Tables, assign_slots, routing_tables
 from launch.join import join
-from launch.replay import Replay, Rows, Spent, summary
+from launch.replay import Replay, Rows, Spent
 from launch.trace import ReplayRequest, Trace
 from placement import Cluster
 from placement.arrivals import Arrivals
@@ -75,6 +75,7 @@ class Server:
         self.cluster = Cluster.from_dict(job["cluster"], source="testbed")
         self.trace, self.sequences, self.chunk = Trace.load(job["trace"]), job["sequences"], job["chunk"]
         self.config, self.mesh = replay_config(self.trace, job["hidden_size"]), make_mesh(devices)
+        self.arrivals = job.get("arrivals", [])
         self.plans = dict(np.load(job["plans"], allow_pickle=False))
         self.layout = pool_layout(job["slots"], self.cluster.device_server)
         self.shapes: dict[str, Any] = {"config": self.config, "layout": self.layout, "mesh": self.mesh}
@@ -154,9 +155,14 @@ class Server:
         return state, time.perf_counter() - begin, result.traffic
 
     def requests(self, run: dict[str, Any]) -> list[ReplayRequest]:
-        """The requests of a run: every `of`-th of the job's, from the `part`-th."""
-        arrivals = Arrivals(*(np.array(column) for column in run["arrivals"]))
-        return self.trace.requests(arrivals)
+        """The job's requests of one window of time, which begins at 0."""
+        begin, end = run["window"]
+        requests = self.trace.requests(Arrivals(*(np.array(column) for column in self.arrivals)))
+        return [
+            dataclasses.replace(request, arrival_s=request.arrival_s - begin)
+            for request in requests
+            if begin <= request.arrival_s < end
+        ]
 
     def serve(self, run: dict[str, Any]) -> dict[str, Any]:
         """Replay requests; figures of each."""
@@ -164,7 +170,7 @@ class Server:
         replay = Replay(requests, self.cluster.device_server.tolist(), self.sequences, self.chunk)
         replay.run(lambda rows: self.step(rows, run["transport"]))
         each = [[r.server, r.latency_s, r.compute_s, r.network_s, r.waiting_s] for r in requests]
-        return {"requests": each, "summary": summary(requests, self.cluster.names), "steps": replay.steps}
+        return {"requests": each, "steps": replay.steps}
 
     def repeat(self, run: dict[str, Any]) -> dict[str, Any]:
         """Steps of one kind with tokens drawn from the trace; medians."""
