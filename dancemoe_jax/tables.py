@@ -3,7 +3,7 @@
 Plain numpy on the host. Tables are inputs of the jitted steps, so a new placement is new numbers in the same shapes.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from dancemoe_jax.pool import PoolLayout
 
 
 class Tables(NamedTuple):
-    """Where each source device sends its assignments.
+    """Where each source device sends its assignments; numpy arrays, then arrays on devices (`place_tables`).
 
     Attributes:
         device: int32 [devices, layers, experts], the device whose copy the source uses; sharded by source.
@@ -23,10 +23,10 @@ class Tables(NamedTuple):
         eager: bool [layers, devices, devices], pairs whose first row goes before it is known that it is needed; replicated.
     """
 
-    device: np.ndarray
-    slot: np.ndarray
-    needs: np.ndarray
-    eager: np.ndarray
+    device: Any
+    slot: Any
+    needs: Any
+    eager: Any
 
 
 def assign_slots(layout: PoolLayout, resident: np.ndarray, previous: np.ndarray | None = None) -> np.ndarray:

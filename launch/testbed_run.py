@@ -86,7 +86,7 @@ def run_job(
 
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="testbed-")))
-        np.savez(folder / "plans.npz", **plans)
+        np.savez(folder / "plans.npz", allow_pickle=False, **plans)
         text = {**job, "cluster": cluster_dict(cluster), "plans": str(folder / "plans.npz")}
         (folder / "job.json").write_text(json.dumps(text), encoding="utf-8")
         bed = stack.enter_context(Testbed(cluster.names, rate))
