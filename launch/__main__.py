@@ -12,10 +12,11 @@ from placement import InputError
 
 COMMANDS = {
     "demo": "serve a small model on three unequal servers, plan from what is seen, migrate while serving",
+    "serve": "a model over the servers of a cluster, one process each, requests as JSON lines",
     "generate": "continue prompts",
     "score": "logits of given token ids, to compare with other implementations",
     "convert": "a model between its Hugging Face directory and Orbax checkpoints, one expert readable at a time",
-    "bench": "measure loading",
+    "bench": "measure loading, exchanges across servers, and strategies on real links",
     "train": "train a small mixture of experts on text by domain",
     "evaluate": "quality of a model on held-out text, and how its routing differs by domain",
 }

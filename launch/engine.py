@@ -1,19 +1,29 @@
 """The lock-step engine: requests join and leave a batch between two steps, all devices take every step together.
 
-It owns the sequences' places on the devices and the serving state, nothing else: no clock, no planning, no I/O. Each
-server's requests are served by that server's devices. What a step does is decided from the requests alone: a chunk of
-prompt where one is waiting, in turn with one token for everybody who is generating.
+It owns the sequences' places on this process's devices and the serving state, nothing else: no clock, no planning, no
+I/O. Each server's requests are served by that server's devices. What the next step is, all processes agree on without a
+message of its own: every step carries the wishes of all devices for the one after it.
 """
 
 import dataclasses
+import threading
 from collections import deque
+from collections.abc import Callable
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from dancemoe_jax.config import ModelConfig
 from dancemoe_jax.generate import StepResult, Weights, check_prompt, decode_step, init_state, prefill
-from dancemoe_jax.pool import PoolLayout
+from dancemoe_jax.mesh import deal, own_rows, sharded
+from dancemoe_jax.pool import PoolLayout, local_devices
+from dancemoe_jax.sampling import SamplingParams, SamplingRows, stack_params
+from launch.choose import choose
+
+# What a device wishes, as the columns of a step's notes.
+PREFILL, DECODE, DONE, STOP = range(4)
 
 
 @dataclasses.dataclass(eq=False)
@@ -21,7 +31,12 @@ class Request:
     """A prompt that entered at a server, and how far it has come.
 
     Attributes:
+        max_tokens: of the answer; `params.max_tokens` is not looked at.
         arrival_s: when it arrived; `finished_s` when its last token came, on the caller's clock.
+        params: how its tokens are chosen.
+        ends: tokens that end it beside the model's own.
+        hear: called with every token of the answer; true ends it.
+        reason: why it ended: "stop", "length" or "cancelled".
         epochs: the engine's epochs (placements) under which its steps ran.
     """
 
@@ -30,10 +45,19 @@ class Request:
     max_tokens: int
     arrival_s: float
     label: str = ""
+    params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
+    ends: frozenset[int] = frozenset()
+    hear: Callable[[int], bool] | None = None
     output: list[int] = dataclasses.field(default_factory=list)
     done: int = 0  # prompt tokens in the cache
     finished_s: float | None = None
+    reason: str = ""
+    cancelled: bool = False
     epochs: set[int] = dataclasses.field(default_factory=set)
+
+    @property
+    def greedy(self) -> bool:
+        return self.params.temperature == 0 and self.params.repetition_penalty == 1
 
 
 @dataclasses.dataclass
@@ -53,28 +77,42 @@ class Tally:
 
 
 class Engine:
-    """Continuous batching over all devices of a mesh.
+    """Continuous batching over all devices of a mesh, those of other processes included.
+
+    Each process runs one with the same arguments, submits requests of its own servers, and steps whenever the others do:
+    as long as `asleep` is false, and once `wake` has been called by all where it is true. In a program of one process
+    `step` sees to that.
 
     Args:
         device_server: int [devices], the server of each device.
         sequences: sequences a device serves at once; chunk: prompt tokens a step takes from one of them.
+
+    Attributes:
+        done, stop: this process has no more requests to come, or wants all to end now; told to all with the next step.
+        heard: what all devices said with the last step, int32 [devices, 4].
     """
 
     def __init__(self, config: ModelConfig, layout: PoolLayout, mesh: Mesh, weights: Weights, device_server: np.ndarray,
                  sequences: int = 8, chunk: int = 64):  # fmt: skip
-        self.shapes = {"config": config, "layout": layout, "mesh": mesh}
+        self.shapes: dict[str, Any] = {"config": config, "layout": layout, "mesh": mesh}
         self.config, self.weights, self.device_server, self.chunk = config, weights, np.asarray(device_server), chunk
-        self.state = init_state(config, mesh, sequences)
+        self.mesh, self.own = mesh, local_devices(mesh)
+        self.state = init_state(config, mesh, sequences, weights.decoder.embedding[...].dtype)
+        self.seen = jnp.zeros((mesh.size, sequences, config.vocab_size), bool, device=sharded(mesh))
         self.epoch = 0
         self.waiting: list[deque[Request]] = [deque() for _ in range(int(self.device_server.max()) + 1)]
         self.running: list[list[Request | None]] = [[None] * sequences for _ in self.device_server]
-        self._decode_next = False
+        self.done = self.stop = False
+        self.heard = np.zeros((mesh.size, 4), np.int32)
+        self._next: int | None = None
+        self._lock = threading.Lock()
         self._tally = self._empty_tally()
 
     def submit(self, request: Request) -> None:
-        """Queue a request at its server. Raises ModelError where its prompt does not fit the model."""
+        """Queue a request at its server, from any thread. Raises ModelError where its prompt does not fit the model."""
         check_prompt(self.config, request.prompt, "request")
-        self.waiting[request.server].append(request)
+        with self._lock:
+            self.waiting[request.server].append(request)
 
     @property
     def in_flight(self) -> list[Request]:
@@ -82,7 +120,22 @@ class Engine:
 
     @property
     def idle(self) -> bool:
+        """Whether this process has nothing to do."""
         return not any(self.waiting) and not self.in_flight
+
+    @property
+    def asleep(self) -> bool:
+        """Whether nobody wished for anything with the last step, so that there is no next one."""
+        return self._next is None
+
+    @property
+    def leaving(self) -> bool:
+        """Whether all have agreed to end."""
+        return bool(self.heard[:, STOP].any() or self.heard[:, DONE].all())
+
+    def wake(self) -> None:
+        """Have a next step after all; whoever wakes the others has a prompt."""
+        self._next = PREFILL
 
     def adopt(self, weights: Weights) -> None:
         """Take new weights (pool and tables of another placement) from the next step on."""
@@ -90,10 +143,12 @@ class Engine:
         self.epoch += 1
 
     def counts(self) -> np.ndarray:
-        """Assignments since the start by the server where the token entered, int64 [servers, layers, experts]."""
-        by_device = np.asarray(self.state.counts).astype(np.int64)
-        result = np.zeros((len(self.waiting), *by_device.shape[1:]), np.int64)
-        np.add.at(result, self.device_server, by_device)
+        """Assignments since the start of tokens that entered at this process's devices, by server: int64 [servers, layers,
+        experts]."""
+        shape = (len(self.waiting), self.config.num_moe_layers, self.config.num_experts)
+        result = np.zeros(shape, np.int64)
+        for device, counts in own_rows(self.state.counts).items():
+            result[self.device_server[device]] += counts
         return result
 
     def take_tally(self) -> Tally:
@@ -102,26 +157,64 @@ class Engine:
         return tally
 
     def step(self) -> list[Request]:
-        """Take one step if there is anything to do; the requests that it finished (their `finished_s` is the caller's)."""
-        self._admit()
-        prefilling = any(r.done < len(r.prompt) for r in self.in_flight)
-        decoding = any(r.done == len(r.prompt) for r in self.in_flight)
-        if not (prefilling or decoding):
+        """Take the next step, if there is one; the requests that it finished (their `finished_s` is the caller's)."""
+        if self._next is None and len(self.own) == self.mesh.size and not self.idle:
+            self.wake()
+        if self._next is None:
             return []
-        decode = decoding and (self._decode_next or not prefilling)
-        self._decode_next = not decode
+        finished = self._drop_cancelled()
+        self._admit()
         for request in self.in_flight:
             request.epochs.add(self.epoch)
-        return self._decode() if decode else self._prefill()
+        step = self._next
+        finished += self._prefill() if step == PREFILL else self._decode()
+        prefill, decode = self.heard[:, PREFILL].any(), self.heard[:, DECODE].any()
+        self._next = PREFILL if prefill and not (decode and step == PREFILL) else DECODE if decode else None
+        return finished
+
+    def _drop_cancelled(self) -> list[Request]:
+        dropped = []
+        for row in self.running:
+            for place, request in enumerate(row):
+                if request is not None and request.cancelled:
+                    row[place] = None
+                    dropped.append(request)
+        with self._lock:
+            for server, queue in enumerate(self.waiting):
+                dropped += [request for request in queue if request.cancelled]
+                self.waiting[server] = deque(request for request in queue if not request.cancelled)
+        for request in dropped:
+            request.reason = "cancelled"
+        return dropped
 
     def _admit(self) -> None:
-        for server, queue in enumerate(self.waiting):
-            devices = np.flatnonzero(self.device_server == server)
-            while queue:
-                device = max(devices, key=lambda d: self.running[d].count(None))
-                if None not in self.running[device]:
-                    break
-                self.running[device][self.running[device].index(None)] = queue.popleft()
+        with self._lock:
+            for server, queue in enumerate(self.waiting):
+                devices = [device for device in self.own if self.device_server[device] == server]
+                while queue and devices:
+                    device = max(devices, key=lambda d: self.running[d].count(None))
+                    if None not in self.running[device]:
+                        break
+                    self.running[device][self.running[device].index(None)] = queue.popleft()
+
+    def _notes(self, done: dict[int, int], given: set[int]) -> np.ndarray:
+        """What the devices wish for the step after this one.
+
+        Args:
+            done: by request (id), prompt tokens in the cache after this step, where it changes that.
+            given: requests (ids) that get a token from it.
+        """
+        notes = np.zeros((len(self.running), 4), np.int32)
+        for device in self.own:
+            for request in filter(None, self.running[device]):
+                if done.get(id(request), request.done) < len(request.prompt):
+                    notes[device, PREFILL] = 1
+                elif len(request.output) + (id(request) in given) < request.max_tokens:
+                    notes[device, DECODE] = 1
+            if self.waiting[self.device_server[device]] and None in self.running[device]:
+                notes[device, PREFILL] = 1
+            notes[device, DONE], notes[device, STOP] = self.done and self.idle, self.stop
+        return notes
 
     def _prefill(self) -> list[Request]:
         devices = len(self.running)
@@ -136,51 +229,87 @@ class Engine:
                 tokens[device, 0, : len(part)] = part
                 sequence[device], start[device], length[device] = place, request.done, len(part)
                 chosen.append((device, place, request))
-        self.state, result = prefill(self.weights, self.state, tokens, sequence, start, length, **self.shapes)
+        done = {id(request): request.done + int(length[device, 0]) for device, _, request in chosen}
+        ready = [(device, place, r) for device, place, r in chosen if done[id(r)] == len(r.prompt)]
+        notes = self._notes(done, {id(request) for _, _, request in ready})
+        inputs = (tokens, sequence, start, length, notes)
+        self.state, result = prefill(
+            self.weights, self.state, *(deal(self.mesh, part) for part in inputs), **self.shapes
+        )
         self._count(result)
-        following = np.asarray(result.tokens)
-        finished = []
-        for device, place, request in chosen:
-            request.done += int(length[device, 0])
-            if request.done == len(request.prompt) and self._append(request, int(following[device, 0])):
-                self.running[device][place] = None
-                finished.append(request)
-        return finished
+        following = {device: np.repeat(row, len(self.running[0])) for device, row in own_rows(result.tokens).items()}
+        if not all(request.greedy for _, _, request in chosen):
+            shape = (devices, len(self.running[0]))
+            fed, valid = np.zeros((*shape, self.chunk), np.int32), np.zeros((*shape, self.chunk), bool)
+            fresh = np.zeros(shape, bool)
+            for device, place, request in chosen:
+                fed[device, place], valid[device, place] = tokens[device, 0], np.arange(self.chunk) < length[device, 0]
+                fresh[device, place] = request.done == 0
+            following = self._choose(fed, valid, fresh, result.logits)
+        for _, _, request in chosen:
+            request.done = done[id(request)]
+        return self._give(ready, following)
 
     def _decode(self) -> list[Request]:
         shape = (len(self.running), len(self.running[0]))
         tokens, positions = np.zeros((2, *shape), np.int32)
         active = np.zeros(shape, bool)
+        chosen: list[tuple[int, int, Request]] = []
         for device, row in enumerate(self.running):
             for place, request in enumerate(row):
                 if request is not None and request.done == len(request.prompt):
                     tokens[device, place] = request.output[-1]
                     positions[device, place] = request.done + len(request.output) - 1
                     active[device, place] = True
-        self.state, result = decode_step(self.weights, self.state, tokens, positions, active, **self.shapes)
+                    chosen.append((device, place, request))
+        notes = self._notes({}, {id(request) for _, _, request in chosen})
+        inputs = (tokens, positions, active, notes)
+        self.state, result = decode_step(
+            self.weights, self.state, *(deal(self.mesh, part) for part in inputs), **self.shapes
+        )
         self._count(result)
-        following = np.asarray(result.tokens)
+        following = own_rows(result.tokens)
+        if not all(request.greedy for _, _, request in chosen):
+            following = self._choose(tokens[:, :, None], active[:, :, None], np.zeros(shape, bool), result.logits)
+        return self._give(chosen, following)
+
+    def _choose(self, tokens, valid, fresh, logits) -> dict[int, np.ndarray]:
+        """Next tokens by the requests' own rules, of each place."""
+        rows = [stack_params([request and request.params for request in row]) for row in self.running]
+        rules = SamplingRows(*(deal(self.mesh, np.stack(column)) for column in zip(*rows, strict=True)))
+        index = np.array([[len(r.output) if r else 0 for r in row] for row in self.running], np.int32)
+        fed = [deal(self.mesh, part) for part in (tokens, valid, fresh)]
+        self.seen, following = choose(self.seen, *fed, logits, rules, deal(self.mesh, index), mesh=self.mesh)
+        return own_rows(following)
+
+    def _give(self, chosen: list[tuple[int, int, Request]], following: dict[int, np.ndarray]) -> list[Request]:
+        """Give requests their next tokens; those that have ended with it leave their places."""
         finished = []
-        for device, place in np.argwhere(active):
-            request = self.running[device][place]
-            if request is not None and self._append(request, int(following[device, place])):
+        for device, place, request in chosen:
+            token = int(following[device][place])
+            request.output.append(token)
+            if token == self.config.eos_token or token in request.ends or (request.hear and request.hear(token)):
+                request.reason = "stop"
+            elif len(request.output) >= request.max_tokens or not self._room(request):
+                request.reason = "length"
+            if request.reason:
                 self.running[device][place] = None
                 finished.append(request)
         return finished
 
-    def _append(self, request: Request, token: int) -> bool:
-        """Give a request its next token; whether it was the last."""
-        request.output.append(token)
-        full = len(request.prompt) + len(request.output) >= self.config.max_position
-        return full or token == self.config.eos_token or len(request.output) >= request.max_tokens
+    def _room(self, request: Request) -> bool:
+        return len(request.prompt) + len(request.output) < self.config.max_position
 
     def _count(self, result: StepResult) -> None:
         tally, traffic = self._tally, result.traffic
         for name in ("local", "remote", "crossings", "rows"):
-            getattr(tally, name)[...] += np.asarray(getattr(traffic, name))
+            for device, layers in own_rows(getattr(traffic, name)).items():
+                getattr(tally, name)[device] += layers
+        crossings = np.sum(list(own_rows(traffic.crossings).values()), axis=0)
         tally.steps += 1
         tally.asked += self.config.num_moe_layers
-        tally.crossed += int((np.asarray(traffic.crossings).sum(0) > 0).sum())
+        tally.crossed += int((crossings > 0).sum())
+        self.heard = np.asarray(result.notes)
 
     def _empty_tally(self) -> Tally:
         shape = (len(self.running), self.config.num_moe_layers)

@@ -9,16 +9,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
 from dancemoe_jax.checkpoint import bundled_model
 from dancemoe_jax.generate import check_prompt, decode_step, init_state, prefill
-from dancemoe_jax.mesh import AXIS, sharded
-from dancemoe_jax.sampling import SamplingParams, SamplingRows, mark_seen, sample, stack_params
+from dancemoe_jax.mesh import sharded
+from dancemoe_jax.sampling import SamplingParams, SamplingRows, stack_params
 from dancemoe_jax.tokenizer import TextCodec, TextStream, load_codec
+from launch.choose import choose
 from launch.local import Local, add_model_arguments, load, read_shape
 from placement import InputError
 
@@ -117,7 +116,7 @@ def continue_prompts(
     ]
     rules = SamplingRows(*(np.stack(column) for column in zip(*per_device, strict=True)))
     streams = [TextStream(codec.tokenizer, prompt.params.stop, prompt.ids) for prompt in prompts]
-    seen = jnp.zeros((*grid, config.vocab_size), bool, device=sharded(mesh))
+    seen, old = jnp.zeros((*grid, config.vocab_size), bool, device=sharded(mesh)), np.zeros(grid, bool)
     state: Any = init_state(config, mesh, rows, local.weights.decoder.embedding[...].dtype)
     length, tokens = np.zeros(grid, np.int32), np.zeros((*grid, -(-config.max_position // CHUNK) * CHUNK), np.int32)
     for at, prompt in by_place.items():
@@ -130,7 +129,7 @@ def continue_prompts(
         starts = np.full(grid, start, np.int32)
         state, result = prefill(local.weights, state, chunk, sequences, starts, lengths, **local.shapes)
         valid = np.arange(CHUNK) < lengths[:, :, None]
-        seen, chosen = _choose(seen, chunk, valid, result.logits, rules, index, mesh=mesh)
+        seen, chosen = choose(seen, chunk, valid, old, result.logits, rules, index, mesh=mesh)
         current = np.where(lengths > 0, np.asarray(chosen), current)
     active = length > 0
     while True:
@@ -144,7 +143,8 @@ def continue_prompts(
         index = index + active
         state, result = decode_step(local.weights, state, current, length, active, **local.shapes)
         length = length + active
-        seen, chosen = _choose(seen, current[:, :, None], active[:, :, None], result.logits, rules, index, mesh=mesh)
+        rows = (current[:, :, None], active[:, :, None], old)
+        seen, chosen = choose(seen, *rows, result.logits, rules, index, mesh=mesh)
         current = np.where(active, np.asarray(chosen), current)
 
 
@@ -166,19 +166,6 @@ def _accept(config, codec: TextCodec, prompt: Prompt, stream: TextStream, token:
         piece += stream.finish()
     prompt.continuation += piece
     return piece, not prompt.reason
-
-
-@functools.partial(jax.jit, static_argnames="mesh", donate_argnames="seen")
-def _choose(seen, tokens, valid, logits, rules, index, *, mesh):
-    """The next token of every row [devices, rows], and what its request has seen, the step's `tokens` included."""
-
-    def local(seen, tokens, valid, logits, rules, index):
-        seen = mark_seen(seen[0], tokens[0], valid[0], jnp.zeros(len(tokens[0]), bool))
-        own = jax.tree.map(lambda a: a[0], rules)
-        return seen[None], sample(logits[0], own, index[0], seen)[None]
-
-    own: Any = P(AXIS)
-    return jax.shard_map(local, mesh=mesh, in_specs=own, out_specs=own)(seen, tokens, valid, logits, rules, index)
 
 
 def _encode(codec: TextCodec, given: str | list, chat: bool, params: SamplingParams) -> Prompt:
