@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import socket
 import sys
 import tempfile
 import threading
@@ -22,10 +21,10 @@ from dancemoe_jax.config import ModelConfig, ModelError
 from dancemoe_jax.sampling import SamplingParams
 from dancemoe_jax.tokenizer import TextCodec, TextStream, load_codec
 from launch.engine import Request
+from launch.everywhere import run_everywhere
 from launch.hosting import Host, ending, make_engine
-from launch.join import coordinator_address, folder_fingerprint, free_port, from_environment, join
+from launch.join import coordinator_address, folder_fingerprint, from_environment, join
 from launch.local import DTYPES, read_shape
-from launch.processes import ServerFailed, prefixed, start
 from placement import Cluster, InputError, Placement
 
 _AT_ONCE = 64  # requests of a server that are read ahead of their turn
@@ -74,46 +73,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _start_all(args: argparse.Namespace, cluster: Cluster) -> int:
     """One process for each server of this machine; the exit status."""
-    names = [server.name for server in cluster.servers if _here(server.host)]
-    if not names:
-        raise InputError(f"{cluster.source}: no server's host is this machine ({socket.gethostname()}); give --server")
+    given = sys.argv[2:]
     with contextlib.ExitStack() as stack:
-        requests = args.requests
-        if requests == "-":
+        if args.requests == "-":
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="serve-"))
-            requests = str(Path(folder) / "requests.jsonl")
-            Path(requests).write_text(sys.stdin.read(), encoding="utf-8")
-        coordinator = args.coordinator
-        if coordinator is None and len(names) == len(cluster.names) and cluster.servers[0].host is None:
-            coordinator = f"127.0.0.1:{free_port()}"
-        given = [*sys.argv[1:], "--requests", requests]
-        given += ["--coordinator", coordinator] if coordinator else []
-        commands = {name: [sys.executable, "-m", "launch", *given, "--server", name] for name in names}
-        lines = prefixed()
-
-        def output(server: str, stream: str, line: str) -> None:
-            if stream == "stdout" and line.startswith("{"):
-                print(line, flush=True)
-            elif stream == "stderr":
-                lines(server, stream, line)
-
-        processes = stack.enter_context(start(commands, output=output))
-        try:
-            processes.wait()
-        except ServerFailed as failed:
-            print(f"launch serve: {failed}", file=sys.stderr)
-            return failed.status if failed.status in (1, 2) else 1
-    return 0
-
-
-def _here(host: str | None) -> bool:
-    if host is None:
-        return True
-    name = host.rpartition(":")[0] or host
-    with contextlib.suppress(OSError):
-        address = socket.gethostbyname(name)
-        return address.startswith("127.") or address == socket.gethostbyname(socket.gethostname())
-    return False
+            requests = Path(folder) / "requests.jsonl"
+            requests.write_text(sys.stdin.read(), encoding="utf-8")
+            given = [*given, "--requests", str(requests)]
+        return run_everywhere("serve", cluster, given, args.coordinator)
 
 
 def _serve(
@@ -220,7 +187,9 @@ class Feeder:
             raise InputError(f"{sorted(unknown)[0]!r} is unknown; known are {', '.join(sorted(_FIELDS))}")
         if "server" in given and given["server"] not in self.names:
             raise InputError(f"server {given['server']!r} is unknown; known are {', '.join(self.names)}")
-        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items() if key in _FIELDS}
+        values: dict[str, Any] = {
+            key: tuple(v) if isinstance(v, list) else v for key, v in given.items() if key in _FIELDS
+        }
         params = SamplingParams(**values)
         if isinstance(given.get("prompt"), str) and "messages" not in given:
             prompt = self.codec.encode(given["prompt"])

@@ -1,0 +1,52 @@
+"""A command that every server of a cluster runs: started once, it starts itself for each server of this machine."""
+
+import contextlib
+import socket
+import sys
+from collections.abc import Sequence
+
+from launch.join import free_port
+from launch.processes import ServerFailed, prefixed, start
+from placement import Cluster, InputError
+
+
+def run_everywhere(command: str, cluster: Cluster, given: Sequence[str], coordinator: str | None) -> int:
+    """Run `python -m launch COMMAND` with what was given for each server whose host is this machine; the exit status.
+
+    Lines of JSON on the servers' standard output go to ours, what they say on standard error goes there with their names.
+
+    Raises:
+        InputError: none of the servers is this machine.
+    """
+    names = [server.name for server in cluster.servers if _here(server.host)]
+    if not names:
+        raise InputError(f"{cluster.source}: no server's host is this machine ({socket.gethostname()}); give --server")
+    if coordinator is None and len(names) == len(cluster.names) and cluster.servers[0].host is None:
+        coordinator = f"127.0.0.1:{free_port()}"
+    rest = [*given, *(["--coordinator", coordinator] if coordinator else [])]
+    commands = {name: [sys.executable, "-m", "launch", command, *rest, "--server", name] for name in names}
+    lines = prefixed()
+
+    def output(server: str, stream: str, line: str) -> None:
+        if stream == "stdout" and line.startswith("{"):
+            print(line, flush=True)
+        elif stream == "stderr":
+            lines(server, stream, line)
+
+    with start(commands, output=output) as processes:
+        try:
+            processes.wait()
+        except ServerFailed as failed:
+            print(f"launch {command}: {failed}", file=sys.stderr)
+            return failed.status if failed.status in (1, 2) else 1
+    return 0
+
+
+def _here(host: str | None) -> bool:
+    if host is None:
+        return True
+    name = host.rpartition(":")[0] or host
+    with contextlib.suppress(OSError):
+        address = socket.gethostbyname(name)
+        return address.startswith("127.") or address == socket.gethostbyname(socket.gethostname())
+    return False

@@ -1,0 +1,167 @@
+"""`python -m launch serve`: processes that serve together answer as one process does, stream, cancel, sleep and end."""
+
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import pytest
+from cluster_of_devices import Small, random_resident
+from test_across_servers import NAMES, run
+
+from launch.__main__ import main
+from launch.engine import Engine, Request
+from launch.hosting import Host
+
+CLUSTER = """
+[[server]]
+name = "edge-a"
+devices = [{ memory = "30MB" }]
+[[server]]
+name = "edge-b"
+devices = [{ memory = "32MB" }]
+[[server]]
+name = "edge-c"
+devices = [{ memory = "30MB" }, { memory = "34MB" }]
+"""
+REQUESTS = [
+    {"id": "a", "server": "edge-a", "prompt": "def main(", "max_tokens": 12},
+    {"id": "b", "server": "edge-b", "prompt": "The import statement", "max_tokens": 9},
+    {"id": "c", "server": "edge-c", "prompt": "12 + 30 = ", "max_tokens": 10, "temperature": 0.8, "seed": 3},
+    {"id": "d", "server": "edge-c", "prompt": "import os", "max_tokens": 10, "temperature": 1.0, "top_p": 0.9,
+     "repetition_penalty": 1.2, "seed": 5},
+    {"id": "e", "prompt": "x", "max_tokens": -1},
+    {"id": "f", "server": "edge-x", "prompt": "x"},
+    {"id": "g", "server": "edge-b", "prompt": "for i in range(", "stop": ["\\n"]},
+]  # fmt: skip
+
+
+@pytest.fixture
+def files(tmp_path):
+    cluster, requests = tmp_path / "cluster.toml", tmp_path / "requests.jsonl"
+    cluster.write_text(CLUSTER)
+    requests.write_text("\n".join(map(json.dumps, REQUESTS)) + "\nnot json\n")
+    return cluster, requests
+
+
+def command(cluster, *arguments):
+    shape = ["--context", "96", "--sequences", "2", "--chunk", "16"]
+    return [sys.executable, "-m", "launch", "serve", "--cluster", str(cluster), *shape, *map(str, arguments)]
+
+
+def test_three_processes_answer_what_one_does(files, capsys):
+    cluster, requests = files
+    assert len(jax.devices()) >= 4  # before `generate` below makes fewer do
+    done = subprocess.run(command(cluster, "--requests", requests), capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    answers = {answer["id"]: answer for answer in map(json.loads, done.stdout.splitlines())}
+    assert len(answers) == len(REQUESTS) + 1
+    for given in REQUESTS:
+        answer = answers[given["id"]]
+        if given["id"] in "ef":
+            assert "max_tokens = -1" in answer["error"] or "'edge-x' is unknown" in answer["error"]
+            continue
+        assert answer["server"] == given["server"]
+        flags = [
+            f"--{key.replace('_', '-')}={value}" for key, value in given.items() if key not in ("id", "server", "stop")
+        ]
+        flags += [f"--stop={text}" for text in given.get("stop", [])]
+        assert main(["generate", "--json", "--context", "96", *flags]) == 0
+        alone = json.loads(capsys.readouterr().out)
+        assert (answer["text"], answer["tokens"]) == (alone["text"], alone["tokens"])
+        assert answer["finish_reason"] == alone["finish_reason"]
+    assert "not JSON" in answers[len(REQUESTS) + 1]["error"]
+
+
+def test_sigterm_ends_all_servers_in_step(files):
+    cluster, _ = files
+    endless = cluster.with_name("endless.jsonl")
+    endless.write_text("".join(json.dumps({"prompt": "def ", "max_tokens": 80}) + "\n" for _ in range(300)))
+    process = subprocess.Popen(
+        command(cluster, "--requests", endless), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    first = process.stdout.readline()
+    assert json.loads(first)["finish_reason"] in ("length", "stop")
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in err
+
+
+@pytest.fixture
+def host(rng):
+    small = Small.make()
+    _, weights = small.place(random_resident(rng))
+    engine = Engine(small.config, small.layout, small.mesh, weights, small.device_server, 2, chunk=4)
+    host = Host(engine, 1)
+    loop = threading.Thread(target=host.run, daemon=True)
+    loop.start()
+    yield host, small
+    host.finish()
+    loop.join(60)
+    assert not loop.is_alive()
+
+
+def test_tokens_stream_and_a_cancelled_request_leaves_its_place(host):
+    host, small = host
+    streams = [host.submit(Request(1, [3, 1, 4], 30, 0.0)) for _ in range(3)]
+    first = []
+    for token in streams[0]:
+        first.append(token)
+        if len(first) == 3:
+            streams[0].cancel()
+    assert 3 <= len(first) < 30
+    assert streams[0].reason == "cancelled"
+    expected = small.reference_text([3, 1, 4], 30)
+    assert first == expected[: len(first)]
+    assert [list(stream) for stream in streams[1:]] == [expected, expected]
+    assert [stream.reason for stream in streams[1:]] == ["length", "length"]
+    assert host.engine.in_flight == []
+
+
+def test_a_sleeping_engine_takes_no_steps_and_wakes_for_a_request(host):
+    host, _ = host
+    list(host.submit(Request(1, [5], 2, 0.0)))
+    time.sleep(0.3)
+    before = host.engine._tally.steps
+    time.sleep(0.5)
+    assert host.engine._tally.steps == before
+    seconds = []
+    for _ in range(5):
+        begin = time.monotonic()
+        list(host.submit(Request(1, [5], 1, 0.0)))
+        seconds.append(time.monotonic() - begin)
+        time.sleep(0.05)
+    assert statistics.median(seconds) < 0.15  # a step and the waking, not the time between two looks
+
+
+def test_a_ring_wakes_all_servers_within_10_ms():
+    lines = run("napping_server.py", 20, timeout=120)
+    rung = [float(line.split()[1]) for line in lines["edge-c"] if line.startswith("rung")]
+    for name in NAMES:
+        woke = [float(line.split()[1]) for line in lines[name] if line.startswith("woke")]
+        assert statistics.median(w - r for w, r in zip(woke, rung, strict=True)) < 0.010
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--server", "edge-x"], "server edge-x: not in"),
+        (["--requests", "absent.jsonl"], "--requests absent.jsonl: cannot be read"),
+        (["--sequences", "0"], "--sequences 0: must be greater than 0"),
+        (["--server", "edge-b", "--timeout", "1"], "edge-a"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_in_one_line(files, arguments, message):
+    cluster, _ = files
+    done = subprocess.run(
+        [*command(cluster), *arguments], capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
