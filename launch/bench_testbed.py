@@ -81,7 +81,6 @@ def run(args: argparse.Namespace) -> None:
         span = [window * step, (window + 1) * step]
         # In turn from another place in every window.
         order = [*kinds[window % len(kinds) :], *kinds[: window % len(kinds)]]
-        order = [kind for kind in order if window == 0 or kind[1] != "fixed"]
         runs += [{"plan": plan, "transport": transport, "window": span} for plan, transport in order]
     arrivals = _arrivals(args, cluster.names)
     job = {
@@ -91,19 +90,14 @@ def run(args: argparse.Namespace) -> None:
     results = run_job(cluster, rate, job, plans, lambda line: console.print(line, markup=False))
     served = list(zip(runs, results, strict=True))[warm:]
 
-    def figures(kind: tuple[str, str], windows: int) -> dict[str, Any]:
-        of_kind = [found for run, found in served if (run["plan"], run["transport"]) == kind]
-        return _figures(kind, of_kind[:windows], args)
+    def figures(kind: tuple[str, str]) -> dict[str, Any]:
+        return _figures(kind, [found for run, found in served if (run["plan"], run["transport"]) == kind], args)
 
-    rows = [figures(kind, args.rounds) for kind in kinds if kind[1] == "pairs"]
-    # The all_to_all takes long: it serves the first window alone, and is compared with what served that one.
-    both = [figures((name, way), 1) for way in ("fixed", "pairs") for name in fixed if (name, way) in kinds]
+    rows = [figures(kind) for kind in kinds]
     if args.json:
-        print(json.dumps({"rate": args.rate, "gap": args.gap, "rows": rows, "first_window": both}))
-        return
-    _print(rows, f"{rows[0]['requests']} requests for each plan, links of {args.rate}; seconds a request")
-    if both:
-        _print(both, f"the first {both[0]['requests']} of them, with a fixed-size all_to_all and point to point")
+        print(json.dumps({"rate": args.rate, "gap": args.gap, "rows": rows}))
+    else:
+        _print(rows, f"{rows[0]['requests']} requests for each plan, links of {args.rate}; seconds a request")
 
 
 def _names(text: str, flag: str) -> list[str]:
