@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dancemoe_jax.checkpoint import ExpertFile
-from launch import bench
+from launch import bench_load as bench
 from launch.__main__ import main
 
 
