@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dancemoe_jax.experts import ExpertWeights
-from dancemoe_jax.pool import ExpertPool, PoolLayout, local_devices, write_experts
+from dancemoe_jax.pool import ExpertPool, PoolLayout, local_devices, read_ahead, write_experts
 from dancemoe_jax.tables import assign_slots
 
 
@@ -38,10 +38,12 @@ def stage(
 ) -> Staged:
     """Read every expert that `resident` adds on a device of this process, once for each device that gets it.
 
+    Two threads read, so that one waits for the disk while the other checks and transposes.
+
     Args:
         slots: the assignment in force, int [devices, layers, experts].
         resident: the new placement, bool [devices, layers, experts].
-        read: (layer, expert) -> its weights on the host, in the pool's types.
+        read: (layer, expert) -> its weights on the host, in the pool's types; what it raises ends staging.
 
     Raises:
         ModelError: the placement does not fit the pool or leaves an expert uncovered; nothing has changed then.
@@ -50,7 +52,8 @@ def stage(
     writes = {}
     for device in local_devices(mesh):
         added = np.argwhere((new[device] >= 0) & (slots[device] < 0))
-        writes[device] = [(int(new[device, layer, e]), read(int(layer), int(e))) for layer, e in added]
+        places = new[device][tuple(added.T)].tolist()
+        writes[device] = list(zip(places, read_ahead(read, map(tuple, added.tolist()), threads=2), strict=True))
     return Staged(new, writes)
 
 

@@ -22,8 +22,8 @@ from dancemoe_jax.pool import PoolLayout, local_devices
 from dancemoe_jax.sampling import SamplingParams, SamplingRows, stack_params
 from launch.choose import choose
 
-# What a device wishes, as the columns of a step's notes.
-PREFILL, DECODE, DONE, STOP = range(4)
+# What a device wishes, and how far its process has come with a migration, as the columns of a step's notes.
+PREFILL, DECODE, DONE, STOP, ORDER, STAGE, GIVEN_UP = range(7)
 
 
 @dataclasses.dataclass(eq=False)
@@ -89,7 +89,9 @@ class Engine:
 
     Attributes:
         done, stop: this process has no more requests to come, or wants all to end now; told to all with the next step.
-        heard: what all devices said with the last step, int32 [devices, 4].
+        progress: order, stage and given-up order of a migration (launch.mover); told to all with the next step.
+        heard: what all devices said with the last step, int32 [devices, 7].
+        steps: taken since the start, by kind; fed: tokens of this process's requests in them.
     """
 
     def __init__(self, config: ModelConfig, layout: PoolLayout, mesh: Mesh, weights: Weights, device_server: np.ndarray,
@@ -103,7 +105,9 @@ class Engine:
         self.waiting: list[deque[Request]] = [deque() for _ in range(int(self.device_server.max()) + 1)]
         self.running: list[list[Request | None]] = [[None] * sequences for _ in self.device_server]
         self.done = self.stop = False
-        self.heard = np.zeros((mesh.size, 4), np.int32)
+        self.progress: tuple[int, int, int] = (0, 0, 0)
+        self.heard = np.zeros((mesh.size, 7), np.int32)
+        self.steps, self.fed = {"prefill": 0, "decode": 0}, {"prefill": 0, "decode": 0}
         self._next: int | None = None
         self._lock = threading.Lock()
         self._tally = self._empty_tally()
@@ -204,7 +208,7 @@ class Engine:
             done: by request (id), prompt tokens in the cache after this step, where it changes that.
             given: requests (ids) that get a token from it.
         """
-        notes = np.zeros((len(self.running), 4), np.int32)
+        notes = np.zeros((len(self.running), 7), np.int32)
         for device in self.own:
             for request in filter(None, self.running[device]):
                 if done.get(id(request), request.done) < len(request.prompt):
@@ -214,6 +218,7 @@ class Engine:
             if self.waiting[self.device_server[device]] and None in self.running[device]:
                 notes[device, PREFILL] = 1
             notes[device, DONE], notes[device, STOP] = self.done and self.idle, self.stop
+            notes[device, ORDER:] = self.progress
         return notes
 
     def _prefill(self) -> list[Request]:
@@ -229,6 +234,8 @@ class Engine:
                 tokens[device, 0, : len(part)] = part
                 sequence[device], start[device], length[device] = place, request.done, len(part)
                 chosen.append((device, place, request))
+        self.steps["prefill"] += 1
+        self.fed["prefill"] += int(length.sum())
         done = {id(request): request.done + int(length[device, 0]) for device, _, request in chosen}
         ready = [(device, place, r) for device, place, r in chosen if done[id(r)] == len(r.prompt)]
         notes = self._notes(done, {id(request) for _, _, request in ready})
@@ -262,6 +269,8 @@ class Engine:
                     positions[device, place] = request.done + len(request.output) - 1
                     active[device, place] = True
                     chosen.append((device, place, request))
+        self.steps["decode"] += 1
+        self.fed["decode"] += len(chosen)
         notes = self._notes({}, {id(request) for _, _, request in chosen})
         inputs = (tokens, positions, active, notes)
         self.state, result = decode_step(

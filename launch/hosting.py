@@ -8,7 +8,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,16 @@ import numpy as np
 import placement
 from dancemoe_jax.checkpoint import ExpertFile
 from dancemoe_jax.config import ModelConfig
+from dancemoe_jax.experts import ExpertWeights
 from dancemoe_jax.generate import Weights, place_decoder, place_tables
 from dancemoe_jax.mesh import make_mesh
-from dancemoe_jax.pool import fill_pool, pool_layout
-from dancemoe_jax.tables import assign_slots, routing_tables
-from launch.bell import Bell, ClusterBell, OwnBell
+from dancemoe_jax.pool import PoolLayout, fill_pool, pool_layout
+from dancemoe_jax.tables import Tables, assign_slots, routing_tables
+from launch.channel import open_channel
 from launch.cluster import model_profile, reserved_bytes, slots_per_device
-from launch.engine import DONE, Engine, Request
+from launch.engine import DONE, ORDER, Engine, Request
 from launch.links import likely_links
-from placement import Cluster, InputError, Placement
+from placement import Cluster, InputError, Placement, Profile
 from placement.cost import serving_server
 from placement.problem import Problem
 
@@ -50,6 +51,7 @@ class Stream:
     def __iter__(self) -> Iterator[int]:
         while (token := self._tokens.get()) is not None:
             yield token
+        self.close()  # whoever iterates again finds the end
 
     @property
     def reason(self) -> str:
@@ -72,11 +74,17 @@ class Host:
 
     Args:
         server: index of this server, or of the one whose requests enter here.
+
+    Attributes:
+        channel: to the other servers.
+        between: called by the loop between two steps, and now and then while it sleeps; says whether it would like to be
+            called again soon.
     """
 
     def __init__(self, engine: Engine, server: int) -> None:
         self.engine, self.server = engine, server
-        self._bell: Bell = ClusterBell() if jax.process_count() > 1 else OwnBell()
+        self.channel = open_channel()
+        self.between: Callable[[], bool] = lambda: False
         self._nap = 0
         self._streams: dict[int, Stream] = {}
         self._lock = threading.Lock()
@@ -95,13 +103,13 @@ class Host:
         except Exception:
             self._forget(request)
             raise
-        self._ring()
+        self.ring()
         return stream
 
     def finish(self) -> None:
         """No more requests will come in here; once that is so everywhere, and all are answered, the loop ends."""
         self.engine.done = True
-        self._ring()
+        self.ring()
 
     def stop(self) -> None:
         """End the loop everywhere after the next step, whatever is running."""
@@ -115,6 +123,7 @@ class Host:
                 for request in engine.step():
                     request.finished_s = time.monotonic()
                     self._forget(request)
+                self.between()
                 if engine.asleep and not engine.leaving:
                     self._sleep()
         finally:
@@ -124,22 +133,31 @@ class Host:
 
     def _sleep(self) -> None:
         while True:
+            more = self.between()
             if self._wanted():
-                self._bell.ring(self._nap)
-            if self._bell.wait(self._nap, _NAP_S):
+                self._wake_all()
+            if self.channel.get(f"nap/{self._nap}", 0.0 if more else _NAP_S) is not None:
                 break
+        # All have heard the one before the last, or they could not be napping again.
+        if jax.process_index() == 0:
+            self.channel.drop(f"nap/{self._nap - 2}")
         self._nap += 1
         self.engine.wake()
 
     def _wanted(self) -> bool:
         """Whether there is something to tell the others."""
         engine = self.engine
-        told = bool(engine.heard[engine.own[0], DONE])
-        return not engine.idle or engine.stop or (engine.done and not told)
+        told = engine.heard[engine.own[0]]
+        news = (engine.done and not told[DONE]) or tuple(told[ORDER:]) != engine.progress
+        return not engine.idle or engine.stop or bool(news)
 
-    def _ring(self) -> None:
+    def ring(self) -> None:
+        """Have the loop look for what has changed, if it sleeps; from any thread."""
         if self.engine.asleep:
-            self._bell.ring(self._nap)
+            self._wake_all()
+
+    def _wake_all(self) -> None:
+        self.channel.put(f"nap/{self._nap}", b"over")
 
     def _forget(self, request: Request) -> None:
         with self._lock:
@@ -165,7 +183,38 @@ def ending(host: Host) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def make_engine(
+@dataclasses.dataclass
+class Loaded:
+    """This process's share of a model, ready to serve.
+
+    Attributes:
+        placement: what is where; slots: int32 [devices, layers, experts], where in the pool.
+        profile: the model's sizes, with users who are all alike.
+        read: (layer, expert) -> its weights on the host.
+    """
+
+    engine: Engine
+    cluster: Cluster
+    placement: Placement
+    slots: np.ndarray
+    profile: Profile
+    read: Callable[[int, int], ExpertWeights]
+
+    def likely(self, resident: np.ndarray, profile: Profile) -> np.ndarray:
+        """Which links' rows go unasked under a placement, where users are as the profile says: bool [servers, layers,
+        servers]."""
+        problem = Problem.build(profile, self.cluster)
+        return likely_links(problem, serving_server(problem, problem.held(resident)))
+
+    def tables(self, slots: np.ndarray, likely: np.ndarray) -> Tables:
+        """Routing tables of an assignment, on the devices."""
+        problem = Problem.build(self.profile, self.cluster)
+        serving = serving_server(problem, problem.held(slots >= 0))
+        layout: PoolLayout = self.engine.shapes["layout"]
+        return place_tables(routing_tables(layout, slots, serving=serving, likely=likely), self.engine.mesh)
+
+
+def load(
     path: Path,
     config: ModelConfig,
     cluster: Cluster,
@@ -176,7 +225,7 @@ def make_engine(
     sequences: int = 8,
     chunk: int = 64,
     placed: Placement | None = None,
-) -> Engine:
+) -> Loaded:
     """Load this process's share of a model onto its devices. All processes call it with the same arguments.
 
     Args:
@@ -188,28 +237,48 @@ def make_engine(
         ModelError: the checkpoint cannot be used.
     """
     file = ExpertFile(path, jnp.dtype(dtype), int8)
-    itemsize = jnp.dtype(dtype).itemsize
-    reserved = reserved_bytes(config, sequences, itemsize)
-    expert_bytes = config.expert_bytes(itemsize, int8)
+    profile = sizes(path, config, cluster, dtype=dtype, int8=int8, sequences=sequences)
+    reserved, expert_bytes = int(np.max(profile.reserved_bytes)), int(np.max(profile.expert_bytes))
     layout = pool_layout(slots_per_device(cluster, reserved, expert_bytes), cluster.device_server)
-    shape = (len(cluster.names), config.num_moe_layers, config.num_experts)
-    alike = np.ones(shape, np.int64)
-    profile = model_profile(config, cluster, alike, name=path.name, reserved=reserved, itemsize=itemsize)
-    profile = dataclasses.replace(profile, expert_bytes=expert_bytes)
     if placed is None:
         placed = placement.plan(profile, cluster, "uniform")
-    expected = (len(devices), *shape[1:])
-    if placed.resident.shape != expected:
-        raise InputError(
-            f"placement of {' x '.join(map(str, placed.resident.shape))} devices, layers and experts; {path.name} on "
-            f"{cluster.source} has {' x '.join(map(str, expected))}: plan it for this model and cluster"
-        )
-    placed.validate(cluster, reserved)
-    problem = Problem.build(profile, cluster)
+    placed = fitted(placed, profile, cluster)
     mesh = make_mesh(devices)
     slots = assign_slots(layout, placed.resident)
-    serving = serving_server(problem, problem.held(placed.resident))
-    tables = routing_tables(layout, slots, serving=serving, likely=likely_links(problem, serving))
     pool = fill_pool(mesh, layout, slots, file.read)
-    weights = Weights(place_decoder(file.decoder(), mesh), pool, place_tables(tables, mesh))
-    return Engine(config, layout, mesh, weights, cluster.device_server, sequences, chunk)
+    weights = Weights(place_decoder(file.decoder(), mesh), pool, None)  # pyright: ignore[reportArgumentType]
+    engine = Engine(config, layout, mesh, weights, cluster.device_server, sequences, chunk)
+    loaded = Loaded(engine, cluster, placed, slots, profile, file.read)
+    engine.weights = weights._replace(tables=loaded.tables(slots, loaded.likely(placed.resident, profile)))
+    return loaded
+
+
+def sizes(
+    path: Path, config: ModelConfig, cluster: Cluster, *, dtype: str = "float32", int8: bool = False, sequences: int = 8
+) -> Profile:
+    """What a model takes on the devices of a cluster, as the profile of users who are all alike."""
+    itemsize = jnp.dtype(dtype).itemsize
+    reserved = reserved_bytes(config, sequences, itemsize)
+    alike = np.ones((len(cluster.names), config.num_moe_layers, config.num_experts), np.int64)
+    profile = model_profile(config, cluster, alike, name=path.name, reserved=reserved, itemsize=itemsize)
+    return dataclasses.replace(profile, expert_bytes=config.expert_bytes(itemsize, int8))
+
+
+def fitted(placed: Placement, profile: Profile, cluster: Cluster) -> Placement:
+    """A placement with the sizes of the model that is to run by it, whatever engine it was planned for.
+
+    Raises:
+        InputError: it is for another model or other devices, leaves out an expert, or needs more memory than there is.
+    """
+    _, layers, experts = profile.counts.shape
+    model = {"name": profile.model, "layers": layers, "experts": experts, "top_k": profile.top_k}
+    for key in ("layers", "experts", "top_k"):
+        if placed.model[key] != model[key]:
+            raise InputError(
+                f"{placed.source}: model.{key} = {placed.model[key]}, but {profile.model} has {model[key]}; plan it for this "
+                "model"
+            )
+    sizes = {"expert_bytes": profile.expert_bytes, "reserved_bytes": profile.reserved_bytes}
+    placed = dataclasses.replace(placed, model={**model, **sizes})
+    placed.validate(cluster)
+    return placed

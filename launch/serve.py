@@ -20,12 +20,17 @@ from dancemoe_jax.checkpoint import bundled_model
 from dancemoe_jax.config import ModelConfig, ModelError
 from dancemoe_jax.sampling import SamplingParams
 from dancemoe_jax.tokenizer import TextCodec, TextStream, load_codec
+from launch.controller import Policy
 from launch.engine import Request
 from launch.everywhere import run_everywhere
-from launch.hosting import Host, ending, make_engine
+from launch.hosting import Host, ending, load
+from launch.hosting import sizes as model_sizes
 from launch.join import coordinator_address, folder_fingerprint, from_environment, join
 from launch.local import DTYPES, read_shape
-from placement import Cluster, InputError, Placement
+from launch.migrating import migrating, open_state, resumed
+from launch.record import read_record
+from placement import STRATEGIES, Cluster, InputError, Placement
+from placement.units import parse_bytes, parse_rate, parse_seconds
 
 _AT_ONCE = 64  # requests of a server that are read ahead of their turn
 _FIELDS = {field.name for field in dataclasses.fields(SamplingParams)}
@@ -44,6 +49,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--chunk", type=int, default=64, metavar="N", help="prompt tokens of a step (64)")
     add("--dtype", choices=DTYPES, default="float32", help="of weights and activations (float32)")
     add("--int8", action="store_true", help="hold routed experts as int8")
+    add(
+        "--state",
+        type=Path,
+        metavar="DIR",
+        help="folder for the record of the placement in force; lets experts migrate",
+    )
+    add("--interval", default="60s", metavar="T", help="between revisions of the placement (60s); 0s for none")
+    add("--horizon", default="300s", metavar="T", help="over which a migration has to pay (300s)")
+    add("--strategy", default="latency", choices=sorted(STRATEGIES), help="of revised placements (latency)")
+    add(
+        "--staging-memory", default="1GB", metavar="SIZE", help="host memory of a server for experts on their way (1GB)"
+    )
+    add("--staging-bandwidth", metavar="RATE", help="at which a server reads them at most, such as 200MB/s (no limit)")
     add("--context", type=int, metavar="N", help="longest sequence (the model's, at most 4096)")
 
 
@@ -56,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
     for flag in ("sequences", "chunk", "timeout"):
         if not getattr(args, flag) > 0:
             raise InputError(f"--{flag} {getattr(args, flag)}: must be greater than 0")
+    policy = _policy(args)
     cluster = Cluster.from_toml(args.cluster)
     path = args.model or bundled_model()
     args.devices = 1
@@ -66,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     if found:
         args.server, args.coordinator = found
     if args.server:
-        _serve(args, cluster, path, config, placed, lines)
+        _serve(args, cluster, path, config, placed, policy, lines)
         return 0
     return _start_all(args, cluster)
 
@@ -83,28 +102,51 @@ def _start_all(args: argparse.Namespace, cluster: Cluster) -> int:
         return run_everywhere("serve", cluster, given, args.coordinator)
 
 
+def _policy(args: argparse.Namespace) -> Policy:
+    interval = parse_seconds(args.interval, "--interval")
+    return Policy(
+        strategy=args.strategy, interval=interval, half_life=interval or 60.0,
+        horizon=parse_seconds(args.horizon, "--horizon"),
+        bandwidth=parse_rate(args.staging_bandwidth, "--staging-bandwidth") if args.staging_bandwidth else None,
+        staging_bytes=parse_bytes(args.staging_memory, "--staging-memory"),
+    )  # fmt: skip
+
+
 def _serve(
-    args: argparse.Namespace, cluster: Cluster, path: Path, config: ModelConfig, placed: Placement | None, lines: Any
+    args: argparse.Namespace,
+    cluster: Cluster,
+    path: Path,
+    config: ModelConfig,
+    placed: Placement | None,
+    policy: Policy,
+    lines: Any,
 ) -> None:
     """Be one server."""
     agree = {
         "model": folder_fingerprint(path),
-        "flags": repr((args.sequences, args.chunk, args.dtype, args.int8, config)),
+        "flags": repr((args.sequences, args.chunk, args.dtype, args.int8, config, policy, bool(args.state))),
     }
     if args.placement:
         agree["placement"] = folder_fingerprint(args.placement)
     codec = load_codec(path, config)
     coordinator = args.coordinator or coordinator_address(cluster)
+    server = cluster.names.index(args.server)
+    state = open_state(args.state) if args.state and server == 0 else None
+    record = read_record(state) if state else None
     with join(cluster, args.server, coordinator=coordinator, agree=agree, timeout=args.timeout) as devices:
         begin = time.monotonic()
-        engine = make_engine(
-            path, config, cluster, devices, dtype=args.dtype, int8=args.int8, sequences=args.sequences, chunk=args.chunk,
-            placed=placed,
-        )  # fmt: skip
-        host = Host(engine, cluster.names.index(args.server))
+        sizes = {"dtype": args.dtype, "int8": args.int8, "sequences": args.sequences}
+        if args.state:
+            placed, epoch = resumed(record, placed, model_sizes(path, config, cluster, **sizes), cluster)
+        loaded = load(path, config, cluster, devices, chunk=args.chunk, placed=placed, **sizes)
+        host = Host(loaded.engine, server)
         feeder = Feeder(host, cluster, codec, config)
         print(f"{args.server}: serving after {time.monotonic() - begin:.1f} s", file=sys.stderr, flush=True)
-        with ending(host):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(ending(host))
+            if args.state:
+                limits = record.limits if record else {}
+                stack.enter_context(migrating(host, loaded, policy, state, epoch=epoch, limits=limits))
             threading.Thread(target=feeder.feed, args=(lines,), daemon=True).start()
             host.run()
             feeder.finished.wait(10)

@@ -147,7 +147,7 @@ def should_migrate(
     return Verdict(saving_seconds * max(0.0, 1 - transfer / horizon), interference * transfer + stall_seconds)
 
 
-def diff(old: Placement, new: Placement, cluster: Cluster) -> Diff:
+def diff(old: Placement, new: Placement, cluster: Cluster, *, staging_bytes: int | None = None) -> Diff:
     """What has to move from one placement to another, and in which order.
 
     Each move reads from the quickest of the devices that hold the expert and the receiving server's storage; of equally
@@ -158,6 +158,8 @@ def diff(old: Placement, new: Placement, cluster: Cluster) -> Diff:
         old: the placement in force.
         new: the placement to reach.
         cluster: what both are for.
+        staging_bytes: what each server takes in at most in one round; a round that must be `staged` takes one expert a
+            device in any case, or a few where their sizes differ.
 
     Raises:
         InputError: placements of different models, or one that is not valid on the cluster.
@@ -170,7 +172,8 @@ def diff(old: Placement, new: Placement, cluster: Cluster) -> Diff:
             found = f"{show(new.model[key])}, but {old.source} has {show(old.model[key])}"
             raise InputError(f"{new.source}: model.{key} = {found}; use placements of the same model")
     reserved = [np.asarray(placement.model.get("reserved_bytes", 0)) for placement in (old, new)]
-    state = _State(cluster, old.resident.copy(), new.resident, old.expert_bytes, np.minimum(*reserved))
+    most = np.iinfo(np.int64).max if staging_bytes is None else max(staging_bytes, int(old.expert_bytes.max()))
+    state = _State(cluster, old.resident.copy(), new.resident, old.expert_bytes, np.minimum(*reserved), most)
     rounds = []
     while state.adds or state.drops:
         rounds.append(state.next_round())
@@ -189,6 +192,7 @@ class _State:
     goal: np.ndarray
     size: np.ndarray
     reserved: np.ndarray
+    most: int  # bytes that a server takes in during one round
     load_seconds: float = 0.0
     adds: list[Item] = field(init=False)
     drops: list[Item] = field(init=False)
@@ -211,13 +215,18 @@ class _State:
         for item in drops:
             self._drop(item)
         moves, waiting = [], []
+        left = np.full(len(self.cluster.servers), self.most)
         for item in self.adds:
             layer, _, device = item
-            if self.room[device] >= self.size[layer]:
-                self.room[device] -= self.size[layer]
+            size, server = self.size[layer], self.server[device]
+            if self.room[device] >= size and left[server] >= size:
+                self.room[device] -= size
+                left[server] -= size
                 moves.append(item)
             else:
                 waiting.append(item)
+        if moves:
+            drops = self._without_spare_room(drops)
         staged = not moves and not drops
         if staged:
             moves, drops = self._cycle()
@@ -240,6 +249,19 @@ class _State:
         self.resident[device, layer, expert] = False
         self.copies[layer, expert] -= 1
         self.room[device] += self.size[layer]
+
+    def _without_spare_room(self, drops: list[Item]) -> list[Item]:
+        """Those of the drops whose room the moves took; the others are taken back."""
+        kept = []
+        for item in reversed(drops):
+            layer, expert, device = item
+            if self.room[device] >= self.size[layer]:
+                self.resident[device, layer, expert] = True
+                self.copies[layer, expert] += 1
+                self.room[device] -= self.size[layer]
+            else:
+                kept.append(item)
+        return kept[::-1]
 
     def _make_room(self) -> list[Item]:
         """Copies to give up now: others exist, and their device needs the room; without anything to add, all."""

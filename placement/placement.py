@@ -74,21 +74,32 @@ class Placement:
                 "reserved; plan again with this cluster"
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        """What `placement.json` holds."""
+        devices = [
+            {"server": server, "device": device, "experts": [np.flatnonzero(row).tolist() for row in layers]}
+            for (server, device), layers in zip(self.devices, self.resident, strict=True)
+        ]
+        return {
+            "format": FORMAT,
+            "model": dict(self.model),
+            "strategy": self.strategy,
+            "devices": devices,
+            "predicted": dict(self.predicted),
+        }
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `placement.json`, atomically.
 
         Raises:
             InputError: the file cannot be written.
         """
-        devices = [
-            {"server": server, "device": device, "experts": [np.flatnonzero(row).tolist() for row in layers]}
-            for (server, device), layers in zip(self.devices, self.resident, strict=True)
-        ]
-        head = {"format": FORMAT, "model": dict(self.model), "strategy": self.strategy}
+        head = self.to_dict()
+        devices, predicted = head.pop("devices"), head.pop("predicted")
         # One line per device: a placement of many layers stays readable, and two of them can be compared line by line.
         lines = ",\n".join("    " + json.dumps(device) for device in devices)
         text = json.dumps(head, indent=2)[:-2] + f',\n  "devices": [\n{lines}\n  ],\n'
-        text += f'  "predicted": {json.dumps(dict(self.predicted))}\n}}\n'
+        text += f'  "predicted": {json.dumps(predicted)}\n}}\n'
         write_bytes(path, text.encode())
 
     @classmethod
@@ -102,6 +113,15 @@ class Placement:
             parsed = json.loads(read_bytes(path))
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: not valid JSON, perhaps truncated: {' '.join(str(error).split())}") from None
+        return cls.from_dict(parsed, str(path))
+
+    @classmethod
+    def from_dict(cls, parsed: Any, path: str = "placement") -> "Placement":
+        """Build from what the JSON parses to; `path` is where it was read from.
+
+        Raises:
+            InputError: another format, or inconsistent.
+        """
         if not isinstance(parsed, dict) or parsed.get("format") != FORMAT:
             found = show(parsed.get("format") if isinstance(parsed, dict) else parsed)
             raise InputError(f'{path}: format = {found}: must be "{FORMAT}"; write it with: python -m placement plan')
@@ -122,7 +142,7 @@ class Placement:
             found = f"{len(reserved)} entries for {len(names)} devices"
             raise InputError(f"{path}: model.reserved_bytes: {found}; must be one number or one per device")
         resident.setflags(write=False)
-        return cls(resident, names, strategy, model, predicted, str(path))
+        return cls(resident, names, strategy, model, predicted, path)
 
 
 def _device_list(names: Sequence[tuple[str, int]]) -> str:

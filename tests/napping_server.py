@@ -3,21 +3,21 @@
 import sys
 import time
 
-from launch.bell import ClusterBell
+from launch.channel import ClusterChannel
 from launch.join import join
 from placement import Cluster
 
 SERVERS = [{"name": f"edge-{x}", "devices": [{"memory": 1}]} for x in "abc"]
 server, coordinator, naps = sys.argv[1:]
 with join(Cluster.from_dict({"server": SERVERS}), server, coordinator=coordinator, timeout=60):
-    bell = ClusterBell()
+    channel = ClusterChannel()
     for nap in range(int(naps)):
-        assert not bell.wait(nap, 0.05)
+        assert channel.get(f"nap/{nap}", 0.05) is None
         if server == "edge-c":
             time.sleep(0.1)
             print("rung", time.time(), flush=True)
-            bell.ring(nap)
-        while not bell.wait(nap, 0.2):
+            channel.put(f"nap/{nap}", b"over")
+        while channel.get(f"nap/{nap}", 0.2) is None:
             pass
         print("woke", time.time(), flush=True)
         time.sleep(0.1)

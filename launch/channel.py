@@ -1,0 +1,73 @@
+"""What the processes of one program tell each other beside their steps: small values under names. Holds no engine."""
+
+import threading
+from contextlib import suppress
+from typing import Any, Protocol
+
+import jax
+from jax._src import distributed  # its key-value store is how processes of one program reach each other beside a step
+
+
+class Channel(Protocol):
+    """Values that one process puts and all can get, from any thread."""
+
+    def put(self, name: str, value: bytes) -> None:
+        """Set a value, or replace it."""
+        ...
+
+    def get(self, name: str, seconds: float) -> bytes | None:
+        """The value, waiting at most so long until there is one."""
+        ...
+
+    def drop(self, name: str) -> None:
+        """Forget a value; it need not exist."""
+        ...
+
+
+def open_channel() -> Channel:
+    """The channel of this program, whether it is one process or several."""
+    return ClusterChannel() if jax.process_count() > 1 else OwnChannel()
+
+
+class OwnChannel:
+    """Within a process, between threads."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, bytes] = {}
+        self._changed = threading.Condition()
+
+    def put(self, name: str, value: bytes) -> None:
+        with self._changed:
+            self._values[name] = value
+            self._changed.notify_all()
+
+    def get(self, name: str, seconds: float) -> bytes | None:
+        with self._changed:
+            self._changed.wait_for(lambda: name in self._values, seconds)
+            return self._values.get(name)
+
+    def drop(self, name: str) -> None:
+        with self._changed:
+            self._values.pop(name, None)
+
+
+class ClusterChannel:
+    """Between the processes of one program, by the store that they started with."""
+
+    def __init__(self) -> None:
+        self._client: Any = distributed.global_state.client
+
+    def put(self, name: str, value: bytes) -> None:
+        self._client.key_value_set_bytes(f"dancemoe/{name}", value, allow_overwrite=True)
+
+    def get(self, name: str, seconds: float) -> bytes | None:
+        try:
+            return self._client.blocking_key_value_get_bytes(f"dancemoe/{name}", max(1, round(1000 * seconds)))
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+            return None
+
+    def drop(self, name: str) -> None:
+        with suppress(jax.errors.JaxRuntimeError):
+            self._client.key_value_delete(f"dancemoe/{name}")

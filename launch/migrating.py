@@ -1,0 +1,102 @@
+"""A host whose experts migrate: mover and reports on every server, controller and control on the first."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import jax
+
+from launch.channel import open_channel
+from launch.control import ControlServer
+from launch.controller import Controller, Policy
+from launch.hosting import Host, Loaded, fitted
+from launch.mover import Mover
+from launch.record import NAME, Record
+from launch.reports import Reporter
+from placement import Cluster, InputError, Placement, Profile
+from placement.adapt import adapt
+
+_START_S = 120.0  # until the first server has told what is in force
+
+
+def open_state(folder: Path) -> Path:
+    """A folder for the record, made if it is not there.
+
+    Raises:
+        InputError: it cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--state {folder}: cannot be made ({error.strerror})") from None
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"--state {folder}: cannot be written to; give another folder")
+    return folder
+
+
+def resumed(
+    record: Record | None, placed: Placement | None, profile: Profile, cluster: Cluster
+) -> tuple[Placement | None, int]:
+    """What the cluster starts with, and its epoch: the first server's record where it has one. Every server calls it."""
+    channel = open_channel()
+    if jax.process_index() == 0:
+        found, epoch = placed, 0
+        if record is not None:
+            found, epoch = _fit(record.placement, profile, cluster), record.epoch
+            print(
+                f"placement: epoch {epoch} resumed, {record.hash[:12]}, recorded for: {record.reason}",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+        told = {"epoch": epoch, "placement": found.to_dict() if found is not None else None}
+        channel.put("start", json.dumps(told).encode())
+        return found, epoch
+    data = channel.get("start", _START_S)
+    if data is None:
+        raise InputError(f"server {cluster.names[0]} has not told what is where within {_START_S:g} s")
+    told = json.loads(data)
+    return Placement.from_dict(told["placement"], NAME) if told["placement"] else None, told["epoch"]
+
+
+def _fit(placement: Placement, profile: Profile, cluster: Cluster) -> Placement:
+    """A recorded placement, carried over to the cluster where that has changed since."""
+    try:
+        return fitted(placement, profile, cluster)
+    except InputError as error:
+        carried = adapt(placement, cluster)
+        print(f"placement: carried over to a cluster that has changed ({error})", file=sys.stderr, flush=True)
+        return fitted(carried, profile, cluster)
+
+
+@contextmanager
+def migrating(
+    host: Host, loaded: Loaded, policy: Policy, state: Path | None, *, epoch: int, limits: Mapping[str, int]
+) -> Iterator[Mover]:
+    """Experts of this host migrate within the block.
+
+    Args:
+        state: on the first server, the folder of the record and of control; None elsewhere.
+    """
+    mover = Mover(
+        loaded, host.channel, host.ring, staging_bytes=policy.staging_bytes, bandwidth=policy.bandwidth, epoch=epoch
+    )
+    reporter = Reporter(loaded.engine, host.channel, min(1.0, policy.interval / 4) if policy.interval else 1.0)
+
+    def between() -> bool:
+        reporter.between()
+        return mover.between()
+
+    with ExitStack() as stack:
+        if state is not None:
+            controller = Controller(loaded, mover, host.channel, state, policy, limits)
+            server = ControlServer(state, controller.answer)
+            stack.callback(server.close)
+            stack.callback(controller.end)
+            controller.start()
+        stack.callback(mover.end)
+        stack.callback(reporter.end)
+        host.between = between
+        mover.start()
+        yield mover
