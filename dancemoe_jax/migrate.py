@@ -53,7 +53,9 @@ def stage(
     for device in local_devices(mesh):
         added = np.argwhere((new[device] >= 0) & (slots[device] < 0))
         places = new[device][tuple(added.T)].tolist()
-        writes[device] = list(zip(places, read_ahead(read, map(tuple, added.tolist()), threads=2), strict=True))
+        writes[device] = list(
+            zip(places, read_ahead(read, ((layer, e) for layer, e in added.tolist()), threads=2), strict=True)
+        )
     return Staged(new, writes)
 
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from dancemoe_jax.experts import ExpertWeights
 from dancemoe_jax.migrate import Staged, commit, stage
-from dancemoe_jax.pool import WRITE_ROWS
+from dancemoe_jax.pool import WRITE_ROWS, local_devices
 from dancemoe_jax.tables import Tables
 from launch.channel import Channel
 from launch.engine import GIVEN_UP, ORDER, STAGE, Engine
@@ -34,6 +34,7 @@ from placement import Placement, diff
 from placement.migration import Round
 
 _LOOK_S = 0.5  # how often a thread that waits looks whether all is over
+_Call = tuple[int, list[tuple[int, ExpertWeights]]]  # a device, and what goes to one of its banks at once
 _SHARE = 0.25  # of a step's time that writing may add to it
 
 
@@ -114,7 +115,7 @@ class _Job:
     released: "_InForce | None"
     committed: "_InForce"
     at_once: bool
-    writes: list[tuple[int, list[tuple[int, ExpertWeights]]]]  # device and what goes to it with one call
+    writes: list[_Call]
     step: str = "staged"  # then writing, written, committed
     over: threading.Event = field(default_factory=threading.Event)
 
@@ -172,7 +173,16 @@ class Mover:
         self._thread = threading.Thread(target=self._follow, name="mover", daemon=True)
 
     def start(self) -> None:
-        """Listen to orders from now on."""
+        """Listen to orders from now on. Compiles what writing takes; no step may run meanwhile."""
+        layout = self.engine.shapes["layout"]
+        calls = []
+        for device in local_devices(self.engine.mesh):
+            experts = {int(slot): tuple(at) for at, slot in np.ndenumerate(self.slots[device]) if slot >= 0}
+            for slot in layout.starts[: layout.owned(device)]:
+                calls.append(
+                    (device, [(slot, self._loaded.read(*experts.get(slot, (0, 0))))])
+                )  # as it is, or named by none
+        self._write(calls)
         self._thread.start()
 
     def end(self) -> None:
@@ -285,7 +295,7 @@ class Mover:
 
         return read
 
-    def _calls(self, staged: Staged) -> Iterator[tuple[int, list[tuple[int, ExpertWeights]]]]:
+    def _calls(self, staged: Staged) -> Iterator[_Call]:
         """What is staged, in calls that each write one bank."""
         layout = self.engine.shapes["layout"]
         for device, rows in staged.writes.items():
@@ -324,7 +334,7 @@ class Mover:
             job.over.set()
         elif job.step == "staged" and job.at_once:
             if self._all_at(job.order, job.stage):
-                self._write(job, len(job.writes))
+                self._write(job.writes)
                 self._adopt(job, job.committed)
         elif job.step == "staged":
             if job.released is None:
@@ -334,7 +344,8 @@ class Mover:
         elif job.step == "written" and self._all_at(job.order, job.stage + 1):
             self._adopt(job, job.committed)
         if job.step == "writing" and not job.over.is_set():
-            self._write(job, self._calls_at_once)
+            now, job.writes = job.writes[: self._calls_at_once], job.writes[self._calls_at_once :]
+            self._write(now)
             took = time.monotonic() - begin
             self._calls_at_once = max(1, int(self._calls_at_once * min(2.0, _SHARE * step / max(took, 1e-6))))
             if not job.writes:
@@ -345,10 +356,9 @@ class Mover:
             self._outcome.stalls_s.append(self._last - begin)
         return job.step == "writing"
 
-    def _write(self, job: _Job, calls: int) -> None:
-        now, job.writes = job.writes[:calls], job.writes[calls:]
+    def _write(self, calls: list[_Call]) -> None:
         writes: dict[int, list[tuple[int, ExpertWeights]]] = {}
-        for device, rows in now:
+        for device, rows in calls:
             writes.setdefault(device, []).extend(rows)
         if writes:
             weights, shapes = self.engine.weights, self.engine.shapes
