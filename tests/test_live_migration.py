@@ -194,7 +194,7 @@ def test_staging_keeps_its_rate(serving, rng):
     one = serving(bandwidth=float(rate))
     outcome = one.move(random_resident(rng))
     assert outcome.bytes / outcome.stage_s <= 1.1 * rate
-    assert outcome.bytes / outcome.stage_s >= 0.8 * rate
+    assert outcome.bytes / outcome.stage_s >= 0.5 * rate
 
 
 def test_an_order_travels(rng):
