@@ -163,17 +163,17 @@ class Controller:
         present, cluster, policy = self.mover.placement, self.cluster, self.policy
         decision.epoch, asked = self.mover.epoch, target is not None
         decision.tokens = float(self._window.counts.sum()) / (present.model["top_k"] * present.resident.shape[1])
-        seen = self.profile(self._window.counts)
-        if not seen.counts.any():
-            if not asked:
-                decision.why = "no tokens in the window"
-                return self._note(decision, dry)
-            seen = self.loaded.profile
         unfit = ""
         try:
             present.validate(cluster)
         except InputError as error:
             unfit = str(error)
+        seen = self.profile(self._window.counts)
+        if not seen.counts.any():
+            if not asked and not unfit:
+                decision.why = "no tokens in the window"
+                return self._note(decision, dry)
+            seen = self.loaded.profile
         if target is None:
             target = placement.plan(
                 seen, cluster, policy.strategy, previous=None if unfit else present, workload=self._workload

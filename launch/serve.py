@@ -130,8 +130,7 @@ def _serve(
         agree["placement"] = folder_fingerprint(args.placement)
     codec = load_codec(path, config)
     coordinator = args.coordinator or coordinator_address(cluster)
-    server = cluster.names.index(args.server)
-    state = open_state(args.state) if args.state and server == 0 else None
+    state = open_state(args.state) if args.state and args.server == cluster.names[0] else None
     record = read_record(state) if state else None
     with join(cluster, args.server, coordinator=coordinator, agree=agree, timeout=args.timeout) as devices:
         begin = time.monotonic()
@@ -139,7 +138,7 @@ def _serve(
         if args.state:
             placed, epoch = resumed(record, placed, model_sizes(path, config, cluster, **sizes), cluster)
         loaded = load(path, config, cluster, devices, chunk=args.chunk, placed=placed, **sizes)
-        host = Host(loaded.engine, server)
+        host = Host(loaded.engine, cluster.names.index(args.server))
         feeder = Feeder(host, cluster, codec, config)
         print(f"{args.server}: serving after {time.monotonic() - begin:.1f} s", file=sys.stderr, flush=True)
         with contextlib.ExitStack() as stack:

@@ -1,5 +1,7 @@
 """Live migration in one process: experts move while requests run, whatever the placement, and nobody notices."""
 
+import io
+import json
 import threading
 import time
 
@@ -9,12 +11,16 @@ from cluster_of_devices import CAPACITY, PROMPTS, Small, random_resident
 
 from dancemoe_jax.config import ModelError
 from dancemoe_jax.generate import decode_step, prefill
-from launch.controller import Controller, Policy
+from launch.__main__ import main
+from launch.control import ControlServer, ask
+from launch.controller import Controller, Decision, Policy
 from launch.engine import Engine, Request
 from launch.hosting import Host, Loaded
 from launch.mover import Mover, Order
+from launch.record import NAME, read_record, write_record
 from launch.reports import Reporter
-from placement import Cluster, Placement, Profile
+from placement import Cluster, InputError, Placement, Profile
+from placement.adapt import adapt
 
 EXPERT = 1000
 CLUSTER = Cluster.from_dict({
@@ -204,3 +210,143 @@ def test_an_order_travels(rng):
     assert (order.number, order.epoch, order.reason) == (7, 3, "because")
     assert (order.placement.resident == target.resident).all()
     assert (order.likely == likely).all()
+
+
+def seen(counts, steps=(50, 400), fed=(200, 800)):
+    """What a server has told it counted."""
+    buffer = io.BytesIO()
+    np.savez(buffer, counts=counts, steps=np.array(steps), fed=np.array(fed))
+    return buffer.getvalue()
+
+
+def used(layers, experts, favourites, times):
+    """Assignments where each server's users want other experts than the others'."""
+    counts = np.ones((3, layers, experts), np.int64)
+    for server, favourite in enumerate(favourites):
+        counts[server, :, favourite] += 1000
+    return counts * times
+
+
+def decided(one, counts):
+    """One interval of the controller in which so much more has been counted."""
+    one.total = getattr(one, "total", 0) + counts
+    one.steps = getattr(one, "steps", 0) + 1
+    one.host.channel.put(
+        "counted/0", seen(one.total, (50 * one.steps, 400 * one.steps), (200 * one.steps, 800 * one.steps))
+    )
+    time.sleep(0.05)
+    one.controller.observe()
+    return one.controller._decide(Decision(time.time(), "interval"))
+
+
+A, B = (slice(0, 3), slice(3, 6), slice(5, 8)), (slice(5, 8), slice(0, 3), slice(3, 6))
+
+
+def test_a_steady_workload_migrates_once_and_is_recorded(serving, tmp_path):
+    one = serving()
+    verdicts = [decided(one, used(3, 8, A, 5)).verdict for _ in range(6)]
+    assert verdicts.count("adopted") == 1
+    assert verdicts.index("adopted") == 1  # the first interval alone convinces nobody
+    record = read_record(tmp_path)
+    assert record is not None
+    assert record.epoch == 1
+    assert (record.placement.resident == one.mover.placement.resident).all()
+    lines = [json.loads(line) for line in (tmp_path / "decisions.jsonl").read_text().splitlines()]
+    assert [line["verdict"] for line in lines] == verdicts
+    adopted = lines[1]
+    assert adopted["saving_s"] > adopted["cost_s"] > 0
+    assert adopted["planned_step_s"] < adopted["step_s"]
+    verdicts = [decided(one, used(3, 8, B, 5)).verdict for _ in range(6)]
+    assert verdicts.count("adopted") == 1  # a lasting shift moves experts again
+
+
+def test_a_workload_that_alternates_moves_nothing_once_the_plan_is_for_both(serving):
+    one = serving()
+    verdicts = [decided(one, used(3, 8, (A, B)[i % 2], 5)).verdict for i in range(10)]
+    assert set(verdicts[2:]) == {"kept"}
+
+
+def test_a_record_that_cannot_be_written_ends_migrations_not_serving(serving, rng, tmp_path, monkeypatch):
+    one = serving()
+
+    def full(*_):
+        raise InputError("placement-in-force.json: cannot be written: No space left on device")
+
+    monkeypatch.setattr("launch.controller.write_record", full)
+    verdicts = [decided(one, used(3, 8, A, 5)) for _ in range(3)]
+    assert verdicts[1].verdict == "adopted"
+    verdicts = [decided(one, used(3, 8, B, 5)) for _ in range(4)]
+    assert {v.verdict for v in verdicts} == {"kept"}
+    assert "No space left" in verdicts[-1].why
+    stream = one.host.submit(Request(2, PROMPTS[2], 8, 0.0))
+    assert list(stream) == one.small.reference_text(PROMPTS[2], 8)
+
+
+def test_control_drains_a_server_and_takes_it_back(serving, rng, tmp_path):
+    one = serving()
+    server = ControlServer(tmp_path, one.controller.answer)
+    try:
+        status = ask(tmp_path, {"what": "status"})
+        assert (status["epoch"], status["moving"]) == (0, None)
+        dry = ask(tmp_path, {"what": "memory", "memory": {"a": 0}, "dry": True})
+        assert dry["verdict"] == "adopted"
+        assert one.mover.epoch == 0
+        assert one.controller.limits == {}
+        done = ask(tmp_path, {"what": "memory", "memory": {"a": 0}})
+        assert done["verdict"] == "adopted"
+        assert not one.mover.placement.resident[0].any()
+        record = read_record(tmp_path)
+        assert record is not None
+        assert record.limits == {"a/0": 0}
+        target = random_resident(rng)
+        for wrong, message in (
+            (placement_of(target), "over its memory"),
+            (placement_of(np.ones_like(target[:, :, :4])), "model.experts = 4"),
+            (placement_of(np.zeros_like(target)), "is on no device"),
+        ):
+            with pytest.raises(InputError, match=message):
+                ask(tmp_path, {"what": "to", "placement": wrong.to_dict(), "source": "x.json"})
+        ask(tmp_path, {"what": "memory", "memory": {"a": None}})
+        done = ask(tmp_path, {"what": "to", "placement": placement_of(target).to_dict(), "source": "x.json"})
+        assert done["verdict"] == "adopted"
+        assert (one.mover.placement.resident == target).all()
+        with pytest.raises(InputError, match="no migration is under way"):
+            ask(tmp_path, {"what": "abort"})
+        with pytest.raises(InputError, match="no such server"):
+            ask(tmp_path, {"what": "memory", "memory": {"z": 0}})
+        stream = one.host.submit(Request(2, PROMPTS[2], 8, 0.0))
+        assert list(stream) == one.small.reference_text(PROMPTS[2], 8)
+    finally:
+        server.close()
+
+
+def test_no_cluster_serves_with_a_folder(tmp_path, capsys):
+    assert main(["migrate", "--state", str(tmp_path)]) == 2
+    assert "no cluster serves with it" in capsys.readouterr().err
+
+
+def test_a_record_that_was_changed_is_refused(rng, tmp_path):
+    write_record(tmp_path, placement_of(random_resident(rng)), 3, "test", {})
+    assert read_record(tmp_path) is not None
+    parsed = json.loads((tmp_path / NAME).read_text())
+    parsed["placement"]["devices"][0]["experts"][0] = []
+    (tmp_path / NAME).write_text(json.dumps(parsed))
+    with pytest.raises(InputError, match="hash"):
+        read_record(tmp_path)
+    (tmp_path / NAME).write_text("{")
+    with pytest.raises(InputError, match="move it away"):
+        read_record(tmp_path)
+
+
+@pytest.mark.parametrize("sizes", [(7, 10, 8, 16), (3, 5, 8, 16), (6, 6, 6, 6), (30, 30, 30, 30)])
+def test_a_placement_is_carried_over_to_other_memory_and_servers(rng, sizes):
+    before = placement_of(random_resident(rng))
+    servers = [("b", sizes[:1]), ("new", sizes[1:2]), ("c", sizes[2:])]
+    cluster = Cluster.from_dict({
+        "server": [{"name": n, "devices": [{"memory": size * EXPERT} for size in own]} for n, own in servers],
+    })  # fmt: skip
+    after = adapt(before, cluster)
+    after.validate(cluster)
+    assert after.resident.any(0).all()
+    if min(sizes) == 30:
+        assert (after.resident[0] >= before.resident[1]).all()

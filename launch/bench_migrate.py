@@ -1,0 +1,189 @@
+"""`python -m launch bench migrate`: what running requests notice of migrations. One process, the demo's cluster.
+
+The same load runs with migrations and without, by turns: the longest gap between two tokens of any request, what staging
+reads a second against reading alone, and the memory that it holds.
+"""
+
+import argparse
+import json
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from dancemoe_jax.checkpoint import bundled_model
+from dancemoe_jax.generate import decode_step, prefill
+from dancemoe_jax.pool import read_ahead
+from launch.cluster import cluster_devices, demo_cluster, reserved_bytes
+from launch.engine import Request
+from launch.hosting import Host, Loaded, load
+from launch.local import read_shape
+from launch.mover import Mover
+from placement import InputError, Placement
+from placement.units import parse_bytes
+
+SEQUENCES, CHUNK, PROMPT, ANSWER = 2, 32, 24, 40
+_ROUNDS = 2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--migrations", type=int, default=10, metavar="N", help="in each of the two runs with migrations (10)")
+    add("--staging-memory", default="5MB", metavar="SIZE", help="host memory for experts on their way (5MB)")
+    add("--seed", type=int, default=0)
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serve, migrate, measure.
+
+    Raises:
+        InputError: a flag is out of range.
+    """
+    if args.migrations < 1:
+        raise InputError(f"--migrations {args.migrations}: must be at least 1")
+    staging = parse_bytes(args.staging_memory, "--staging-memory")
+    args.context, args.devices, args.model = 128, 4, None
+    path = bundled_model()
+    config = read_shape(path, args)
+    cluster = demo_cluster(config, reserved_bytes(config, SEQUENCES))
+    devices = list(cluster_devices(len(cluster.devices)))[: len(cluster.devices)]
+    loaded = load(path, config, cluster, devices, sequences=SEQUENCES, chunk=CHUNK)
+    host = Host(loaded.engine, 0)
+    mover = Mover(loaded, host.channel, host.ring, staging_bytes=staging)
+    mover.start()
+    host.between = mover.between
+    loop = threading.Thread(target=host.run, daemon=True)
+    loop.start()
+    rng = np.random.default_rng(args.seed)
+    load_gaps = _Load(host, rng, config.vocab_size)
+    load_gaps.during(lambda: time.sleep(3))  # compiles
+    compiled = _compiled()
+    calm, moving, moves = _Gaps(), _Gaps(), []
+    for _ in range(_ROUNDS):
+        begin = time.monotonic()
+        moving += load_gaps.during(lambda: moves.extend(_migrations(mover, loaded, rng, args.migrations)))
+        seconds = time.monotonic() - begin
+        calm += load_gaps.during(lambda seconds=seconds: time.sleep(seconds))
+    alone = _read_alone(loaded, rng)
+    host.finish()
+    loop.join()
+    mover.end()
+    result = {
+        "migrations": len(moves), "copies_moved_share": min(m["share"] for m in moves),
+        "longest_gap_s": max(calm), "longest_gap_migrating_s": max(moving),
+        "p99_gap_s": float(np.quantile(calm, 0.99)), "p99_gap_migrating_s": float(np.quantile(moving, 0.99)),
+        "longest_stall_s": max(m["stall_s"] for m in moves), "migration_s": statistics.median(m["seconds"] for m in moves),
+        "rounds": statistics.median(m["rounds"] for m in moves),
+        "staged_bytes_per_s": statistics.median(m["bytes"] / m["stage_s"] for m in moves), "read_alone_bytes_per_s": alone,
+        "staging_bytes": staging, "peak_staged_bytes": mover.peak_bytes, "compilations": _compiled() - compiled,
+    }  # fmt: skip
+    print(json.dumps(result)) if args.json else _print(result)
+
+
+_Gaps = list[float]
+
+
+class _Load:
+    """Requests that keep every place of every device busy, with the times of their tokens."""
+
+    def __init__(self, host: Host, rng: np.random.Generator, vocabulary: int) -> None:
+        self.host, self.rng, self.vocabulary = host, rng, vocabulary
+        self.places = [int(s) for s in host.engine.device_server for _ in range(SEQUENCES)]
+
+    def during(self, what: Callable[[], Any]) -> _Gaps:
+        """Do something while requests run: seconds between tokens of the same request."""
+        ends, gaps = threading.Event(), _Gaps()
+        prompts = [self.rng.integers(0, self.vocabulary, PROMPT).tolist() for _ in self.places]
+
+        def keep_asking(server: int, prompt: list[int]) -> None:
+            while not ends.is_set():
+                before = 0.0
+                for _ in self.host.submit(Request(server, prompt, ANSWER, time.monotonic())):
+                    now = time.monotonic()
+                    if before:
+                        gaps.append(now - before)
+                    before = now
+
+        threads = [threading.Thread(target=keep_asking, args=job) for job in zip(self.places, prompts, strict=True)]
+        for thread in threads:
+            thread.start()
+        what()
+        ends.set()
+        for thread in threads:
+            thread.join()
+        return gaps
+
+
+def _migrations(mover: Mover, loaded: Loaded, rng: np.random.Generator, number: int) -> list[dict[str, float]]:
+    """Migrations one after the other, each to a placement that is drawn at random; figures of each."""
+    done = []
+    for _ in range(number):
+        before, target = mover.placement, _scattered(mover.placement, loaded, rng)
+        share = (target.resident & ~before.resident).sum() / before.resident.sum()
+        likely = np.zeros((len(loaded.cluster.names), target.resident.shape[1], len(loaded.cluster.names)), bool)
+        outcome = mover.wait(mover.send(target, likely, "bench"), 600)
+        if outcome is None or outcome.failed:
+            raise RuntimeError(f"a migration failed: {outcome.failed if outcome else 'no end within 600 s'}")
+        done.append({
+            "share": float(share), "bytes": outcome.bytes, "stage_s": outcome.stage_s, "rounds": outcome.rounds,
+            "seconds": outcome.seconds, "stall_s": max(outcome.stalls_s),
+        })  # fmt: skip
+        time.sleep(0.2)
+    return done
+
+
+def _scattered(present: Placement, loaded: Loaded, rng: np.random.Generator) -> Placement:
+    """Every expert once, dealt at random, then copies until every device is full."""
+    layout = loaded.engine.shapes["layout"]
+    resident = np.zeros_like(present.resident)
+    grid = np.argwhere(np.ones(resident.shape[1:], bool))
+    for layer, expert in rng.permutation(grid):
+        room = [d for d, most in enumerate(layout.capacity) if resident[d].sum() < most]
+        resident[rng.choice(room), layer, expert] = True
+    for device, most in enumerate(layout.capacity):
+        free = rng.permutation(np.argwhere(~resident[device]))[: most - int(resident[device].sum())]
+        resident[device][tuple(free.T)] = True
+    return Placement(resident, present.devices, "random", present.model)
+
+
+def _read_alone(loaded: Loaded, rng: np.random.Generator) -> float:
+    """Bytes a second that reading experts gives while nothing else runs, with as many threads as staging has."""
+    grid = np.argwhere(np.ones(loaded.profile.counts.shape[1:], bool))
+    experts = [(int(layer), int(expert)) for layer, expert in rng.permutation(grid)]
+    begin, total = time.monotonic(), 0
+    for weights in read_ahead(loaded.read, experts, threads=2):
+        total += sum(part.nbytes for part in jax.tree.leaves(weights))
+    return total / (time.monotonic() - begin)
+
+
+def _compiled() -> int:
+    steps: list[Any] = [decode_step, prefill]
+    return sum(step._cache_size() for step in steps)
+
+
+def _print(result: dict[str, Any]) -> None:
+    table = Table(
+        title=f"{result['migrations']} migrations of at least {100 * result['copies_moved_share']:.0f} % of all copies"
+    )
+    for column in ("", "without", "with", "ratio"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, key in (("longest gap between two tokens, ms", "longest_gap"), ("99th percentile, ms", "p99_gap")):
+        calm, moving = 1e3 * result[f"{key}_s"], 1e3 * result[f"{key}_migrating_s"]
+        table.add_row(name, f"{calm:.1f}", f"{moving:.1f}", f"{moving / calm:.2f}")
+    alone, staged = result["read_alone_bytes_per_s"], result["staged_bytes_per_s"]
+    table.add_row("reading experts, MB/s", f"{alone / 1e6:.0f}", f"{staged / 1e6:.0f}", f"{staged / alone:.2f}")
+    console = Console()
+    console.print(table)
+    console.print(
+        f"a migration: {result['rounds']:.0f} rounds, {result['migration_s']:.2f} s; longest stall between two steps "
+        f"{1e3 * result['longest_stall_s']:.1f} ms\nstaged at once {result['peak_staged_bytes'] / 1e6:.2f} MB on all servers, "
+        f"each may {result['staging_bytes'] / 1e6:.2f} MB; compilations {result['compilations']}",
+        soft_wrap=True,
+    )
