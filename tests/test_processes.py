@@ -163,7 +163,7 @@ def parent():
 def test_whoever_asks_the_parent_to_end_ends_all(number, status):
     with parent() as (process, servers, children):
         process.send_signal(number)
-        assert process.wait(30) == status
+        assert process.wait(10) == status
         assert not any(alive(pid) for pid in [*servers, *children])
 
 
