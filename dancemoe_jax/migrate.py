@@ -59,6 +59,17 @@ def stage(
     return Staged(new, writes)
 
 
+def rewrite(layout: PoolLayout, mesh: Mesh, slots: np.ndarray, read: Callable[[int, int], ExpertWeights]) -> Staged:
+    """The first slot of every bank as it is: committing it compiles what any commit takes, and changes nothing."""
+    writes = {}
+    for device in local_devices(mesh):
+        held = {int(slot): at for at, slot in np.ndenumerate(slots[device]) if slot >= 0}
+        firsts = layout.starts[: layout.owned(device)]
+        # What is written into a slot that holds nothing does not matter.
+        writes[device] = [(slot, read(*held.get(slot, (0, 0)))) for slot in firsts]
+    return Staged(slots, writes)
+
+
 def commit(pool: ExpertPool, layout: PoolLayout, mesh: Mesh, staged: Staged) -> ExpertPool:
     """Write what is staged into the pool's own memory. The pool passed in must not be used afterwards."""
     return write_experts(pool, layout, mesh, staged.writes)

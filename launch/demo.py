@@ -26,7 +26,7 @@ from dancemoe_jax.config import ModelConfig
 from dancemoe_jax.experts import ExpertWeights
 from dancemoe_jax.generate import Weights, place_decoder, place_tables
 from dancemoe_jax.mesh import make_mesh
-from dancemoe_jax.migrate import Staged, commit, stage
+from dancemoe_jax.migrate import commit, rewrite, stage
 from dancemoe_jax.pool import fill_pool, pool_layout, resident_bytes
 from dancemoe_jax.tables import assign_slots, routing_tables
 from launch import report
@@ -229,13 +229,9 @@ class Demo:
             self.engine.submit(Request(server, first, 2, 0.0))
         while not self.engine.idle:
             self.engine.step()
-        engine, empty = self.engine, jax.tree.map(np.zeros_like, self._read(0, 0))
-        writes = {}
-        for device in range(len(self.slots)):
-            occupant = {int(s): tuple(i) for i, s in np.ndenumerate(self.slots[device]) if s >= 0}
-            firsts = self.layout.starts[: self.layout.owned(device)]
-            writes[device] = [(s, self._read(*occupant[s]) if s in occupant else empty) for s in firsts]
-        pool = commit(engine.weights.pool, self.layout, self.mesh, Staged(self.slots, writes))
+        engine = self.engine
+        unchanged = rewrite(self.layout, self.mesh, self.slots, self._read)
+        pool = commit(engine.weights.pool, self.layout, self.mesh, unchanged)
         engine.adopt(engine.weights._replace(pool=pool))
         engine.take_tally()
         self._say(f"compiled and warm after {time.monotonic() - start:.1f} s; serving")

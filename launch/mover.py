@@ -24,8 +24,8 @@ import jax
 import numpy as np
 
 from dancemoe_jax.experts import ExpertWeights
-from dancemoe_jax.migrate import Staged, commit, stage
-from dancemoe_jax.pool import WRITE_ROWS, local_devices
+from dancemoe_jax.migrate import Staged, commit, rewrite, stage
+from dancemoe_jax.pool import WRITE_ROWS
 from dancemoe_jax.tables import Tables
 from launch.channel import Channel
 from launch.engine import GIVEN_UP, ORDER, STAGE, Engine
@@ -174,15 +174,8 @@ class Mover:
 
     def start(self) -> None:
         """Listen to orders from now on. Compiles what writing takes; no step may run meanwhile."""
-        layout = self.engine.shapes["layout"]
-        calls = []
-        for device in local_devices(self.engine.mesh):
-            experts = {int(slot): tuple(at) for at, slot in np.ndenumerate(self.slots[device]) if slot >= 0}
-            for slot in layout.starts[: layout.owned(device)]:
-                calls.append(
-                    (device, [(slot, self._loaded.read(*experts.get(slot, (0, 0))))])
-                )  # as it is, or named by none
-        self._write(calls)
+        unchanged = rewrite(self.engine.shapes["layout"], self.engine.mesh, self.slots, self._loaded.read)
+        self._write(list(self._calls(unchanged)))
         self._thread.start()
 
     def end(self) -> None:

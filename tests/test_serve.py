@@ -1,5 +1,6 @@
 """`python -m launch serve`: processes that serve together answer as one process does, stream, cancel, sleep and end."""
 
+import dataclasses
 import json
 import signal
 import statistics
@@ -14,8 +15,10 @@ from cluster_of_devices import Small, random_resident
 from test_across_servers import NAMES, run
 
 from launch.__main__ import main
+from launch.control import ask
 from launch.engine import Engine, Request
 from launch.hosting import Host
+from launch.record import read_record
 
 CLUSTER = """
 [[server]]
@@ -165,3 +168,39 @@ def test_what_cannot_be_served_is_refused_in_one_line(files, arguments, message)
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_experts_migrate_over_three_processes_and_a_restart_resumes(files, rng, capsys):
+    cluster, _ = files
+    state, requests = cluster.with_name("state"), cluster.with_name("same.jsonl")
+    given = [r for r in REQUESTS if r["id"] in "abc" and "temperature" not in r]
+    lines = [{**r, "id": f"{r['id']}{i}"} for i in range(400) for r in given]
+    requests.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    flags = ["--requests", requests, "--state", state, "--interval", "0s", "--staging-memory", "1MB"]
+    process = subprocess.Popen(command(cluster, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    answers = [json.loads(process.stdout.readline())]
+    for epoch in (1, 2):
+        record = read_record(state)
+        assert record is not None
+        resident = rng.random(record.placement.resident.shape) < 0.35
+        resident[rng.integers(4), ~resident.any(0)] = True
+        target = dataclasses.replace(record.placement, resident=resident)
+        done = ask(state, {"what": "to", "placement": target.to_dict(), "source": "x.json"})
+        assert (done["verdict"], done["epoch"]) == ("adopted", epoch)
+        assert done["rounds"] > 1
+    process.send_signal(signal.SIGKILL)
+    out, _ = process.communicate(timeout=60)
+    answers += [json.loads(line) for line in out.splitlines() if line.endswith("}")]
+    for one in given:
+        assert main(["generate", "--json", "--context", "96", f"--prompt={one['prompt']}",
+                     f"--max-tokens={one['max_tokens']}"]) == 0  # fmt: skip
+        tokens = json.loads(capsys.readouterr().out)["tokens"]
+        own = [a for a in answers if a["id"].startswith(one["id"]) and a["finish_reason"] != "cancelled"]
+        assert own
+        assert all(answer["tokens"] == tokens for answer in own)
+    requests.write_text("\n".join(map(json.dumps, given)) + "\n")
+    again = subprocess.run(command(cluster, *flags), capture_output=True, text=True, timeout=200)
+    assert again.returncode == 0, again.stderr
+    assert "epoch 2 resumed" in again.stderr
+    assert len(again.stdout.splitlines()) == len(given)
