@@ -14,7 +14,7 @@ from launch.control import ControlServer
 from launch.controller import Controller, Policy
 from launch.hosting import Host, Loaded, fitted
 from launch.mover import Mover
-from launch.record import NAME, Record
+from launch.record import NAME, Record, clear_leftovers
 from launch.reports import Reporter
 from placement import Cluster, InputError, Placement, Profile
 from placement.adapt import adapt
@@ -93,6 +93,7 @@ def migrating(
             controller = Controller(loaded, mover, host.channel, state, policy, limits)
             server = ControlServer(state, controller.answer)
             stack.callback(server.close)
+            clear_leftovers(state)  # the folder is ours from here on
             stack.callback(controller.end)
             controller.start()
         stack.callback(mover.end)

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,13 @@ def write_record(folder: Path, placement: Placement, epoch: int, reason: str, li
     text = json.dumps({"format": FORMAT, **about, "placement": placement.to_dict()})
     write_bytes(folder / NAME, text.encode() + b"\n")
     return record
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote the record has left behind. Nobody else may write it now."""
+    for scratch in folder.glob(f".{NAME}.*.tmp"):
+        with suppress(OSError):
+            scratch.unlink()
 
 
 def read_record(folder: Path) -> Record | None:

@@ -1,6 +1,7 @@
 """How files are refused and written: one clear line, and whole or not at all. Holds no file format."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,13 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
         raise InputError(f"{path}: cannot be written: not a regular file; name a file")
     scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
+        scratch.unlink(missing_ok=True)  # of a process that was killed here and had our number, as in containers
         with open(scratch, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, target)
     except OSError as error:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):
+            scratch.unlink()
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
