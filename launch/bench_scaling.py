@@ -1,7 +1,9 @@
-"""`python -m launch bench scaling`: how a step's time grows with devices, layers and experts. One process, no network."""
+"""`python -m launch bench scaling`: how a step's time grows with devices, layers and experts, and what dispatch adds to
+layers that are local everywhere. One process, no network."""
 
 import argparse
 import dataclasses
+import functools
 import json
 import statistics
 import time
@@ -9,17 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.table import Table
 
 from dancemoe_jax import fill_pool, make_mesh, place_decoder, place_tables, pool_layout
 from dancemoe_jax.config import ModelConfig
+from dancemoe_jax.dispatch import dispatch
 from dancemoe_jax.experts import ExpertWeights
 from dancemoe_jax.generate import Weights, decode_step, init_state
+from dancemoe_jax.mesh import AXIS
 from dancemoe_jax.model import Decoder
-from dancemoe_jax.tables import assign_slots, routing_tables
+from dancemoe_jax.pool import slot_experts
+from dancemoe_jax.tables import Tables, assign_slots, routing_tables
 from launch.cluster import cluster_devices
 from placement import InputError
 
@@ -28,6 +35,7 @@ BASE = ModelConfig(
     expert_size=128, max_position=64,
 )  # fmt: skip
 ROWS = 4  # tokens of each device in a step
+LOCAL_ROWS = 64
 DEVICES, LAYERS, EXPERTS = (1, 2, 4, 8), (4, 8, 16, 32), (8, 32, 128)
 
 
@@ -55,10 +63,11 @@ def run(args: argparse.Namespace) -> None:
         {"of": of, "number": number, "devices": devices, "seconds": _step_seconds(config, devices, args.repeats)}
         for of, number, config, devices in kinds
     ]
+    alone, dispatched = _local_layers(args.repeats)
     if args.plot:
         _plot(rows, args.plot)
     if args.json:
-        print(json.dumps(rows))
+        print(json.dumps({"steps": rows, "local_layers": {"alone_s": alone, "dispatched_s": dispatched}}))
         return
     table = Table(title=f"a decode step of {ROWS} rows a device, median of {args.repeats}")
     for column in ("growing", "number", "devices", "ms"):
@@ -66,6 +75,60 @@ def run(args: argparse.Namespace) -> None:
     for row in rows:
         table.add_row(row["of"], str(row["number"]), str(row["devices"]), f"{1e3 * row['seconds']:.1f}")
     Console().print(table)
+    Console().print(
+        f"experts of {BASE.num_layers} layers that are local everywhere, {LOCAL_ROWS} rows: {1e3 * alone:.2f} ms, with "
+        f"dispatch {1e3 * dispatched:.2f} ms ({100 * (dispatched / alone - 1):+.1f} %)",
+        soft_wrap=True,
+    )
+
+
+def _local_layers(repeats: int) -> tuple[float, float]:
+    """Median seconds of layers whose experts are all on every device: the experts alone, and as a step dispatches them."""
+    devices, grid = 2, (BASE.num_moe_layers, BASE.num_experts)
+    mesh, rng = make_mesh(cluster_devices(devices)), np.random.default_rng(0)
+    layout = pool_layout([BASE.num_moe_layers * BASE.num_experts] * devices, range(devices))
+    slots = assign_slots(layout, np.ones((devices, *grid), bool))
+    pool = fill_pool(mesh, layout, slots, lambda layer, expert: _expert(rng, BASE))
+    tables = place_tables(routing_tables(layout, slots), mesh)
+    x = rng.normal(size=(devices * LOCAL_ROWS, BASE.hidden_size)).astype(np.float32)
+    ids = rng.integers(0, BASE.num_experts, (devices * LOCAL_ROWS, BASE.top_k)).astype(np.int32)
+    weights = np.full(ids.shape, 1 / BASE.top_k, np.float32)
+    valid, everyone = jnp.ones(LOCAL_ROWS, bool), jnp.ones(devices, bool)
+
+    def layers(dispatched: bool, pool, tables, x, ids, weights):
+        compute = functools.partial(slot_experts, layout, pool, tile=8)
+
+        def layer(x, own):
+            if dispatched:
+                out, _ = dispatch(compute, layout.links, own, x, weights, ids, valid, everyone, transport="pairs")
+            else:
+                out = compute(x, own.slot[ids], weights)
+            return x + out, None
+
+        tables = tables._replace(device=tables.device[0], slot=tables.slot[0])
+        return jax.lax.scan(layer, x, tables)[0]
+
+    of_device, everywhere = P(AXIS), P()
+    specs = (of_device, Tables(of_device, of_device, everywhere, everywhere), of_device, of_device, of_device)
+    programs = [
+        jax.jit(jax.shard_map(functools.partial(layers, how), mesh=mesh, in_specs=specs, out_specs=of_device))
+        for how in (False, True)
+    ]
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(5 * repeats + 2):  # in turns, so that drift of the machine hits both alike
+        for program, took in zip(programs, seconds, strict=True):
+            begin = time.perf_counter()
+            jax.block_until_ready(program(pool, tables, x, ids, weights))
+            took.append(time.perf_counter() - begin)
+    alone, dispatched = (statistics.median(took[2:]) for took in seconds)
+    return alone, dispatched
+
+
+def _expert(rng: np.random.Generator, config: ModelConfig) -> ExpertWeights:
+    return ExpertWeights(
+        rng.normal(size=(config.hidden_size, 2 * config.expert_size)).astype(np.float32) / 16,
+        rng.normal(size=(config.expert_size, config.hidden_size)).astype(np.float32) / 16,
+    )
 
 
 def _step_seconds(config: ModelConfig, devices: int, repeats: int) -> float:
@@ -76,10 +139,7 @@ def _step_seconds(config: ModelConfig, devices: int, repeats: int) -> float:
     layout = pool_layout([int(held) for held in resident.sum((1, 2))], range(devices))
     slots = assign_slots(layout, resident)
     rng = np.random.default_rng(0)
-    one = ExpertWeights(
-        rng.normal(size=(config.hidden_size, 2 * config.expert_size)).astype(np.float32) / 16,
-        rng.normal(size=(config.expert_size, config.hidden_size)).astype(np.float32) / 16,
-    )
+    one = _expert(rng, config)
     pool = fill_pool(mesh, layout, slots, lambda layer, expert: one)
     decoder = place_decoder(Decoder(config, nnx.Rngs(0)), mesh)
     weights = Weights(decoder, pool, place_tables(routing_tables(layout, slots), mesh))
