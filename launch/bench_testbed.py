@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 import placement
-from launch.step_costs import calibrated, calibration_runs
+from launch.step_costs import PLAN, calibrated, calibration_runs, dealt
 from launch.testbed_run import DEVICES, plan_arrays, run_job, testbed_cluster
 from launch.trace import ReplayRequest, Trace, poisson
 from placement import InputError
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     sizes = {"hidden_size": args.hidden_size, "expert_bytes": args.expert_bytes, "servers": cluster.names}
     profile = trace.profile(**sizes)
     console = Console(stderr=True)
-    plans: dict[str, np.ndarray] = {}
+    plans = plan_arrays(PLAN, dealt(sum(DEVICES), layers, trace.experts), profile, cluster)
     for name in dict.fromkeys(names + fixed):
         plans |= plan_arrays(name, placement.plan(profile, cluster, name).resident, profile, cluster)
         console.print(f"planned {name}", markup=False)
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
         for prefill in (False, True)
     ]
     warm = len(runs)
-    runs += calibration_runs(kinds[0][0], sum(DEVICES), args.sequences, args.chunk)
+    runs += calibration_runs(sum(DEVICES), args.sequences, args.chunk)
     ready = len(runs)
     step = args.duration / args.rounds
     for window in range(args.rounds):
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
     }  # fmt: skip
     results = run_job(cluster, rate, job, plans, lambda line: console.print(line, markup=False))
     served = list(zip(runs, results, strict=True))[ready:]
-    measured, costs = calibrated(cluster, runs[warm:ready], results[warm:ready])
+    measured, costs = calibrated(cluster, trace, plans, runs[warm:ready], results[warm:ready], sizes)
     # What users do then, as one who passes --eval knows it: their texts, though not which of them comes when.
     problem = Problem.build(trace.profile(later=True, **sizes), measured)
     requests = trace.requests(arrivals)
@@ -111,8 +111,17 @@ def run(args: argparse.Namespace) -> None:
     rows = [figures(kind) for kind in kinds]
     if args.json:
         away = ~np.eye(len(measured.names), dtype=bool)
+        steps = [
+            {**run, **{k: next(iter(f.values()))[k] for k in ("compute_s", "network_s")}}
+            for run, f in zip(runs[warm:ready], results[warm:ready], strict=True)
+            if "active" in run
+        ]
         links = {key: np.where(away, getattr(measured, key), 0.0).tolist() for key in ("latency", "bandwidth")}
-        print(json.dumps({"rate": args.rate, "gap": args.gap, "costs": vars(costs), "links": links, "rows": rows}))
+        print(
+            json.dumps(
+                {"rate": args.rate, "gap": args.gap, "costs": vars(costs), "links": links, "steps": steps, "rows": rows}
+            )
+        )
     else:
         _print(rows, f"{rows[0]['requests']} requests for each plan, links of {args.rate}; seconds a request")
 

@@ -4,12 +4,12 @@ Modelled: rows go *across*, from a device to its gateway on each other server, t
 that holds the expert, and their sums come back the same two ways. Pairs of devices take turns in fixed rounds. A pair
 that the placement lets carry rows of a busy device announces how many come, whatever they are; with a likely pair the
 first row goes along. Other rows follow in one message for each digit of their number in base 8. A message begins when
-both its devices are free, takes the latency of its link and its bytes at the link's bandwidth, and holds both until
-then; bytes through one port of a server go one message after the other. Devices meet in messages alone, so one that has
-none in a layer runs ahead of the others.
+both its devices are free; it takes the latency of its link, its bytes at the link's bandwidth and what packing and adding
+up its rows takes, and holds both until then. Bytes through one port of a server go one message after the other. Devices
+meet in messages alone, so one that has none in a layer runs ahead of the others.
 
-Not modelled: a sender that goes on before its bytes are delivered, packets and headers, memory traffic of packing rows,
-and computing that moves to another device with its rows.
+Not modelled: a sender that goes on before its bytes are delivered, packets and headers, cores that devices share, and
+computing that moves to another device with its rows.
 """
 
 from collections.abc import Sequence
@@ -43,6 +43,7 @@ class Exchange:
         latency: seconds of a message, float64 [D, D]; within a server too.
         byte_seconds: float64 [D, D], 0 within a server.
         row_bytes, sum_bytes: of a row on its way out and back.
+        row_seconds: what a row takes each way at both ends, beside its bytes: packed, copied, added up.
     """
 
     server: np.ndarray
@@ -55,6 +56,7 @@ class Exchange:
     byte_seconds: np.ndarray
     row_bytes: int
     sum_bytes: int
+    row_seconds: float = 0.0
 
     @classmethod
     def build(
@@ -63,6 +65,8 @@ class Exchange:
         resident: np.ndarray,
         *,
         message_within: float = 0.0,
+        message_extra: float = 0.0,
+        row_seconds: float = 0.0,
         serving: np.ndarray | None = None,
         likely: np.ndarray | None = None,
     ) -> "Exchange":
@@ -72,6 +76,7 @@ class Exchange:
             problem: its `latency` is that of a whole message, as `python -m launch calibrate` measures it.
             resident: bool [D, L, E], every expert resident somewhere.
             message_within: seconds of a message between two devices of a server.
+            message_extra: seconds of any message in a step beyond those; row_seconds: of a row, each way.
             serving: whose copies serve each server, int [N, L, E]; default: `serving_server`.
             likely: servers that a token of another is nearly sure to need, bool [N, L, N]; default: by the problem's
                 own statistics.
@@ -84,11 +89,13 @@ class Exchange:
         eager = (server[:, None] == server) | likely[server][:, :, server].transpose(1, 0, 2)
         latency = problem.latency[np.ix_(server, server)].copy()
         latency[server[:, None] == server] = message_within
+        latency += message_extra
         header = problem.top_k * (WEIGHT_BYTES + CODE_BYTES)
         return cls(
             server=server, device=device, across=across, within=within, needs=_needs(server, device, across, within),
             eager=eager, latency=latency, byte_seconds=(1.0 / problem.bandwidth)[np.ix_(server, server)],
             row_bytes=VALUE_BYTES * problem.hidden_size + header, sum_bytes=VALUE_BYTES * problem.hidden_size,
+            row_seconds=row_seconds,
         )  # fmt: skip
 
     def seconds(self, ids: Sequence[np.ndarray], compute: float) -> float:
@@ -143,25 +150,25 @@ class Exchange:
         for hop in (self.across, self.within):
             pairs = [pair for turn in hop for pair in turn if live[pair]]
             for pair in pairs:
-                first = self.row_bytes if self.eager[layer][pair] else 0
-                self._message(*pair, COUNT_BYTES + first, clock, ports)
+                first = int(self.eager[layer][pair])
+                self._message(*pair, COUNT_BYTES + first * self.row_bytes, first, clock, ports)
             for pair in pairs:
                 for count in digits(rows[pair] - bool(self.eager[layer][pair])):
-                    self._message(*pair, count * self.row_bytes, clock, ports)
+                    self._message(*pair, count * self.row_bytes, count, clock, ports)
         for hop in (self.within, self.across):
             for source, target in (pair for turn in hop for pair in turn if live[pair]):
                 for count in digits(rows[source, target]):
-                    self._message(target, source, count * self.sum_bytes, clock, ports)
+                    self._message(target, source, count * self.sum_bytes, count, clock, ports)
 
     def _message(
-        self, source: int, target: int, size: int, clock: list[float], ports: dict[tuple[str, int], float]
+        self, source: int, target: int, size: int, rows: int, clock: list[float], ports: dict[tuple[str, int], float]
     ) -> None:
         begin, sending = max(clock[source], clock[target]), size * float(self.byte_seconds[source, target])
         if sending:
             out, into = ("out", int(self.server[source])), ("in", int(self.server[target]))
             begin = max(begin, ports.get(out, 0.0), ports.get(into, 0.0))
             ports[out] = ports[into] = begin + sending
-        clock[source] = clock[target] = begin + sending + float(self.latency[source, target])
+        clock[source] = clock[target] = begin + sending + float(self.latency[source, target]) + rows * self.row_seconds
 
 
 def likely_links(problem: Problem, serving: np.ndarray, threshold: float = LIKELY) -> np.ndarray:

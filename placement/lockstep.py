@@ -24,6 +24,8 @@ from placement.files import InputError, show
 from placement.problem import Problem
 from placement.token_sets import token_sets
 
+_MESSAGES = ("message_within", "message_extra", "row_seconds")
+
 
 @dataclass(frozen=True)
 class StepCosts:
@@ -32,23 +34,34 @@ class StepCosts:
     Attributes:
         prefill, decode: the three of each kind of step.
         message_within: seconds of a message between two devices of a server.
+        message_extra: seconds of any message as part of a step, beyond that and beyond the latency of its link.
+        row_seconds: of a row in a message, each way, beside its bytes.
     """
 
     prefill: tuple[float, float, float]
     decode: tuple[float, float, float]
     message_within: float = 0.0
+    message_extra: float = 0.0
+    row_seconds: float = 0.0
+
+    @property
+    def messages(self) -> dict[str, float]:
+        """What `Exchange.build` takes of it."""
+        return {key: getattr(self, key) for key in _MESSAGES}
 
     @classmethod
     def from_dict(cls, parsed: Any, source: str = "costs") -> "StepCosts":
-        """From JSON with `prefill` and `decode`, three numbers each, and optionally `message_within`.
+        """From JSON with `prefill` and `decode`, three numbers each, and optionally those of messages.
 
         Raises:
             InputError: something is missing, unknown, or no number from 0.
         """
         if not isinstance(parsed, Mapping) or not {"prefill", "decode"} <= set(parsed) <= {*vars(cls(_FREE, _FREE))}:
-            raise InputError(f"{source}: must have prefill and decode, optionally message_within, and nothing else")
+            raise InputError(
+                f"{source}: must have prefill and decode, optionally {', '.join(_MESSAGES)}, and nothing else"
+            )
         found = {}
-        for key, count in (("prefill", 3), ("decode", 3), ("message_within", 1)):
+        for key, count in (("prefill", 3), ("decode", 3), *((key, 1) for key in _MESSAGES)):
             values = parsed.get(key, 0.0)
             values = values if isinstance(values, list | tuple) else [values]
             plain = all(isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v < np.inf for v in values)
@@ -193,8 +206,7 @@ def lock_step(
         serving, likely: see `Exchange.build`; as the runtime was given them.
         seed: of the tokens drawn; the same for all placements that are to be compared.
     """
-    tables = {"serving": serving, "likely": likely}
-    exchange = Exchange.build(problem, resident, message_within=costs.message_within, **tables)
+    exchange = Exchange.build(problem, resident, **costs.messages, serving=serving, likely=likely)
     routing = _draw(problem, arrivals, seed)
     devices = len(problem.device_server)
     none = routing[0][:0] if routing else np.zeros((0, problem.shape[1], problem.top_k), np.int64)

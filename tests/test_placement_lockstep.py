@@ -96,6 +96,10 @@ def test_messages_of_a_row_by_hand():
         quiet = 2 * (1e-3 + (4 + likely * ROW) / 1e6)  # in the other layers the question alone
         wanted = quiet + messages * 1e-3 + (sent + 2 * HIDDEN) / 1e6
         assert exchange.seconds([ids, ids[:0]], 0.3) == pytest.approx(0.3 + wanted)
+    dear = Exchange.build(problem, resident, message_extra=0.01, row_seconds=0.5, likely=np.zeros((2, LAYERS, 2), bool))
+    plain = Exchange.build(problem, resident, likely=np.zeros((2, LAYERS, 2), bool))
+    more = dear.seconds([ids, ids[:0]], 0.3) - plain.seconds([ids, ids[:0]], 0.3)
+    assert more == pytest.approx(5 * 0.01 + 2 * 0.5)
     home = Exchange.build(problem, everywhere(2))
     assert home.seconds([ids, ids], 0.3) == 0.3
 
