@@ -78,8 +78,8 @@ def _with_messages(
     steps: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
 ) -> StepCosts:
     """What a message and a row take in a step, so that the steps measured with messages are told best."""
-    tables = {key: plans[f"{key}_{PLAN}"] for key in ("serving", "likely")}
-    exchange = Exchange.build(problem, plans[f"resident_{PLAN}"], **base.messages, **tables)
+    resident, serving, likely = (plans[f"{key}_{PLAN}"] for key in ("resident", "serving", "likely"))
+    exchange = Exchange.build(problem, resident, **base.messages, serving=serving, likely=likely)
     drawn = [_tokens(run, trace, problem.device_server) for run, _ in steps]
     network = np.array([found["network_s"] for _, found in steps])
     compute = [found["compute_s"] for _, found in steps]
