@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 import placement
+from launch.step_costs import PLAN, calibrated, calibration_runs, dealt
 from launch.testbed_run import DEVICES, plan_arrays, run_job, testbed_cluster
-from launch.trace import Trace, poisson
+from launch.trace import ReplayRequest, Trace, poisson
 from placement import InputError
 from placement.arrivals import Arrivals
+from placement.lockstep import StepCosts, lock_step
+from placement.problem import Problem
 from placement.units import parse_rate
 
 STRATEGIES = "uniform,redundance,smartmoe,eplb,dance,exact,latency"
@@ -57,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     sizes = {"hidden_size": args.hidden_size, "expert_bytes": args.expert_bytes, "servers": cluster.names}
     profile = trace.profile(**sizes)
     console = Console(stderr=True)
-    plans: dict[str, np.ndarray] = {}
+    plans = plan_arrays(PLAN, dealt(sum(DEVICES), layers, trace.experts), profile, cluster)
     for name in dict.fromkeys(names + fixed):
         plans |= plan_arrays(name, placement.plan(profile, cluster, name).resident, profile, cluster)
         console.print(f"planned {name}", markup=False)
@@ -76,6 +80,8 @@ def run(args: argparse.Namespace) -> None:
         for prefill in (False, True)
     ]
     warm = len(runs)
+    runs += calibration_runs(sum(DEVICES), args.sequences, args.chunk)
+    ready = len(runs)
     step = args.duration / args.rounds
     for window in range(args.rounds):
         span = [window * step, (window + 1) * step]
@@ -88,16 +94,60 @@ def run(args: argparse.Namespace) -> None:
         "chunk": args.chunk, "runs": runs, "arrivals": [column.tolist() for column in vars(arrivals).values()],
     }  # fmt: skip
     results = run_job(cluster, rate, job, plans, lambda line: console.print(line, markup=False))
-    served = list(zip(runs, results, strict=True))[warm:]
+    served = list(zip(runs, results, strict=True))[ready:]
+    measured, costs = calibrated(cluster, trace, plans, runs[warm:ready], results[warm:ready], sizes)
+    # What users do then, as one who passes --eval knows it: their texts, though not which of them comes when.
+    problem = Problem.build(trace.profile(later=True, **sizes), measured)
+    requests = trace.requests(arrivals)
 
     def figures(kind: tuple[str, str]) -> dict[str, Any]:
-        return _figures(kind, [found for run, found in served if (run["plan"], run["transport"]) == kind], args)
+        own = [(run, found) for run, found in served if (run["plan"], run["transport"]) == kind]
+        figures = _figures(kind, [found for _, found in own], args)
+        if kind[1] == "pairs":
+            spans = [run["window"] for run, _ in own]
+            figures["predicted"] = _predict(problem, costs, requests, spans, plans, kind[0], args)
+        return figures
 
     rows = [figures(kind) for kind in kinds]
     if args.json:
-        print(json.dumps({"rate": args.rate, "gap": args.gap, "rows": rows}))
+        away = ~np.eye(len(measured.names), dtype=bool)
+        steps = [
+            {**run, **{k: next(iter(f.values()))[k] for k in ("compute_s", "network_s")}}
+            for run, f in zip(runs[warm:ready], results[warm:ready], strict=True)
+            if "active" in run
+        ]
+        links = {key: np.where(away, getattr(measured, key), 0.0).tolist() for key in ("latency", "bandwidth")}
+        print(
+            json.dumps(
+                {"rate": args.rate, "gap": args.gap, "costs": vars(costs), "links": links, "steps": steps, "rows": rows}
+            )
+        )
     else:
         _print(rows, f"{rows[0]['requests']} requests for each plan, links of {args.rate}; seconds a request")
+
+
+def _predict(
+    problem: Problem,
+    costs: StepCosts,
+    requests: Sequence[ReplayRequest],
+    windows: Sequence[Sequence[float]],
+    plans: Mapping[str, np.ndarray],
+    name: str,
+    args: argparse.Namespace,
+) -> dict[str, float]:
+    """Means that the lock-step simulation gives for the same requests, each window beginning at rest."""
+    columns = np.array([[r.arrival_s, r.server, r.prompt, r.output] for r in requests]).reshape(-1, 4).T
+    tables = {key: plans[f"{key}_{name}"] for key in ("serving", "likely")}
+    options = {"sequences": args.sequences, "chunk": args.chunk, "seed": args.seed, **tables}
+    parts: dict[str, list[np.ndarray]] = {}
+    for begin, end in windows:
+        seconds, *rest = columns[:, (begin <= columns[0]) & (columns[0] < end)]
+        arrivals = Arrivals(seconds - begin, *(column.astype(np.int64) for column in rest))
+        served = lock_step(problem, plans[f"resident_{name}"], arrivals, costs, **options)
+        for key in ("latency", "compute", "network", "waiting"):
+            parts.setdefault(key, []).append(getattr(served, key))
+    means = {key: float(np.concatenate(values).mean()) for key, values in parts.items()}
+    return {"mean": means.pop("latency"), **means}
 
 
 def _names(text: str, flag: str) -> list[str]:
@@ -134,14 +184,17 @@ def _figures(kind: tuple[str, str], windows: list[dict[str, Any]], args: argpars
 def _print(rows: list[dict[str, Any]], title: str) -> None:
     base = next((row["mean"] for row in rows if row["strategy"] == _BASE and row["transport"] == "pairs"), None)
     table = Table(title=title)
-    for column in ("plan", "rows travel by", "mean", f"to {_BASE}", "p95", "computing", "network", "waiting", "remote",
-                   "GB sent", "to least"):  # fmt: skip
+    for column in ("plan", "rows travel by", "mean", "predicted", f"to {_BASE}", "p95", "computing", "network", "waiting",
+                   "remote", "GB sent", "to least"):  # fmt: skip
         table.add_column(column, justify="left" if column in ("plan", "rows travel by") else "right", no_wrap=True)
     for row in rows:
+        told = row.get("predicted")
+        predicted = f"{told['mean']:.2f} ({100 * (told['mean'] / row['mean'] - 1):+.0f} %)" if told else ""
         change = f"{100 * (row['mean'] / base - 1):+.1f} %" if base else ""
         table.add_row(
-            row["strategy"], row["transport"], f"{row['mean']:.2f}", change, f"{row['p95']:.2f}", f"{row['compute']:.2f}",
-            f"{row['network']:.2f}", f"{row['waiting']:.2f}", f"{100 * row['remote']:.1f} %", f"{row['sent_bytes'] / 1e9:.2f}",
+            row["strategy"], row["transport"], f"{row['mean']:.2f}", predicted, change, f"{row['p95']:.2f}",
+            f"{row['compute']:.2f}", f"{row['network']:.2f}", f"{row['waiting']:.2f}", f"{100 * row['remote']:.1f} %",
+            f"{row['sent_bytes'] / 1e9:.2f}",
             f"{row['sent_bytes'] / row['least_bytes']:.2f}" if row["least_bytes"] else "",
         )  # fmt: skip
     Console(width=120).print(table)

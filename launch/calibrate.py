@@ -83,24 +83,38 @@ def run(args: argparse.Namespace) -> int:
 def measure(cluster: Cluster, devices: list[Any], path: Path, config: ModelConfig, server: int) -> Measured:
     """Measure, all processes together; all get the same."""
     mesh, owners = make_mesh(devices), cluster.device_server
-    first = [int(np.flatnonzero(owners == index)[0]) for index in range(len(cluster.names))]
-    latency = np.zeros((len(first), len(first)))
-    bandwidth = np.full_like(latency, np.inf)
-    for a, b in itertools.combinations(range(len(first)), 2):
-        took = {size: _ping(mesh, first[a], first[b], size) for size in SIZES}
-        if server != a:
-            took = dict.fromkeys(SIZES, 0.0)
-        small, middle, large = (_share(mesh, owners, server, took[size], a) for size in SIZES)
-        latency[a, b] = latency[b, a] = small
-        bandwidth[a, b] = bandwidth[b, a] = (SIZES[2] - SIZES[1]) / max(large - middle, 1e-9)
+    latency, bandwidth = measure_links(mesh, owners, server)
     seconds = np.zeros(len(devices))
     for index in range(len(devices)):
         own = _compute(devices[index], config) if owners[index] == server else 0.0
         seconds[index] = _share(mesh, owners, server, own, int(owners[index]))
     reading = [
-        _share(mesh, owners, server, _reads(path) if index == server else 0.0, index) for index in range(len(first))
+        _share(mesh, owners, server, _reads(path) if index == server else 0.0, index)
+        for index in range(len(cluster.names))
     ]
     return Measured(latency, bandwidth, seconds.min() / seconds, np.array(reading))
+
+
+def measure_links(mesh: Any, owners: np.ndarray, server: int) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds of a message of a few bytes between servers and bytes/s beyond that, float [servers, servers] each.
+
+    The diagonal holds the seconds of a message between two devices of a server, 0 where it has one; its bytes are free.
+
+    Args:
+        owners: server of each device; server: this process's.
+    """
+    members = [np.flatnonzero(owners == index) for index in range(int(owners.max()) + 1)]
+    latency = np.zeros((len(members), len(members)))
+    bandwidth = np.full_like(latency, np.inf)
+    for a, own in enumerate(members):
+        if len(own) > 1:
+            latency[a, a] = _share(mesh, owners, server, _ping(mesh, int(own[0]), int(own[1]), SIZES[0]), a)
+    for a, b in itertools.combinations(range(len(members)), 2):
+        took = {size: _ping(mesh, int(members[a][0]), int(members[b][0]), size) for size in SIZES}
+        small, middle, large = (_share(mesh, owners, server, took[size], a) for size in SIZES)
+        latency[a, b] = latency[b, a] = small
+        bandwidth[a, b] = bandwidth[b, a] = (SIZES[2] - SIZES[1]) / max(large - middle, 1e-9)
+    return latency, bandwidth
 
 
 def cluster_text(cluster: Cluster, measured: Measured) -> str:

@@ -28,9 +28,9 @@ from dancemoe_jax.tables import Tables, assign_slots, routing_tables
 from launch.channel import open_channel
 from launch.cluster import model_profile, reserved_bytes, slots_per_device
 from launch.engine import DONE, ORDER, Engine, Request
-from launch.links import likely_links
 from placement import Cluster, InputError, Placement, Profile
 from placement.cost import serving_server
+from placement.exchange_time import likely_links
 from placement.problem import Problem
 
 _NAP_S = 0.2  # how often a sleeping server looks whether it is to end

@@ -28,6 +28,7 @@ from dancemoe_jax.mesh import AXIS, deal
 from dancemoe_jax.model import Decoder
 from dancemoe_jax.pool import pool_layout
 from dancemoe_jax.tables import Tables, assign_slots, routing_tables
+from launch.calibrate import measure_links
 from launch.join import join
 from launch.replay import Replay, Rows, Spent
 from launch.trace import ReplayRequest, Trace
@@ -71,8 +72,9 @@ class Done:
 class Server:
     """This process's part of the replay."""
 
-    def __init__(self, job: dict[str, Any], devices: list[Any]) -> None:
+    def __init__(self, job: dict[str, Any], name: str, devices: list[Any]) -> None:
         self.cluster = Cluster.from_dict(job["cluster"], source="testbed")
+        self.server = self.cluster.names.index(name)
         self.trace, self.sequences, self.chunk = Trace.load(job["trace"]), job["sequences"], job["chunk"]
         self.config, self.mesh = replay_config(self.trace, job["hidden_size"]), make_mesh(devices)
         self.arrivals = job.get("arrivals", [])
@@ -120,6 +122,12 @@ class Server:
         )
         self.weights = self.weights._replace(pool=pool, tables=self._tables(plan))
 
+    def at_home(self, rows: Rows) -> float:
+        """Seconds of a step as if all experts were at home, on the slowest server."""
+        home = self.weights._replace(tables=self.home)
+        self.scratch, seconds, _ = self._take(home, self.scratch, rows, "pairs")
+        return self._agree(seconds)[0]
+
     def step(self, rows: Rows, transport: str) -> Spent:
         """Take a step; what it took on the slowest server."""
         before = _link_bytes()
@@ -133,9 +141,13 @@ class Server:
         for name in ("local", "remote", "crossings", "rows"):
             shards = getattr(traffic, name).addressable_shards
             setattr(done, name, getattr(done, name) + sum(int(np.asarray(shard.data).sum()) for shard in shards))
-        took = np.tile(np.array([seconds, at_home], np.float32), (self.mesh.size, 1))
-        whole, compute = (float(s) for s in np.asarray(self._slowest(deal(self.mesh, took)))[0])
+        whole, compute = self._agree(seconds, at_home)
         return Spent(min(whole, compute), max(whole - compute, 0.0))
+
+    def _agree(self, *seconds: float) -> list[float]:
+        """Those of the slowest server."""
+        took = np.tile(np.array(seconds, np.float32), (self.mesh.size, 1))
+        return [float(s) for s in np.asarray(self._slowest(deal(self.mesh, took)))[0]]
 
     def _take(self, weights: Weights, state: State, rows: Rows, transport: str):
         routing = GivenRouting(deal(self.mesh, rows.ids), deal(self.mesh, rows.weights))
@@ -172,8 +184,14 @@ class Server:
         each = [[r.server, r.latency_s, r.compute_s, r.network_s, r.waiting_s] for r in requests]
         return {"requests": each, "steps": replay.steps}
 
+    def ping(self, _: dict[str, Any]) -> dict[str, Any]:
+        """What messages take between servers, and within them on the diagonal."""
+        latency, bandwidth = measure_links(self.mesh, self.cluster.device_server, self.server)
+        np.fill_diagonal(bandwidth, 0.0)  # JSON has no infinity
+        return {"latency": latency.tolist(), "bandwidth": bandwidth.tolist()}
+
     def repeat(self, run: dict[str, Any]) -> dict[str, Any]:
-        """Steps of one kind with tokens drawn from the trace; medians."""
+        """Steps of one kind with tokens drawn from the trace; medians. `home`: only as if all experts were at home."""
         rng, devices = np.random.default_rng(0), self.mesh.size
         shape = (devices, self.chunk if run["prefill"] else self.sequences)
         spent = []
@@ -192,7 +210,8 @@ class Server:
                 active[device, : run["rows"]] = True
             place = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
             sequence, position = (np.zeros_like(place), place) if run["prefill"] else (place, np.zeros_like(place))
-            spent.append(self.step(Rows(run["prefill"], ids, weights, sequence, position, active), run["transport"]))
+            rows = Rows(run["prefill"], ids, weights, sequence, position, active)
+            spent.append(Spent(self.at_home(rows)) if run.get("home") else self.step(rows, run["transport"]))
         kept = spent[run["warm"] :]
         return {
             "compute_s": statistics.median(s.compute_s for s in kept),
@@ -216,11 +235,11 @@ def main(path: str, name: str, coordinator: str) -> None:
     job = json.loads(Path(path).read_text(encoding="utf-8"))
     cluster = Cluster.from_dict(job["cluster"], source="testbed")
     with join(cluster, name, coordinator=coordinator, timeout=120) as devices:
-        server = Server(job, devices)
+        server = Server(job, name, devices)
         for number, run in enumerate(job["runs"]):
             server.adopt(run["plan"])
             server.done = Done()
-            figures = server.repeat(run) if "active" in run else server.serve(run)
+            figures = (server.ping if "ping" in run else server.repeat if "active" in run else server.serve)(run)
             print(json.dumps({"run": number, **figures, "done": dataclasses.asdict(server.done)}), flush=True)
 
 

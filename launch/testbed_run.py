@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from launch.links import likely_links
 from launch.meeting import DEFAULT_PORT
 from launch.processes import start
 from launch.testbed import Testbed, missing
 from launch.trace import Trace
 from placement import Cluster, InputError, Profile
 from placement.cost import serving_server
+from placement.exchange_time import likely_links
 from placement.problem import Problem
 
 # A server with two devices beside servers with one, in the order of a trace's domains.

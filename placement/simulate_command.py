@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 
 from placement.arrivals import Arrivals
-from placement.files import InputError, show
+from placement.cost import serving_server
+from placement.exchange_time import likely_links
+from placement.files import InputError, read_bytes, show
 from placement.grid import Cell, Grid, run_grid, trends
+from placement.lockstep import StepCosts, lock_step
 from placement.planner import STRATEGIES, plan
 from placement.problem import Problem
 from placement.profile import Profile
@@ -67,6 +70,24 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "(default: 5e11)")  # fmt: skip
     add("--prefill-token", type=_above_zero, metavar="S", help="measured seconds of a prompt token, all layers")
     add("--decode-step", type=_above_zero, metavar="S", help="measured seconds of a decode step of one sequence")
+    add("--lock-step", action="store_true", help="all servers take their steps together, as python -m launch serve does, in "
+        "place of a loop of each server's own")  # fmt: skip
+    add("--costs", metavar="C.json", help="with --lock-step: measured seconds of steps at home, as python -m launch bench "
+        "testbed --json prints them under costs")  # fmt: skip
+    add(
+        "--sequences",
+        type=_count,
+        default=4,
+        metavar="N",
+        help="with --lock-step: sequences a device serves at once (4)",
+    )
+    add(
+        "--chunk",
+        type=_count,
+        default=64,
+        metavar="N",
+        help="with --lock-step: prompt tokens of a step on a device (64)",
+    )
     add("--seed", type=int, default=0, help="of arrivals and of strategies that draw (default: 0)")
     add("--grid", action="store_true", help="the paper's grid on clusters of its own: 4 to 256 GPUs, 100 to 1000 "
         "Mbit/s, gaps 8 to 15 s")  # fmt: skip
@@ -100,6 +121,11 @@ def run_simulate(arguments: argparse.Namespace, print_table: PrintTable) -> None
         raise InputError(f"{evaluation.source}: another model than {profile.source}'s; use profiles of the same model")
     arrivals = _arrivals(arguments, cluster)
     compute = _compute(arguments, problem)
+    if arguments.lock_step:
+        _run_lock_step(arguments, profile, cluster, problem, arrivals, compute, names, print_table)
+        return
+    if arguments.costs:
+        raise InputError("--costs: only --lock-step reads them; add it, or give --prefill-token and --decode-step")
     done: dict[str, Simulation] = {}
     for name in names:
         resident = plan(profile, cluster, name, seed=arguments.seed).resident
@@ -117,6 +143,54 @@ def run_simulate(arguments: argparse.Namespace, print_table: PrintTable) -> None
         print(json.dumps({**inputs, "model": profile.model, "compute": vars(compute), "strategies": figures}))
         return
     _print_simulations(done, cluster, arrivals, print_table)
+
+
+def _run_lock_step(
+    arguments: argparse.Namespace,
+    profile: Profile,
+    cluster: Cluster,
+    problem: Problem,
+    arrivals: Arrivals,
+    compute: Compute,
+    names: Sequence[str],
+    print_table: PrintTable,
+) -> None:
+    for option in ("shift", "replan", "plot"):
+        if getattr(arguments, option) is not None:
+            raise InputError(f"--{option}: not with --lock-step; leave one out")
+    costs = _costs(arguments.costs, compute)
+    planned, done = Problem.build(profile, cluster), {}
+    for name in names:
+        resident = plan(profile, cluster, name, seed=arguments.seed).resident
+        # The runtime is told by the profile that was planned on which rows go unasked.
+        likely = likely_links(planned, serving_server(planned, planned.held(resident)))
+        options = {"sequences": arguments.sequences, "chunk": arguments.chunk, "seed": arguments.seed}
+        done[name] = lock_step(problem, resident, arrivals, costs, likely=likely, **options).summary()
+    if arguments.json:
+        inputs = {"cluster": cluster.source, "profile": profile.source, "eval": arguments.eval or profile.source}
+        print(json.dumps({**inputs, "model": profile.model, "costs": vars(costs), "strategies": done}))
+        return
+    rows = []
+    for name, figures in done.items():
+        times = [figures["latency"][key] for key in ("mean", "p50", "p95", "p99")]
+        times += [figures[key] for key in ("first_token", "compute", "network", "waiting")]
+        rows.append([name, *(f"{seconds:.2f} s" for seconds in times)])
+    print_table(["strategy", "mean", "p50", "p95", "p99", "first token", "computing", "network", "waiting"], rows)
+    print(
+        f"{len(arrivals)} requests in {arrivals.seconds[-1]:.0f} s, all servers in lock-step. Times from arrival to the last"
+    )
+    print("token. See placement/lockstep.py for what is modelled.")
+
+
+def _costs(path: str | None, compute: Compute) -> StepCosts:
+    """Measured costs; without a file those of one speed of devices, which compute side by side."""
+    if path is None:
+        return StepCosts((0.0, 0.0, compute.prefill_token), (compute.decode_step, 0.0, compute.decode_token))
+    try:
+        parsed = json.loads(read_bytes(path))
+    except ValueError:
+        raise InputError(f"{path}: not JSON; write prefill and decode, three seconds each") from None
+    return StepCosts.from_dict(parsed, path)
 
 
 def _arrivals(arguments: argparse.Namespace, cluster: Cluster) -> Arrivals:
@@ -189,9 +263,9 @@ def _print_simulations(
 
 
 def _run_grid(arguments: argparse.Namespace, names: tuple[str, ...], print_table: PrintTable) -> None:
-    for option in ("cluster", "arrivals", "gap", "duration", "shift", "replan"):
-        if getattr(arguments, option) is not None:
-            raise InputError(f"--{option}: --grid has its own; leave it out")
+    for option in ("cluster", "arrivals", "gap", "duration", "shift", "replan", "costs", "lock_step"):
+        if getattr(arguments, option) not in (None, False):
+            raise InputError(f"--{option.replace('_', '-')}: --grid has its own; leave it out")
     profile = Profile.load(arguments.profile)
     evaluation = Profile.load(arguments.eval) if arguments.eval else profile
     lengths = ((arguments.prompt_tokens, arguments.output_tokens),)

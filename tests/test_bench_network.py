@@ -40,6 +40,12 @@ def test_requests_of_a_trace_are_served_by_every_plan(trace, capfd):
     for row in found["rows"]:
         assert row["mean"] == pytest.approx(row["compute"] + row["network"] + row["waiting"])
         assert row["sent_bytes"] >= row["least_bytes"]
+    for row in (uniform, latency):
+        told = row["predicted"]
+        assert told["mean"] == pytest.approx(told["compute"] + told["network"] + told["waiting"])
+        assert told["compute"] > 0
+    assert uniform["predicted"]["network"] > latency["predicted"]["network"]
+    assert "predicted" not in fixed
     assert latency["remote"] == pytest.approx(fixed["remote"])
     assert latency["remote"] < uniform["remote"]
     assert latency["least_bytes"] < uniform["least_bytes"]
