@@ -96,9 +96,11 @@ def run(arguments: argparse.Namespace) -> int:
     setting = _prepare(arguments)
     if arguments.processes and not arguments.server:
         first = setting.cluster.names[0]
-        return run_everywhere(
-            "demo", setting.cluster, sys.argv[2:], arguments.coordinator, lambda server, line: server == first
-        )
+
+        def passes(server: str, line: str) -> bool:
+            return server == first and not line.startswith("[Gloo]")  # the transport's own words, from C++
+
+        return run_everywhere("demo", setting.cluster, sys.argv[2:], arguments.coordinator, passes)
     figures = _serve(arguments, setting, console)
     if figures is None:
         return 0
