@@ -19,6 +19,7 @@ from placement import DecayingCounts, Placement
 
 _LOOK_S = 0.25
 _ANSWER_S = 120.0  # until a server has answered, a migration included
+_WARM_S = 900.0  # until all have compiled, on a busy machine
 _FRESH_TOKENS = 4
 
 
@@ -65,7 +66,7 @@ class Conductor:
     def _phases(self) -> None:
         figures, server = self.figures, self.server
         begin = time.monotonic()
-        self._gather("warm")
+        self._gather("warm", _WARM_S)
         self.say(f"compiled and warm after {time.monotonic() - begin + figures.loading_s:.1f} s; serving")
         domains = list(server.workload.domains)
         self.zero = time.monotonic()
@@ -149,10 +150,10 @@ class Conductor:
         """Have all servers tell what they have done so far, at about the same time."""
         return self._gather(f"cut/{self._say_all(**what)}")
 
-    def _gather(self, name: str) -> list[Any]:
+    def _gather(self, name: str, seconds: float = _ANSWER_S) -> list[Any]:
         found = []
         for index in range(jax.process_count()):
-            deadline = time.monotonic() + _ANSWER_S
+            deadline = time.monotonic() + seconds
             while (told := self._get(f"{name}/{index}", _LOOK_S)) is None:
                 if self.server.ended.is_set() and name != "cut/last":
                     raise DemoEnded("the servers were asked to end")
