@@ -3,17 +3,30 @@
 import contextlib
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from launch.join import free_port
 from launch.processes import ServerFailed, prefixed, start
 from placement import Cluster, InputError
 
 
-def run_everywhere(command: str, cluster: Cluster, given: Sequence[str], coordinator: str | None) -> int:
+def _is_json(server: str, line: str) -> bool:
+    return line.startswith("{")
+
+
+def run_everywhere(
+    command: str,
+    cluster: Cluster,
+    given: Sequence[str],
+    coordinator: str | None,
+    passes: Callable[[str, str], bool] = _is_json,
+) -> int:
     """Run `python -m launch COMMAND` with what was given for each server whose host is this machine; the exit status.
 
     Lines of JSON on the servers' standard output go to ours, what they say on standard error goes there with their names.
+
+    Args:
+        passes: server and line -> whether a line of its standard output goes to ours.
 
     Raises:
         InputError: none of the servers is this machine.
@@ -28,7 +41,7 @@ def run_everywhere(command: str, cluster: Cluster, given: Sequence[str], coordin
     lines = prefixed()
 
     def output(server: str, stream: str, line: str) -> None:
-        if stream == "stdout" and line.startswith("{"):
+        if stream == "stdout" and passes(server, line):
             print(line, flush=True)
         elif stream == "stderr":
             lines(server, stream, line)

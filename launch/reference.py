@@ -55,6 +55,10 @@ class CompilationCounter:
     def start(self) -> None:
         self._count, self._counting = 0, True
 
+    @property
+    def count(self) -> int:
+        return self._count
+
     def stop(self) -> int:
         self._counting = False
         return self._count

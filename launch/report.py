@@ -177,9 +177,9 @@ def _timeline_section(result: Figures, colours: dict[str, str]) -> str:
     moves = "".join(
         f"<li><b>{escape(m['from'])} → {escape(m.get('label') or m['to'])}</b> at {amount(m['at_s'], 1, 's')}: "
         f"{plural(m['copies_added'], 'copy')} added, {amount(m['copies_dropped'])} dropped, "
-        f"{_bytes(m['bytes_moved'])} moved; staged in {_seconds(m['stage_s'])} in the background, committed in "
-        f"{_seconds(m['commit_s'])} with {plural(m['requests_in_flight'], 'request')} in flight; remote share "
-        f"{percent(m['remote_share_before'])} → {percent(m['remote_share_after'])}</li>"
+        f"{_bytes(m['bytes_moved'])} moved; staged in {_seconds(m['stage_s'])} in the background, longest stall "
+        f"between two steps {_seconds(m['commit_s'])} with {plural(m['requests_in_flight'], 'request')} in flight; remote "
+        f"share {percent(m['remote_share_before'])} → {percent(m['remote_share_after'])}</li>"
         for m in result["migrations"]
     )
     return (

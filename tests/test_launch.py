@@ -82,6 +82,27 @@ def test_unequal_budgets_cost_unequal_memory(demo):
     )
 
 
+@pytest.mark.slow  # three processes compile and serve
+def test_demo_over_a_process_for_each_server(tmp_path):
+    done = launch("demo", "--processes", "--phase-seconds", 4, "--json", "figures.json", cwd=tmp_path, timeout=400)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "figures.json").read_text())
+    checks = result["checks"]
+    assert checks["mismatches"] == checks["compilations_after_warmup"] == 0
+    assert checks["within_budget"] is True
+    assert checks["requests_checked"] > 0
+    assert "one process for each server" in done.stdout.splitlines()[0]
+    assert "[" not in done.stdout.splitlines()[1], "only the demo's own lines"
+    uniform, dance, _, again = result["phases"]
+    for phase in result["phases"]:
+        assert None not in phase["local_ratio"].values(), "every server's users were served"
+        assert 1 - phase["local_ratio_mean"] == pytest.approx(phase["remote_share"], abs=1e-6)
+    assert dance["local_ratio_mean"] > uniform["local_ratio_mean"] + 0.1
+    assert again["remote_share"] < again["remote_share_uniform"]
+    assert all(m["copies_added"] * result["model"]["expert_bytes"] == m["bytes_moved"] for m in result["migrations"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["figures.json", "report.html"]
+
+
 def test_first_line_comes_at_once(tmp_path):
     command = [sys.executable, "-u", "-m", "launch", "demo"]
     start = time.monotonic()
