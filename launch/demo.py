@@ -101,7 +101,11 @@ def run(arguments: argparse.Namespace) -> int:
             return server == first and not line.startswith("[Gloo]")  # the transport's own words, from C++
 
         return run_everywhere("demo", setting.cluster, sys.argv[2:], arguments.coordinator, passes)
-    figures = _serve(arguments, setting, console)
+    try:
+        figures = _serve(arguments, setting, console)
+    except DemoEnded as ended:
+        print(f"launch demo: {ended}", file=sys.stderr)
+        return 1
     if figures is None:
         return 0
     _say(console, f"checking {len(figures.to_check)} requests against the dense model on one device …")

@@ -61,7 +61,7 @@ class Serving:
         self.host = Host(self.engine, 0)
         self.mover = Mover(self.loaded, self.host.channel, self.host.ring, **options)
         self.reporter = Reporter(self.engine, self.host.channel, 0.02)
-        self.policy = Policy(interval=0, half_life=5, staging_bytes=options.get("staging_bytes", 2**30))
+        self.policy = Policy(interval=0, half_life=500, staging_bytes=options.get("staging_bytes", 2**30))
         self.controller = Controller(self.loaded, self.mover, self.host.channel, state, self.policy, {})
         self.host.between = self.between
         self.loop = threading.Thread(target=self.host.run, daemon=True)
