@@ -28,16 +28,15 @@ from dancemoe_jax.mesh import sharded
 # Slots written by one call: the shape of a write, and so compiled once for each device and size of bank.
 WRITE_ROWS = 8
 
+# How bfloat16 weights lie in a pool on CPUs: as their bits. XLA has no bfloat16 arithmetic there, and would turn a whole
+# pool into float32 rather than the one expert that is sliced out of it.
+_BITS = jnp.uint16
+
 
 class ExpertPool(NamedTuple):
-    """Expert weights of all devices, a pytree. Each bank's arrays have [devices * its slots] in front."""
+    """Expert weights of all devices, a pytree. Each bank's arrays have [devices * its slots] in front; uint16 is bfloat16."""
 
     banks: tuple[ExpertWeights, ...]
-
-    @property
-    def dtype(self):
-        """Of the weight matrices."""
-        return self.banks[0].w_in.dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +157,9 @@ def fill_pool(
 
     def empty(device: int) -> list[ExpertWeights]:
         def zeros(array: np.ndarray, count: int) -> jax.Array:
-            return jnp.zeros((count, *array.shape), array.dtype, device=mesh.devices[device])
+            on = mesh.devices[device]
+            as_bits = on.platform == "cpu" and array.dtype == jnp.bfloat16
+            return jnp.zeros((count, *array.shape), _BITS if as_bits else array.dtype, device=on)
 
         owned = layout.banks[: layout.owned(device)]
         return [jax.tree.map(functools.partial(zeros, count=count), example) for count in owned]
@@ -205,8 +206,8 @@ def write_experts(
     def flush(device: int, bank: int, rows: list[tuple[int, ExpertWeights]]) -> None:
         rows = rows + [rows[-1]] * (WRITE_ROWS - len(rows))
         places = np.array([place for place, _ in rows], np.int32)
-        weights = jax.tree.map(lambda *parts: np.stack(parts), *(own for _, own in rows))
         own = buffers[device]
+        weights = jax.tree.map(_stacked, own[bank], *(one for _, one in rows))
         own[bank] = _write(own[bank], *jax.device_put((places, weights), mesh.devices[device]))
 
     for device, own_writes in writes.items():
@@ -221,13 +222,19 @@ def write_experts(
     return assemble(mesh, layout, buffers)
 
 
+def _stacked(array: jax.Array, *parts: np.ndarray) -> np.ndarray:
+    """Parts in a row, as they lie in an array of the pool."""
+    stacked = np.stack(parts).astype(jnp.bfloat16 if array.dtype == _BITS else array.dtype, copy=False)
+    return stacked.view(array.dtype)
+
+
 @functools.partial(jax.jit, donate_argnums=0)
 def _write(bank, places, values):
     """bank[places[i]] = values[i] in place; a place named twice has the same value twice."""
 
     def put(array, rows):
         for i in range(WRITE_ROWS):
-            array = jax.lax.dynamic_update_index_in_dim(array, rows[i].astype(array.dtype), places[i], axis=0)
+            array = jax.lax.dynamic_update_index_in_dim(array, rows[i], places[i], axis=0)
         return array
 
     return jax.tree.map(put, bank, values)
@@ -276,7 +283,11 @@ def slot_experts(
     rows = jnp.concatenate([x[order // k], jnp.zeros((tile, x.shape[1]), x.dtype)])
 
     def take(bank: ExpertWeights):
-        return lambda place: jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, place, keepdims=False), bank)
+        def one(array, place):
+            own = jax.lax.dynamic_index_in_dim(array, place, keepdims=False)
+            return jax.lax.bitcast_convert_type(own, jnp.bfloat16) if array.dtype == _BITS else own
+
+        return lambda place: jax.tree.map(lambda array: one(array, place), bank)
 
     branches = [take(bank) for bank in pool.banks]
     starts = jnp.array(layout.starts, jnp.int32)

@@ -26,7 +26,7 @@ from launch.hosting import Host, Loaded, load
 from launch.local import read_shape
 from launch.mover import Mover
 from placement import InputError, Placement
-from placement.units import parse_bytes
+from placement.units import parse_bytes, parse_rate
 
 SEQUENCES, CHUNK, PROMPT, ANSWER = 2, 32, 24, 40
 _ROUNDS = 2
@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--migrations", type=int, default=10, metavar="N", help="in each of the two runs with migrations (10)")
     add("--staging-memory", default="5MB", metavar="SIZE", help="host memory for experts on their way (5MB)")
+    add("--staging-bandwidth", metavar="RATE", help="at which they are read at most, such as 50MB/s (no limit)")
     add("--seed", type=int, default=0)
     add("--json", action="store_true", help="print one JSON object instead of a table")
 
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> None:
     if args.migrations < 1:
         raise InputError(f"--migrations {args.migrations}: must be at least 1")
     staging = parse_bytes(args.staging_memory, "--staging-memory")
+    most = parse_rate(args.staging_bandwidth, "--staging-bandwidth") if args.staging_bandwidth else None
     args.context, args.devices, args.model = 128, 4, None
     path = bundled_model()
     config = read_shape(path, args)
@@ -56,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     devices = list(cluster_devices(len(cluster.devices)))[: len(cluster.devices)]
     loaded = load(path, config, cluster, devices, sequences=SEQUENCES, chunk=CHUNK)
     host = Host(loaded.engine, 0)
-    mover = Mover(loaded, host.channel, host.ring, staging_bytes=staging)
+    mover = Mover(loaded, host.channel, host.ring, staging_bytes=staging, bandwidth=most)
     mover.start()
     host.between = mover.between
     loop = threading.Thread(target=host.run, daemon=True)
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
         moving += load_gaps.during(lambda: moves.extend(_migrations(mover, loaded, rng, args.migrations)))
         seconds = time.monotonic() - begin
         calm += load_gaps.during(lambda seconds=seconds: time.sleep(seconds))
-    alone = _read_alone(loaded, rng)
+    alone = min(_read_alone(loaded, rng), most or np.inf)
     host.finish()
     loop.join()
     mover.end()

@@ -1,5 +1,6 @@
 """A host whose experts migrate: mover and reports on every server, controller and control on the first."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ from launch.control import ControlServer
 from launch.controller import Controller, Policy
 from launch.hosting import Host, Loaded, fitted
 from launch.mover import Mover
+from launch.peers import reading
 from launch.record import NAME, Record
 from launch.reports import Reporter
 from placement import Cluster, InputError, Placement, Profile
@@ -79,6 +81,16 @@ def migrating(
     Args:
         state: on the first server, the folder of the record and of control; None elsewhere.
     """
+    with ExitStack() as stack:
+        read = stack.enter_context(reading(loaded.cluster, host.server, host.channel, loaded.read))
+        loaded = dataclasses.replace(loaded, read=read)
+        yield stack.enter_context(_migrating(host, loaded, policy, state, epoch, limits))
+
+
+@contextmanager
+def _migrating(
+    host: Host, loaded: Loaded, policy: Policy, state: Path | None, epoch: int, limits: Mapping[str, int]
+) -> Iterator[Mover]:
     mover = Mover(
         loaded, host.channel, host.ring, staging_bytes=policy.staging_bytes, bandwidth=policy.bandwidth, epoch=epoch
     )

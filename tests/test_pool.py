@@ -2,13 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from cluster_of_devices import Small, random_resident
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dancemoe_jax import ModelError, pool_layout, resident_bytes
+from dancemoe_jax import ModelError, fill_pool, make_mesh, pool_layout, resident_bytes
 from dancemoe_jax.experts import ExpertWeights, dense_experts
 from dancemoe_jax.pool import ExpertPool, buffers_of, slot_experts
 
@@ -81,3 +82,29 @@ def test_slot_experts_with_nothing_to_do_gives_zeros(rng):
     nothing = jnp.full((3, 2), -1), jnp.full((3, 2), jnp.nan)
     out = slot_experts(pool_layout([2]), pool, jnp.ones((3, 4)), *nothing, tile=4)
     np.testing.assert_array_equal(out, 0)
+
+
+def test_bfloat16_experts_are_computed_without_a_copy_of_the_pool(rng):
+    slots, hidden, inner, tokens, k = 64, 64, 32, 5, 2
+    held = ExpertWeights(*(rng.normal(size=shape) for shape in ((slots, hidden, 2 * inner), (slots, inner, hidden))))
+    held = jax.tree.map(lambda w: w.astype(ml_dtypes.bfloat16), held)
+    layout, mesh = pool_layout([slots]), make_mesh(jax.devices()[:1])
+    where = np.arange(slots, dtype=np.int32)[None, None]
+    pool = fill_pool(mesh, layout, where, lambda layer, expert: jax.tree.map(lambda w: w[expert], held))
+    assert resident_bytes(pool, mesh) == [sum(w.nbytes for w in held[:2])]
+    ids = jnp.asarray(rng.integers(0, slots, (tokens, k)), jnp.int32)
+    weights, x = jnp.asarray(rng.random((tokens, k)), jnp.float32), jnp.asarray(rng.normal(size=(tokens, hidden)))
+
+    @jax.jit
+    def three_layers(pool, x):
+        return jax.lax.scan(
+            lambda x, _: (slot_experts(layout, pool, x, ids, weights, tile=4), None), x, None, length=3
+        )[0]
+
+    program = three_layers.lower(pool, x.astype(jnp.bfloat16)).compile()
+    assert program.memory_analysis().temp_size_in_bytes < resident_bytes(pool, mesh)[0] / 4
+    exact, y = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), held), x.astype(jnp.bfloat16).astype(jnp.float32)
+    for _ in range(3):
+        y = dense_experts(y, exact, weights, ids)
+    got = np.asarray(program(pool, x.astype(jnp.bfloat16)), np.float32)
+    assert np.abs(got - y).max() < 0.03 * np.abs(y).max()
