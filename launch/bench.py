@@ -6,6 +6,7 @@ import importlib
 WHAT = {
     "load": "memory and speed of loading one server's share of a large checkpoint",
     "testbed": "requests of a routing trace on servers joined by real links, by strategy",
+    "shift": "users of the servers change what they work on: serving with and without migration",
     "migrate": "what running requests notice of migrations",
     "scaling": "how a step grows with devices, layers and experts",
     "exchange": "one step across servers: time and bytes by how rows travel",

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     trace, rate = Trace.load(args.trace), 8 * parse_rate(args.rate, "--rate")
     _, layers, _ = trace.ids[0].shape
     slots = layers * trace.experts
-    cluster = testbed_cluster(trace, slots, 1, rate)
+    cluster = testbed_cluster(trace, slots, 1, rate, None)
     profile = trace.profile(hidden_size=args.hidden_size, expert_bytes=1)
     plans: dict[str, np.ndarray] = {}
     for name, resident in (

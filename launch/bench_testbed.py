@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     trace, rate = Trace.load(args.trace), 8 * parse_rate(args.rate, "--rate")
     _, layers, _ = trace.ids[0].shape
     slots = round(args.copies * layers * trace.experts / sum(DEVICES))
-    cluster = testbed_cluster(trace, slots, args.expert_bytes, rate)
+    cluster = testbed_cluster(trace, slots, args.expert_bytes, rate, None)
     sizes = {"hidden_size": args.hidden_size, "expert_bytes": args.expert_bytes, "servers": cluster.names}
     profile = trace.profile(**sizes)
     console = Console(stderr=True)

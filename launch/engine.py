@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dancemoe_jax.config import ModelConfig
-from dancemoe_jax.generate import StepResult, Weights, check_prompt, decode_step, init_state, prefill
+from dancemoe_jax.config import ModelConfig, ModelError
+from dancemoe_jax.generate import GivenRouting, StepResult, Weights, check_prompt, decode_step, init_state, prefill
 from dancemoe_jax.mesh import deal, own_rows, sharded
 from dancemoe_jax.pool import PoolLayout, local_devices
 from dancemoe_jax.sampling import SamplingParams, SamplingRows, stack_params
@@ -36,6 +36,8 @@ class Request:
         params: how its tokens are chosen.
         ends: tokens that end it beside the model's own.
         hear: called with every token of the answer; true ends it.
+        routed: experts of its tokens and their weights, [tokens, MoE layers, k] each, prompt then answer without its last
+            token: a replay (`Engine(replays=True)`), which no end-of-text ends.
         reason: why it ended: "stop", "length" or "cancelled".
         epochs: the engine's epochs (placements) under which its steps ran.
     """
@@ -48,6 +50,7 @@ class Request:
     params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
     ends: frozenset[int] = frozenset()
     hear: Callable[[int], bool] | None = None
+    routed: tuple[np.ndarray, np.ndarray] | None = None
     output: list[int] = dataclasses.field(default_factory=list)
     done: int = 0  # prompt tokens in the cache
     finished_s: float | None = None
@@ -86,6 +89,8 @@ class Engine:
     Args:
         device_server: int [devices], the server of each device.
         sequences: sequences a device serves at once; chunk: prompt tokens a step takes from one of them.
+        replays: all requests bring the experts of their tokens (`Request.routed`), and the router's choice is not asked.
+        steps: what else the steps take: `transport`, `wire_dtype` (dancemoe_jax.generate).
 
     Attributes:
         done, stop: this process has no more requests to come, or wants all to end now; told to all with the next step.
@@ -95,8 +100,9 @@ class Engine:
     """
 
     def __init__(self, config: ModelConfig, layout: PoolLayout, mesh: Mesh, weights: Weights, device_server: np.ndarray,
-                 sequences: int = 8, chunk: int = 64):  # fmt: skip
-        self.shapes: dict[str, Any] = {"config": config, "layout": layout, "mesh": mesh}
+                 sequences: int = 8, chunk: int = 64, replays: bool = False, **steps: Any):  # fmt: skip
+        self.shapes: dict[str, Any] = {"config": config, "layout": layout, "mesh": mesh, **steps}
+        self.replays = replays
         self.config, self.weights, self.device_server, self.chunk = config, weights, np.asarray(device_server), chunk
         self.mesh, self.own = mesh, local_devices(mesh)
         self.state = init_state(config, mesh, sequences, weights.decoder.embedding[...].dtype)
@@ -113,10 +119,26 @@ class Engine:
         self._tally = self._empty_tally()
 
     def submit(self, request: Request) -> None:
-        """Queue a request at its server, from any thread. Raises ModelError where its prompt does not fit the model."""
+        """Queue a request at its server, from any thread. Raises ModelError where its prompt or routing does not fit."""
         check_prompt(self.config, request.prompt, "request")
+        self._check_routed(request)
         with self._lock:
             self.waiting[request.server].append(request)
+
+    def _check_routed(self, request: Request) -> None:
+        if (request.routed is not None) != self.replays:
+            raise ModelError(f"request: this engine {'replays' if self.replays else 'routes'} its requests; give `routed` "
+                             f"{'with each of them' if self.replays else 'to one with replays=True'}")  # fmt: skip
+        if request.routed is None:
+            return
+        fed = min(len(request.prompt) + request.max_tokens - 1, self.config.max_position)
+        ids, weights = request.routed
+        each = (self.config.num_moe_layers, self.config.top_k)
+        if ids.shape != weights.shape or ids.shape[1:] != each or len(ids) < fed:
+            raise ModelError(f"request: routing of shapes {ids.shape} and {weights.shape}; {fed} tokens are fed, give "
+                             f"[at least {fed}, {each[0]}, {each[1]}] for both")  # fmt: skip
+        if ids.min() < 0 or ids.max() >= self.config.num_experts:
+            raise ModelError(f"request: routing names experts outside 0..{self.config.num_experts - 1}")
 
     @property
     def in_flight(self) -> list[Request]:
@@ -221,6 +243,18 @@ class Engine:
             notes[device, ORDER:] = self.progress
         return notes
 
+    def _routing(self, width: int, rows: list[tuple[int, int, Request, int, int]]) -> GivenRouting | None:
+        """Given routing of a step of `width` tokens a device. rows: device, place, request, its first token and how many."""
+        if not self.replays:
+            return None
+        shape = (len(self.running), width, self.config.num_moe_layers, self.config.top_k)
+        ids, weights = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+        for device, place, request, first, count in rows:
+            assert request.routed is not None
+            ids[device, place : place + count] = request.routed[0][first : first + count]
+            weights[device, place : place + count] = request.routed[1][first : first + count]
+        return GivenRouting(deal(self.mesh, ids), deal(self.mesh, weights))
+
     def _prefill(self) -> list[Request]:
         devices = len(self.running)
         tokens = np.zeros((devices, 1, self.chunk), np.int32)
@@ -240,8 +274,9 @@ class Engine:
         ready = [(device, place, r) for device, place, r in chosen if done[id(r)] == len(r.prompt)]
         notes = self._notes(done, {id(request) for _, _, request in ready})
         inputs = (tokens, sequence, start, length, notes)
+        routing = self._routing(self.chunk, [(d, 0, r, r.done, int(length[d, 0])) for d, _, r in chosen])
         self.state, result = prefill(
-            self.weights, self.state, *(deal(self.mesh, part) for part in inputs), **self.shapes
+            self.weights, self.state, *(deal(self.mesh, part) for part in inputs), routing, **self.shapes
         )
         self._count(result)
         following = {device: np.repeat(row, len(self.running[0])) for device, row in own_rows(result.tokens).items()}
@@ -273,8 +308,9 @@ class Engine:
         self.fed["decode"] += len(chosen)
         notes = self._notes({}, {id(request) for _, _, request in chosen})
         inputs = (tokens, positions, active, notes)
+        routing = self._routing(shape[1], [(d, place, r, int(positions[d, place]), 1) for d, place, r in chosen])
         self.state, result = decode_step(
-            self.weights, self.state, *(deal(self.mesh, part) for part in inputs), **self.shapes
+            self.weights, self.state, *(deal(self.mesh, part) for part in inputs), routing, **self.shapes
         )
         self._count(result)
         following = own_rows(result.tokens)
@@ -297,7 +333,8 @@ class Engine:
         for device, place, request in chosen:
             token = int(following[device][place])
             request.output.append(token)
-            if token == self.config.eos_token or token in request.ends or (request.hear and request.hear(token)):
+            ended = token == self.config.eos_token and not self.replays
+            if ended or token in request.ends or (request.hear and request.hear(token)):
                 request.reason = "stop"
             elif len(request.output) >= request.max_tokens or not self._room(request):
                 request.reason = "length"

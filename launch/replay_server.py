@@ -51,6 +51,18 @@ def replay_config(trace: Trace, hidden_size: int) -> ModelConfig:
     )  # fmt: skip
 
 
+def small_decoder(config: ModelConfig) -> Decoder:
+    """What a replay has beside experts."""
+    return jax.tree.map(lambda a: a.astype(DTYPE), Decoder(config, nnx.Rngs(0)))
+
+
+def small_expert(config: ModelConfig, layer: int, expert: int) -> ExpertWeights:
+    """What stands in for an expert of the traced model."""
+    rng, hidden = np.random.default_rng((layer, expert)), config.hidden_size
+    w_in, w_out = rng.normal(size=(hidden, 2 * INNER)), rng.normal(size=(INNER, hidden))
+    return ExpertWeights((w_in / hidden**0.5).astype(DTYPE), (w_out / INNER**0.5).astype(DTYPE))
+
+
 @dataclasses.dataclass
 class Done:
     """What the steps of a run have done on this server.
@@ -83,9 +95,9 @@ class Server:
         self.shapes: dict[str, Any] = {"config": self.config, "layout": self.layout, "mesh": self.mesh}
         first = self.plans[f"resident_{job['runs'][0]['plan']}"]
         self.slots = assign_slots(self.layout, first)
-        decoder = jax.tree.map(lambda a: a.astype(DTYPE), Decoder(self.config, nnx.Rngs(0)))
         pool = fill_pool(self.mesh, self.layout, self.slots, self._read)
-        self.weights = Weights(place_decoder(decoder, self.mesh), pool, self._tables(job["runs"][0]["plan"]))
+        decoder = place_decoder(small_decoder(self.config), self.mesh)
+        self.weights = Weights(decoder, pool, self._tables(job["runs"][0]["plan"]))
         self.state, self.scratch = (init_state(self.config, self.mesh, self.sequences, DTYPE) for _ in range(2))
         self.home = place_tables(self._home_tables(), self.mesh)
         slowest = jax.shard_map(lambda a: jax.lax.pmax(a, AXIS), mesh=self.mesh, in_specs=P(AXIS), out_specs=P())
@@ -93,9 +105,7 @@ class Server:
         self.done = Done()
 
     def _read(self, layer: int, expert: int) -> ExpertWeights:
-        rng, hidden = np.random.default_rng((layer, expert)), self.config.hidden_size
-        w_in, w_out = rng.normal(size=(hidden, 2 * INNER)), rng.normal(size=(INNER, hidden))
-        return ExpertWeights((w_in / hidden**0.5).astype(DTYPE), (w_out / INNER**0.5).astype(DTYPE))
+        return small_expert(self.config, layer, expert)
 
     def _tables(self, plan: str) -> Tables:
         serving, likely = self.plans[f"serving_{plan}"], self.plans[f"likely_{plan}"]

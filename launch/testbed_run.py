@@ -1,4 +1,4 @@
-"""A job for `launch.replay_server` on a testbed: plans in, what every server measured out."""
+"""A job for a program on every server of a testbed: plans in, what every server measured out."""
 
 import contextlib
 import json
@@ -23,25 +23,41 @@ from placement.problem import Problem
 DEVICES = (1, 1, 2)
 
 
-def testbed_cluster(trace: Trace, slots: int, expert_bytes: int, rate: float) -> Cluster:
-    """One server for each domain of a trace, the last with two devices, each of `slots` experts."""
+def testbed_cluster(trace: Trace, slots: int, expert_bytes: int, rate: float, storage: float | None) -> Cluster:
+    """One server for each domain of a trace, the last with two devices, each of `slots` experts.
+
+    Args:
+        rate: bit/s of every server's link.
+        storage: bytes/s of each server's storage, shared by its devices; None is a cluster file's default.
+    """
     if len(trace.domains) != len(DEVICES):
         raise InputError(f"--trace: {trace.model} has {len(trace.domains)} domains; the testbed is of {len(DEVICES)}")
+
+    def device(count: int) -> dict[str, Any]:
+        rate_each = {} if storage is None else {"load_bandwidth": f"{storage / count:.0f}B/s"}
+        return {"memory": slots * expert_bytes, **rate_each}
+
     servers = [
-        {"name": name, "devices": [{"memory": slots * expert_bytes}] * count}
-        for name, count in zip(trace.domains, DEVICES, strict=True)
+        {"name": name, "devices": [device(count)] * count} for name, count in zip(trace.domains, DEVICES, strict=True)
     ]
     network = {"bandwidth": f"{rate / 1e6:g}Mbps", "latency": "0.2ms"}
     return Cluster.from_dict({"server": servers, "network": network}, source="testbed")
 
 
 def cluster_dict(cluster: Cluster) -> dict[str, Any]:
-    """What `Cluster.from_dict` makes the servers from."""
+    """What `Cluster.from_dict` makes a testbed's cluster from."""
     return {
         "server": [
-            {"name": server.name, "devices": [{"memory": device.memory} for device in server.devices]}
+            {
+                "name": server.name,
+                "devices": [
+                    {"memory": device.memory, "load_bandwidth": f"{device.load_bandwidth:.0f}B/s"}
+                    for device in server.devices
+                ],
+            }
             for server in cluster.servers
-        ]
+        ],
+        "network": {"bandwidth": f"{8 * cluster.bandwidth[0, 1] / 1e6:g}Mbps", "latency": "0.2ms"},
     }
 
 
@@ -59,13 +75,15 @@ def run_job(
     job: Mapping[str, Any],
     plans: Mapping[str, np.ndarray],
     progress: Callable[[str], None],
+    program: str = "launch.replay_server",
 ) -> list[dict[str, dict[str, Any]]]:
     """What each server printed for each run of a job, by server.
 
     Args:
         rate: bit/s of every server's link, each way.
-        job: trace, hidden_size, slots, sequences, chunk, runs; see `launch.replay_server`.
+        job: trace, hidden_size, slots, sequences, chunk, runs; see `program`.
         progress: is told what has been done.
+        program: module that each server runs.
 
     Raises:
         InputError: this machine cannot make a testbed.
@@ -91,12 +109,12 @@ def run_job(
         (folder / "job.json").write_text(json.dumps(text), encoding="utf-8")
         bed = stack.enter_context(Testbed(cluster.names, rate))
         coordinator = f"{bed.addresses[cluster.names[0]]}:{DEFAULT_PORT}"
-        commands = {name: _command(folder, name, coordinator) for name in cluster.names}
+        commands = {name: _command(program, folder, name, coordinator) for name in cluster.names}
         environment = {"JAX_PLATFORMS": "cpu"}
         processes = stack.enter_context(start(commands, namespaces=bed.namespaces, env=environment, output=output))
         processes.wait()
     return results
 
 
-def _command(folder: Path, name: str, coordinator: str) -> Sequence[str]:
-    return [sys.executable, "-m", "launch.replay_server", str(folder / "job.json"), name, coordinator]
+def _command(program: str, folder: Path, name: str, coordinator: str) -> Sequence[str]:
+    return [sys.executable, "-m", program, str(folder / "job.json"), name, coordinator]

@@ -78,3 +78,47 @@ def test_prompts_that_do_not_fit_are_refused_before_they_are_queued(rng):
         engine.submit(Request(0, [1] * 48, 4, 0.0))
     assert engine.idle
     assert engine.step() == []
+
+
+def replay(small, resident, requests):
+    _, weights = small.place(resident)
+    engine = Engine(small.config, small.layout, small.mesh, weights, small.device_server, 2, chunk=4, replays=True)
+    served = [Request(server, prompt, 5, 0.0, routed=routed) for server, prompt, routed in requests]
+    for request in served:
+        engine.submit(request)
+    while not engine.idle:
+        engine.step()
+    return engine, [request.output for request in served]
+
+
+def test_given_routing_is_what_is_counted_and_gives_the_same_under_two_placements(rng):
+    small = Small.make()
+    layers, experts, k = small.config.num_moe_layers, small.config.num_experts, small.config.top_k
+    requests, expected = [], np.zeros((3, layers, experts), np.int64)
+    for server in (0, 1, 2, 2, 2, 2, 2):
+        fed = int(rng.integers(2, 12)) + 4
+        ids = rng.random((fed, layers, experts)).argsort(-1)[..., :k].astype(np.int32)
+        weights = rng.random(ids.shape).astype(np.float32)
+        requests.append((server, rng.integers(0, 64, fed - 4).tolist(), (ids, weights)))
+        for layer in range(layers):
+            expected[server, layer] += np.bincount(ids[:, layer].ravel(), minlength=experts)
+    engine, outputs = replay(small, random_resident(rng), requests)
+    np.testing.assert_array_equal(engine.counts(), expected)
+    assert all(len(output) == 5 for output in outputs)
+    assert replay(small, random_resident(rng), requests)[1] == outputs
+
+
+def test_given_routing_that_does_not_fit_is_refused(rng):
+    small = Small.make()
+    plain, _ = make_engine(small, rng)
+    shape = (7, small.config.num_moe_layers, small.config.top_k)
+    ids, weights = np.zeros(shape, np.int32), np.ones(shape, np.float32)
+    with pytest.raises(ModelError, match="replays=True"):
+        plain.submit(Request(0, [1, 2, 3], 5, 0.0, routed=(ids, weights)))
+    for routed, message in (
+        (None, "with each"),
+        ((ids[:6], weights[:6]), "7 tokens are fed"),
+        ((ids + 999, weights), "outside"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            replay(small, random_resident(rng), [(0, [1, 2, 3], routed)])
