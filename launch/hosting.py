@@ -89,15 +89,20 @@ class Host:
         self._nap = 0
         self._streams: dict[int, Stream] = {}
         self._lock = threading.Lock()
+        self._over = False  # the loop has ended
 
     def submit(self, request: Request) -> Stream:
-        """Queue a request, from any thread.
+        """Queue a request, from any thread; one that comes after the loop has ended is cancelled.
 
         Raises:
             ModelError: its prompt does not fit the model.
         """
         stream = Stream(request)
         with self._lock:
+            if self._over:
+                request.reason = "cancelled"
+                stream.close()
+                return stream
             self._streams[id(request)] = stream
         try:
             self.engine.submit(request)
@@ -128,7 +133,9 @@ class Host:
                 if engine.asleep and not engine.leaving:
                     self._sleep()
         finally:
-            for stream in list(self._streams.values()):
+            with self._lock:
+                self._over, left = True, list(self._streams.values())
+            for stream in left:
                 stream.request.reason = stream.request.reason or "cancelled"
                 self._forget(stream.request)
 

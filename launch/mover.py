@@ -305,6 +305,8 @@ class Mover:
         self._ring()
 
     def _reason(self, number: int) -> str:
+        if self._ended:
+            return f"{self._name} has stopped serving"
         told = self._channel.get(f"failed/{number}", 1.0)
         return told.decode() if told else "given up on request"
 

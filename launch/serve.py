@@ -14,7 +14,9 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+import jax
 
 from dancemoe_jax.checkpoint import bundled_model
 from dancemoe_jax.config import ModelConfig, ModelError
@@ -147,8 +149,21 @@ def _serve(
                 limits = record.limits if record else {}
                 stack.enter_context(migrating(host, loaded, policy, state, epoch=epoch, limits=limits))
             threading.Thread(target=feeder.feed, args=(lines,), daemon=True).start()
-            host.run()
+            try:
+                host.run()
+            except jax.errors.JaxRuntimeError as error:
+                _lost(args.server, error)
             feeder.finished.wait(10)
+
+
+def _lost(server: str, error: Exception) -> NoReturn:
+    """Leave because a step has failed. Said at once: JAX may abort this process while it cleans up behind itself."""
+    print(
+        f"launch serve: server {server}: a step has failed, most likely because another server has ended "
+        f"({' '.join(str(error).split())}); see which one and why, then start all again",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+    raise SystemExit(1) from None
 
 
 def _read(file: str) -> Any:

@@ -127,6 +127,18 @@ def test_tokens_stream_and_a_cancelled_request_leaves_its_place(host):
     assert host.engine.in_flight == []
 
 
+def test_a_request_after_the_end_is_cancelled_and_waits_for_nothing(host):
+    host, _ = host
+    host.stop()
+    list(host.submit(Request(1, [5], 50, 0.0)))
+    late = host.submit(Request(1, [5], 50, 0.0))
+    reader = threading.Thread(target=list, args=(late,), daemon=True)
+    reader.start()
+    reader.join(10)
+    assert not reader.is_alive()
+    assert late.reason == "cancelled"
+
+
 def test_a_sleeping_engine_takes_no_steps_and_wakes_for_a_request(host):
     host, _ = host
     list(host.submit(Request(1, [5], 2, 0.0)))
