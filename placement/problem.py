@@ -1,5 +1,6 @@
 """Problem: what a strategy is given, built from a profile and a cluster in this one place."""
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -43,6 +44,7 @@ class Problem:
         hidden_size: width of the activations that travel.
         tokens: token-level sets, where the profile has them.
         workload: what the servers do at once, for what is measured in seconds.
+        counted: tokens that `frequency` rests on, float; infinite where it is exact.
         source: the cluster's, for messages.
     """
 
@@ -58,6 +60,7 @@ class Problem:
     hidden_size: int
     tokens: Tokens | None = None
     workload: Workload = field(default_factory=Workload)
+    counted: float = math.inf
     source: str = "cluster"
 
     @classmethod
@@ -104,6 +107,7 @@ class Problem:
             hidden_size=profile.hidden_size,
             tokens=tokens,
             workload=Workload() if workload is None else workload,
+            counted=float(total) / (layers * profile.top_k),
             source=cluster.source,
         )
 

@@ -9,6 +9,7 @@ from placement.problem import Problem
 
 _ROWS = 2**15  # tokens looked at in all; evenly taken where there are more
 _DRAWN = 2**26  # random numbers spent on sets for servers that have none
+_LEAST = 1024  # sets drawn for such a server, if it takes no more numbers; more only where more tokens were counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +39,8 @@ def token_sets(problem: Problem, seed: int = 0) -> TokenSets:
     rng = np.random.default_rng(seed)
     demand = np.flatnonzero(problem.frequency.sum((1, 2)) > 0)
     most = max(1, _ROWS // max(1, len(demand)))
-    drawn = int(np.clip(_DRAWN // (layers * experts * max(1, len(demand))), 16, most))
+    known = max(_LEAST, min(most, problem.counted / max(1, len(demand))))
+    drawn = int(np.clip(min(known, _DRAWN // (layers * experts * max(1, len(demand)))), 16, most))
     recorded, parts = np.zeros(servers, bool), []
     for server in demand:
         if problem.tokens is not None:

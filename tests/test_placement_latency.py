@@ -216,6 +216,14 @@ def test_drawn_sets_follow_the_counts():
     assert share[4] == 0
 
 
+def test_few_counts_take_few_drawn_sets():
+    counts = np.tile([8, 4, 2, 1, 0], (3, 1, 1))  # of 2 experts a token
+    sizes = [len(token_sets(three_servers(counts * times)).ids) for times in (1, 10**3, 10**6)]
+    assert sizes[0] == 3 * 1024
+    assert sizes[1] == 3 * 7500
+    assert sizes[2] == 3 * (2**15 // 3)
+
+
 def test_whole_layers_stay_at_home():
     # Two layers of four equally used experts; each server has room for one layer, and half a layer would serve no token.
     counts = np.ones((3, 2, 4), int)
