@@ -156,6 +156,8 @@ class Server:
             thread.start()
             host.run()
             thread.join()
+            if not feeder.served_all:
+                raise RuntimeError(f"run {number + 1} ended before all requests were served")
             decisions = _decisions(state, feeder.start_s)
         return {
             "requests": [served.figures() for served in feeder.served],
@@ -171,12 +173,14 @@ class Feeder:
     Attributes:
         start_s: the run's first second on the machine's clock, which all servers share; inf before.
         windows: local and remote assignments by window.
+        served_all: whether all requests have been submitted.
     """
 
     def __init__(self, host: Host, server: Server, name: str) -> None:
         self.host, self.server, self.name = host, server, name
         self.start_s, self.served = float("inf"), list[Served]()
         self.windows: dict[int, list[int]] = {}
+        self.served_all = False
 
     def watch(self, window_s: float) -> None:
         """Count assignments by window from now on."""
@@ -205,6 +209,7 @@ class Feeder:
         except BaseException:
             self.host.stop()
             raise
+        self.served_all = True
         self.host.finish()
 
     def _warm(self) -> None:
