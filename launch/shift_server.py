@@ -120,12 +120,13 @@ class Server:
 
     def _load(self) -> Loaded:
         """The model as planned, with nothing served yet."""
-        resident, likely = self.plans["resident_latency"], self.plans["likely_latency"]
+        strategy = self.job["strategy"]
+        resident, likely = self.plans[f"resident_{strategy}"], self.plans[f"likely_{strategy}"]
         model = {
             "name": self.trace.model, "layers": resident.shape[1], "experts": resident.shape[2],
             "top_k": self.config.top_k, "expert_bytes": self.profile.expert_bytes, "reserved_bytes": 0,
         }  # fmt: skip
-        placed = fitted(Placement(resident, self.cluster.device_names, "latency", model), self.profile, self.cluster)
+        placed = fitted(Placement(resident, self.cluster.device_names, strategy, model), self.profile, self.cluster)
         slots = assign_slots(self.layout, resident)
         pool = fill_pool(self.mesh, self.layout, slots, self._read)
         decoder = place_decoder(small_decoder(self.config), self.mesh)
