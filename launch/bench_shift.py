@@ -41,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--duration", type=float, default=150.0, help="seconds of arrivals, users change after half of them (150)")
     add("--interval", default="10s", metavar="T", help="between revisions of the placement (10s)")
     add("--horizon", default="300s", metavar="T", help="over which a migration has to pay (300s)")
+    add(
+        "--strategy",
+        default="latency",
+        choices=sorted(placement.STRATEGIES),
+        help="of first and revised plans (latency)",
+    )
     add("--window", type=float, default=WINDOW_S, help="seconds of which a local ratio is told (5)")
     add("--sequences", type=int, default=4, help="sequences a device serves at once (4)")
     add("--chunk", type=int, default=64, help="prompt tokens of a step (64)")
@@ -73,13 +79,14 @@ def run(args: argparse.Namespace) -> None:
         if not found.any():
             raise InputError(f"--duration {args.duration:g}: no request comes {name} the shift; make it longer")
     profile = trace.profile(hidden_size=args.hidden_size, expert_bytes=args.expert_bytes, servers=cluster.names)
-    plans = plan_arrays("latency", placement.plan(profile, cluster, "latency").resident, profile, cluster)
-    policy = {"strategy": "latency", "interval": interval, "half_life": interval, "horizon": horizon}
+    planned = placement.plan(profile, cluster, args.strategy).resident
+    plans = plan_arrays(args.strategy, planned, profile, cluster)
+    policy = {"strategy": args.strategy, "interval": interval, "half_life": interval, "horizon": horizon}
     job = {
         "trace": args.trace, "hidden_size": args.hidden_size, "expert_bytes": args.expert_bytes,
         "slots": [slots] * sum(DEVICES), "sequences": args.sequences, "chunk": args.chunk, "shift_s": shift,
         "window_s": args.window, "arrivals": [column.tolist() for column in vars(arrivals).values()],
-        "runs": [{"policy": None}, {"policy": policy}],
+        "strategy": args.strategy, "runs": [{"policy": None}, {"policy": policy}],
     }  # fmt: skip
     console = Console(stderr=True)
     served = run_job(cluster, rate, job, plans, lambda line: console.print(line, markup=False), "launch.shift_server")

@@ -120,12 +120,13 @@ class Server:
 
     def _load(self) -> Loaded:
         """The model as planned, with nothing served yet."""
-        resident, likely = self.plans["resident_latency"], self.plans["likely_latency"]
+        strategy = self.job["strategy"]
+        resident, likely = self.plans[f"resident_{strategy}"], self.plans[f"likely_{strategy}"]
         model = {
             "name": self.trace.model, "layers": resident.shape[1], "experts": resident.shape[2],
             "top_k": self.config.top_k, "expert_bytes": self.profile.expert_bytes, "reserved_bytes": 0,
         }  # fmt: skip
-        placed = fitted(Placement(resident, self.cluster.device_names, "latency", model), self.profile, self.cluster)
+        placed = fitted(Placement(resident, self.cluster.device_names, strategy, model), self.profile, self.cluster)
         slots = assign_slots(self.layout, resident)
         pool = fill_pool(self.mesh, self.layout, slots, self._read)
         decoder = place_decoder(small_decoder(self.config), self.mesh)
@@ -156,6 +157,8 @@ class Server:
             thread.start()
             host.run()
             thread.join()
+            if not feeder.served_all:
+                raise RuntimeError(f"run {number + 1} ended before all requests were served")
             decisions = _decisions(state, feeder.start_s)
         return {
             "requests": [served.figures() for served in feeder.served],
@@ -171,12 +174,14 @@ class Feeder:
     Attributes:
         start_s: the run's first second on the machine's clock, which all servers share; inf before.
         windows: local and remote assignments by window.
+        served_all: whether all requests have been submitted.
     """
 
     def __init__(self, host: Host, server: Server, name: str) -> None:
         self.host, self.server, self.name = host, server, name
         self.start_s, self.served = float("inf"), list[Served]()
         self.windows: dict[int, list[int]] = {}
+        self.served_all = False
 
     def watch(self, window_s: float) -> None:
         """Count assignments by window from now on."""
@@ -205,6 +210,7 @@ class Feeder:
         except BaseException:
             self.host.stop()
             raise
+        self.served_all = True
         self.host.finish()
 
     def _warm(self) -> None:
