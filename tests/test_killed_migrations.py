@@ -221,6 +221,7 @@ def came_back(record: Record, before: Record, after: Record) -> str:
     return "new" if record.hash == after.hash else "between"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("phase", "victim", "n"), [("before the rename", "edge-a", 1), ("after tables", "edge-b", 2)])
 def test_a_server_killed_while_experts_migrate(phase, victim, n, tmp_path, model, reference, rng):
     kill_and_resume(Runs(tmp_path / "run", model, reference), victim, phase, n, rng)
