@@ -11,7 +11,6 @@ import os
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ class Policy:
         interval: seconds between revisions, 0 for none; half_life: seconds after which an activation counts half.
         horizon: seconds over which a migration has to pay.
         margin: by how much more than its cost, and which share of the expected step time it has to save at least.
-        confirm: last intervals in each of which the plan would have had to save.
+        confirm: intervals that a plan has to pay in: that of which it was made, and those after it.
         interference: seconds that serving loses for each second of staging; stall: for each round.
         bandwidth: bytes a second that each server stages at most.
     """
@@ -101,7 +100,9 @@ class Controller:
         self._before, self._observed_at = self._empty, time.monotonic()
         self._window = DecayingCounts(policy.half_life, self._empty.counts, time.monotonic())
         self._channel = channel
-        self._recent: deque[np.ndarray] = deque(maxlen=policy.confirm)
+        self._latest: np.ndarray | None = None  # what the last interval counted
+        self._candidate: Placement | None = None  # a plan that would pay by the counts that it was made from
+        self._candidate_cost, self._paid = 0.0, 0  # its seconds; in how many intervals since it has paid
         self._workload, self._chunks = Workload(), 0.0
         self._busy, self._ended = threading.Lock(), threading.Event()
         self._moving: int | None = None
@@ -137,7 +138,7 @@ class Controller:
         steps, fed = counted.steps - self._before.steps, counted.fed - self._before.fed
         self._window, self._before = self._window.observe(counted.counts, now), counted
         self._observed_at = now
-        self._recent.append(new)
+        self._latest = new
         if steps.any() and now > before:
             chunk = max(1, round(float(fed[0] / max(steps[0], 1)))) if steps[0] else 0
             decodes = round(float(steps[1] / max(steps[0], 1)))
@@ -174,6 +175,10 @@ class Controller:
                 decision.why = "no tokens in the window"
                 return self._note(decision, dry)
             seen = self.loaded.profile
+        proven = False
+        if target is None:
+            proven = not unfit and not dry and self._proven(present)
+            target = self._candidate if proven else None
         if target is None:
             target = placement.plan(
                 seen, cluster, policy.strategy, previous=None if unfit else present, workload=self._workload
@@ -200,10 +205,14 @@ class Controller:
             decision.why = "does not pay"
         elif new["step_seconds"] > (1 - policy.margin) * old["step_seconds"]:
             decision.why = f"saves less than {100 * policy.margin:g} % of a step"
-        elif not self._confirmed(present, target, verdict.cost_seconds):
-            decision.why = f"would not have paid in each of the last {policy.confirm} intervals"
+        elif not proven and policy.confirm > 1:
+            decision.why = "has yet to pay in an interval that it was not planned from"
+            if not dry and self._candidate is None:
+                self._candidate, self._candidate_cost, self._paid = target, verdict.cost_seconds, 0
         else:
             decision.verdict, decision.why = "adopted", "pays"
+        if proven and decision.verdict != "adopted":
+            self._candidate = None
         if decision.verdict == "adopted" and not dry:
             self._migrate(decision, target, seen)
         return self._note(decision, dry)
@@ -225,18 +234,28 @@ class Controller:
         capped = by_server.max() / self.policy.bandwidth if self.policy.bandwidth else 0.0
         return float(max((by_device / cluster.load_bandwidth).max(), capped))
 
-    def _confirmed(self, present: Placement, target: Placement, cost: float) -> bool:
-        if len(self._recent) < self.policy.confirm:
+    def _proven(self, present: Placement) -> bool:
+        """Whether the candidate has paid in as many intervals after it was planned as the policy asks for.
+
+        A plan looks best on the counts that it was made from, the more so the fewer they are; what it saves shows in others.
+        """
+        candidate, margin = self._candidate, self.policy.margin
+        if candidate is None or self._latest is None:
             return False
-        for counts in self._recent:
-            if not counts.any():
-                return False
-            old, new = (self._costs(self.profile(counts), plan) for plan in (present, target))
-            if self._saving(old, new) <= (1 + self.policy.margin) * cost:
-                return False
-        return True
+        latest, self._latest = self.profile(self._latest), None
+        paid = False
+        if latest.counts.any():
+            old, new = (self._costs(latest, plan) for plan in (present, candidate))
+            paid = self._saving(old, new) > (1 + margin) * self._candidate_cost
+            paid &= new["step_seconds"] <= (1 - margin) * old["step_seconds"]
+        if not paid:
+            self._candidate = None
+            return False
+        self._paid += 1
+        return self._paid >= self.policy.confirm - 1
 
     def _migrate(self, decision: Decision, target: Placement, seen: Profile) -> None:
+        self._candidate = None
         likely = self.loaded.likely(target.resident, seen)
         self._moving = number = self.mover.send(target, likely, decision.reason)
         outcome: Outcome | None = None
@@ -307,6 +326,7 @@ class Controller:
         if what == "to":
             target = Placement.from_dict(asked["placement"], str(asked["source"]))
         elif what == "memory":
+            self._candidate = None
             self.limits = _with_limits(self.loaded, self.limits, asked["memory"])
         elif what != "plan":
             raise InputError(f"{what!r} is unknown; known are status, plan, to, memory, abort")
