@@ -31,7 +31,7 @@ def trace(tmp_path, rng):
 
 
 def test_known_costs_are_found_again(trace):
-    cluster = testbed_run.testbed_cluster(trace, LAYERS * EXPERTS, 10, 1e8)
+    cluster = testbed_run.testbed_cluster(trace, LAYERS * EXPERTS, 10, 1e8, None)
     true = dataclasses.replace(
         cluster, latency=np.where(np.eye(3, dtype=bool), 0.0, 4e-4), bandwidth=cluster.bandwidth / 2
     )
