@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 import placement
-from launch.step_costs import PLAN, calibrated, calibration_runs, dealt
+from launch.step_costs import calibrated, calibration_plans, calibration_runs
 from launch.testbed_run import DEVICES, plan_arrays, run_job, testbed_cluster
 from launch.trace import ReplayRequest, Trace, poisson
 from placement import InputError
@@ -61,7 +61,9 @@ def run(args: argparse.Namespace) -> None:
     sizes = {"hidden_size": args.hidden_size, "expert_bytes": args.expert_bytes, "servers": cluster.names}
     profile = trace.profile(**sizes)
     console = Console(stderr=True)
-    plans = plan_arrays(PLAN, dealt(sum(DEVICES), layers, trace.experts), profile, cluster)
+    plans: dict[str, np.ndarray] = {}
+    for name, resident in calibration_plans(sum(DEVICES), layers, trace.experts).items():
+        plans |= plan_arrays(name, resident, profile, cluster)
     for name in dict.fromkeys(names + fixed):
         plans |= plan_arrays(name, placement.plan(profile, cluster, name).resident, profile, cluster)
         console.print(f"planned {name}", markup=False)

@@ -1,8 +1,9 @@
 """What steps cost in a running testbed, measured before it serves, for `placement.lockstep` to predict with.
 
-Messages and bytes are timed alone, steps with all experts at home by busy devices and rows. What a message takes as part
-of a step, where cores and buffers are shared, comes from a few steps under a placement of its own that no strategy makes:
-every expert once, dealt out over the devices. How long requests take is never looked at.
+Links are timed alone, steps with all experts at home by busy devices and rows. What messages and rows take as part of a
+step, where cores and buffers are shared, comes from a few steps under two placements that no strategy makes: every expert
+once, dealt out over the devices, so that every layer exchanges with all; and every layer whole on one device, so that
+each exchanges with one. How long requests take is never looked at.
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize, nnls
+from scipy.optimize import least_squares, nnls
 
 from launch.trace import Trace
 from placement import Cluster
@@ -18,28 +19,35 @@ from placement.exchange_time import Exchange
 from placement.lockstep import StepCosts
 from placement.problem import Problem
 
-PLAN = "dealt"  # name of the placement to calibrate with
-_DRAWS = 5  # steps whose tokens are drawn to tell what messages a step of a kind has
+_PINGS = 3  # of which the fastest counts: what slows a message down in a step comes from steps
+_DRAWS = 3  # steps whose tokens are drawn to tell what messages a step of a kind has
+_FITTED = ("message_within", "message_extra", "row_seconds", "prefill_overhead", "decode_overhead")
+_BEGIN = (2e-4, 2e-4, 1e-5, 1e-3, 1e-5)
 
 
-def dealt(devices: int, layers: int, experts: int) -> np.ndarray:
-    """Every expert on one device, in turn: bool [devices, layers, experts]."""
-    owner = (np.arange(layers)[:, None] + np.arange(experts)) % devices
-    return owner == np.arange(devices)[:, None, None]
+def calibration_plans(devices: int, layers: int, experts: int) -> dict[str, np.ndarray]:
+    """Placements to calibrate with, by name: bool [devices, layers, experts], every expert on one device."""
+    layer, expert = np.arange(layers)[:, None], np.arange(experts)
+    owners = {"dealt": (layer + expert) % devices, "whole": np.broadcast_to(layer % devices, (layers, experts))}
+    return {name: owner == np.arange(devices)[:, None, None] for name, owner in owners.items()}
 
 
 def calibration_runs(devices: int, sequences: int, chunk: int) -> list[dict[str, Any]]:
     """Runs of a job (`launch.replay_server`): messages, steps at home with few and many devices and rows, and with messages."""
-    common = {"plan": PLAN, "transport": "pairs"}
+    common = {"plan": "dealt", "transport": "pairs"}
     kinds = [
         {"prefill": prefill, "active": active, "rows": rows}
         for prefill, most in ((False, sequences), (True, chunk))
-        for active in ([0], list(range(devices)))
+        for active in ([0], [devices - 1], [0, 1], list(range(devices)))
         for rows in sorted({max(1, most // 4), most})
     ]
-    home = [{**common, "home": True, **kind, "steps": 9, "warm": 2} for kind in kinds]
-    away = [{**common, **kind, "steps": 3 if kind["prefill"] else 7, "warm": 1} for kind in kinds]
-    return [{**common, "ping": True}, *home, *away]
+    home = [{**common, "home": True, **kind, "steps": 7, "warm": 1} for kind in kinds]
+    away = [
+        {**common, "plan": plan, **kind, "steps": 3 if kind["prefill"] else 9, "warm": 1}
+        for plan in ("dealt", "whole")
+        for kind in kinds
+    ]
+    return [*[{**common, "ping": True}] * _PINGS, *home, *away]
 
 
 def calibrated(
@@ -52,8 +60,9 @@ def calibrated(
 ) -> tuple[Cluster, StepCosts]:
     """The cluster with measured links, and what steps take, from the results of `calibration_runs`."""
     first = [next(iter(found.values())) for found in results]
-    latency, bandwidth = (np.array(first[0][key], float) for key in ("latency", "bandwidth"))
-    within = float(latency.diagonal().max())
+    pings = [found for run, found in zip(runs, first, strict=True) if "ping" in run]
+    latency = np.min([found["latency"] for found in pings], axis=0)
+    bandwidth = np.median([found["bandwidth"] for found in pings], axis=0)
     np.fill_diagonal(latency, 0.0)
     np.fill_diagonal(bandwidth, np.inf)
     costs = {}
@@ -65,7 +74,7 @@ def calibrated(
         step, device, row = nnls(terms / seconds[:, None], np.ones(len(seconds)))[0].tolist()
         costs[prefill] = step, device, row
     measured = dataclasses.replace(cluster, latency=latency, bandwidth=bandwidth)
-    problem, base = Problem.build(trace.profile(**sizes), measured), StepCosts(costs[True], costs[False], within)
+    problem, base = Problem.build(trace.profile(**sizes), measured), StepCosts(costs[True], costs[False])
     steps = [(r, f) for r, f in zip(runs, first, strict=True) if "active" in r and not r.get("home")]
     return measured, _with_messages(base, problem, trace, plans, steps)
 
@@ -77,24 +86,25 @@ def _with_messages(
     plans: Mapping[str, np.ndarray],
     steps: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
 ) -> StepCosts:
-    """What a message and a row take in a step, so that the steps measured with messages are told best."""
-    resident, serving, likely = (plans[f"{key}_{PLAN}"] for key in ("resident", "serving", "likely"))
-    exchange = Exchange.build(problem, resident, **base.messages, serving=serving, likely=likely)
+    """What messages, rows and taking part in an exchange cost, so that the steps measured with messages are told best."""
     drawn = [_tokens(run, trace, problem.device_server) for run, _ in steps]
-    network = np.array([found["network_s"] for _, found in steps])
-    compute = [found["compute_s"] for _, found in steps]
+    compute = np.array([found["compute_s"] for _, found in steps])
+    whole = compute + [found["network_s"] for _, found in steps]
 
-    def told(extra: float, row: float) -> np.ndarray:
-        tried = dataclasses.replace(exchange, latency=exchange.latency + extra, row_seconds=row)
-        each = zip(drawn, compute, strict=True)
-        return np.array([np.median([tried.seconds(ids, s) - s for ids in draws]) for draws, s in each])
+    def errors(logs: np.ndarray) -> np.ndarray:
+        tried = dataclasses.replace(base, **dict(zip(_FITTED, np.exp(logs).tolist(), strict=True)))
+        exchanges = {}
+        for name in dict.fromkeys(run["plan"] for run, _ in steps):
+            resident, serving, likely = (plans[f"{key}_{name}"] for key in ("resident", "serving", "likely"))
+            exchanges[name] = Exchange.build(problem, resident, **tried.messages, serving=serving, likely=likely)
+        told = [
+            np.median([exchanges[run["plan"]].seconds(ids, seconds, tried.overhead(run["prefill"])) for ids in draws])
+            for (run, _), draws, seconds in zip(steps, drawn, compute, strict=True)
+        ]
+        return np.log(told / whole)
 
-    def error(logs: np.ndarray) -> float:
-        return float((np.log(told(*np.exp(logs)) / np.maximum(network, 1e-6)) ** 2).sum())
-
-    found = minimize(error, np.log([2e-4, 2e-5]), method="Nelder-Mead", options={"maxiter": 50, "xatol": 0.02})
-    extra, row = np.exp(found.x).tolist()
-    return dataclasses.replace(base, message_extra=extra, row_seconds=row)
+    found = least_squares(errors, np.log(_BEGIN), diff_step=0.02, max_nfev=30)
+    return dataclasses.replace(base, **dict(zip(_FITTED, np.exp(found.x).tolist(), strict=True)))
 
 
 def _tokens(run: Mapping[str, Any], trace: Trace, server: np.ndarray) -> list[list[np.ndarray]]:

@@ -22,10 +22,9 @@ from placement.problem import VALUE_BYTES, Problem
 from placement.step_time import traffic
 
 RADIX = 8  # of the number of rows, one message a digit
-# Probability that a token needs a server, from which its first row goes unasked. Asking costs a message each time, not
-# asking a row each time that it was not needed. Messages of a few bytes take about as long as a row, so asking only ever
-# saves bytes; from here on it saves too few of them.
-LIKELY = 0.75
+# A row that goes unasked is never sent unless a token needs it with this probability, however slow asking is: a row and its
+# sum are then at most (1 + p) / 2p = 1.25 times the bytes that were needed.
+LEAST_LIKELY = 2 / 3
 COUNT_BYTES, WEIGHT_BYTES, CODE_BYTES = 4, 4, 2
 Rounds = tuple[tuple[tuple[int, int], ...], ...]
 
@@ -76,7 +75,7 @@ class Exchange:
             problem: its `latency` is that of a whole message, as `python -m launch calibrate` measures it.
             resident: bool [D, L, E], every expert resident somewhere.
             message_within: seconds of a message between two devices of a server.
-            message_extra: seconds of any message in a step beyond those; row_seconds: of a row, each way.
+            message_extra: seconds of one between servers beyond its link's latency; row_seconds: of a row, each way.
             serving: whose copies serve each server, int [N, L, E]; default: `serving_server`.
             likely: servers that a token of another is nearly sure to need, bool [N, L, N]; default: by the problem's
                 own statistics.
@@ -87,9 +86,8 @@ class Exchange:
         device = _copies(resident, serving, server)
         across, within = rounds(server.tolist())
         eager = (server[:, None] == server) | likely[server][:, :, server].transpose(1, 0, 2)
-        latency = problem.latency[np.ix_(server, server)].copy()
-        latency[server[:, None] == server] = message_within
-        latency += message_extra
+        latency = problem.latency[np.ix_(server, server)]
+        latency = np.where(server[:, None] == server, message_within, latency + message_extra)
         header = problem.top_k * (WEIGHT_BYTES + CODE_BYTES)
         return cls(
             server=server, device=device, across=across, within=within, needs=_needs(server, device, across, within),
@@ -98,12 +96,13 @@ class Exchange:
             row_seconds=row_seconds,
         )  # fmt: skip
 
-    def seconds(self, ids: Sequence[np.ndarray], compute: float) -> float:
+    def seconds(self, ids: Sequence[np.ndarray], compute: float, overhead: float = 0.0) -> float:
         """A whole step.
 
         Args:
             ids: experts of the tokens of each device, int [D][rows, L, k].
             compute: seconds of the step without any message, spread evenly over the layers.
+            overhead: seconds of a device in each layer in which it may send or receive, beside its messages.
         """
         layers, devices = self.device.shape[1], len(self.server)
         busy = np.array([len(own) > 0 for own in ids])
@@ -116,6 +115,10 @@ class Exchange:
         for layer in range(layers):
             clock = [time + compute / layers for time in clock]
             if meets[layer]:
+                taking_part = [
+                    bool(live[layer][device].any() or live[layer][:, device].any()) for device in range(devices)
+                ]
+                clock = [time + overhead * part for time, part in zip(clock, taking_part, strict=True)]
                 self._layer(layer, live[layer], [want[:, layer] for want in wants], clock, ports)
         return max(clock)
 
@@ -171,14 +174,20 @@ class Exchange:
         clock[source] = clock[target] = begin + sending + float(self.latency[source, target]) + rows * self.row_seconds
 
 
-def likely_links(problem: Problem, serving: np.ndarray, threshold: float = LIKELY) -> np.ndarray:
-    """Pairs of servers that a token is nearly sure to need: bool [N, L, N].
+def likely_links(problem: Problem, serving: np.ndarray) -> np.ndarray:
+    """Pairs of servers between which the first row of a layer should go unasked: bool [N, L, N].
+
+    Asking costs a message each time, not asking a row's seconds each time that no token needed it. With probability p of
+    need, a message of alpha seconds and a row of r seconds, not asking is cheaper where p alpha > (1 - p) r, that is for
+    p > r / (alpha + r). Below `LEAST_LIKELY` it would still send too many bytes.
 
     Args:
+        problem: latency and bandwidth of its links, and how often tokens need whom.
         serving: int [N, L, E] from `serving_server`.
-        threshold: probability from which a row goes unasked.
     """
-    return traffic(problem, serving).pairs >= threshold
+    row = problem.row_seconds
+    worth = row / np.maximum(problem.latency + row, np.finfo(float).tiny)
+    return traffic(problem, serving).pairs >= np.maximum(worth, LEAST_LIKELY)[:, None]
 
 
 def digits(count: int) -> list[int]:

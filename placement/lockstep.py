@@ -25,6 +25,7 @@ from placement.problem import Problem
 from placement.token_sets import token_sets
 
 _MESSAGES = ("message_within", "message_extra", "row_seconds")
+_OVERHEADS = ("prefill_overhead", "decode_overhead")
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,9 @@ class StepCosts:
     Attributes:
         prefill, decode: the three of each kind of step.
         message_within: seconds of a message between two devices of a server.
-        message_extra: seconds of any message as part of a step, beyond that and beyond the latency of its link.
+        message_extra: seconds of a message between servers as part of a step, beyond the latency of its link.
         row_seconds: of a row in a message, each way, beside its bytes.
+        prefill_overhead, decode_overhead: seconds of a device in each layer in which it may exchange rows, beside messages.
     """
 
     prefill: tuple[float, float, float]
@@ -43,6 +45,8 @@ class StepCosts:
     message_within: float = 0.0
     message_extra: float = 0.0
     row_seconds: float = 0.0
+    prefill_overhead: float = 0.0
+    decode_overhead: float = 0.0
 
     @property
     def messages(self) -> dict[str, float]:
@@ -56,12 +60,13 @@ class StepCosts:
         Raises:
             InputError: something is missing, unknown, or no number from 0.
         """
+        optional = _MESSAGES + _OVERHEADS
         if not isinstance(parsed, Mapping) or not {"prefill", "decode"} <= set(parsed) <= {*vars(cls(_FREE, _FREE))}:
             raise InputError(
-                f"{source}: must have prefill and decode, optionally {', '.join(_MESSAGES)}, and nothing else"
+                f"{source}: must have prefill and decode, optionally {', '.join(optional)}, and nothing else"
             )
         found = {}
-        for key, count in (("prefill", 3), ("decode", 3), *((key, 1) for key in _MESSAGES)):
+        for key, count in (("prefill", 3), ("decode", 3), *((key, 1) for key in optional)):
             values = parsed.get(key, 0.0)
             values = values if isinstance(values, list | tuple) else [values]
             plain = all(isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v < np.inf for v in values)
@@ -74,6 +79,10 @@ class StepCosts:
         """A step with so many rows on each device."""
         step, device, row = self.prefill if prefill else self.decode
         return step + device * sum(count > 0 for count in rows) + row * sum(rows)
+
+    def overhead(self, prefill: bool) -> float:
+        """Of a device and a layer, in a step of a kind."""
+        return self.prefill_overhead if prefill else self.decode_overhead
 
 
 _FREE = (0.0, 0.0, 0.0)
@@ -217,7 +226,7 @@ def lock_step(
             rows[device].append(routing[request][start : start + count])
         ids = [np.concatenate(own) if own else none for own in rows]
         compute = costs.seconds(prefill, [len(own) for own in ids])
-        return compute, exchange.seconds(ids, compute) - compute
+        return compute, exchange.seconds(ids, compute, costs.overhead(prefill)) - compute
 
     return serve(arrivals, problem.device_server.tolist(), step, sequences=sequences, chunk=chunk)
 

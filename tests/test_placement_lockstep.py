@@ -14,7 +14,7 @@ from placement import Cluster, InputError, Profile
 from placement.__main__ import main
 from placement.arrivals import Arrivals
 from placement.cost import serving_server
-from placement.exchange_time import Exchange, digits, rounds
+from placement.exchange_time import Exchange, digits, likely_links, rounds
 from placement.lockstep import Member, StepCosts, lock_step, serve
 from placement.problem import Problem
 
@@ -115,6 +115,21 @@ def test_messages_through_one_port_follow_each_other():
     one = exchange.seconds([ids[0], none, none, none], 0.0)
     assert one == pytest.approx((ROW + 2 * HIDDEN) / 1e6, abs=2e-5)  # give or take the counts
     assert exchange.seconds([ids[0], ids[1], none, none], 0.0) == pytest.approx(one + ROW / 1e6, abs=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("needing", "bandwidth", "unasked"),
+    [(3, "1Gbps", True), (2, "1Gbps", False), (3, "8kbps", False), (4, "8kbps", True), (3, "6.4Mbps", True)],
+)
+def test_rows_go_unasked_where_that_saves_time_and_few_bytes(needing, bandwidth, unasked):
+    """Of 4 tokens so many need the other server. A row of 200 bytes takes 0.2 s at 1 kB/s, 0.25 ms at 800 kB/s, asking 1 ms."""
+    ids = np.array([[[0, 1 + 2 * (token < needing)]] * LAYERS for token in range(4)])
+    problem = make_problem(tokens=(ids, [0] * 4, [0] * 4), bandwidth=bandwidth)
+    resident = np.zeros((2, LAYERS, EXPERTS), bool)
+    resident[0, :, :2] = resident[1, :, 2:] = True
+    likely = likely_links(problem, serving_server(problem, problem.held(resident)))
+    assert likely[0, :, 1].tolist() == [unasked] * LAYERS
+    assert not likely[:, :, 0].any()
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 63, 64, 74, 511])
