@@ -20,7 +20,9 @@ from jax._src import distributed  # the only way to leave without waiting for th
 from jax.sharding import PartitionSpec as P
 
 from dancemoe_jax.mesh import AXIS, deal, make_mesh
+from launch.channel import open_channel
 from launch.meeting import DEFAULT_PORT, join_address, meeting, split_address
+from launch.watch import watching
 from placement import Cluster, InputError
 
 LOOPBACK = "127.0.0.1"
@@ -136,11 +138,20 @@ def join(
         devices = ordered_devices(cluster)
         _check_own_address(coordinator, server)
         _connect(devices)
-        yield devices
+        with watching(cluster.names, index, open_channel(), own_address()):
+            yield devices
     except BaseException:
         _abandon()
         raise
     jax.distributed.shutdown()
+
+
+def own_address() -> str:
+    """The address under which the other servers reach this one: that from which it reaches where they have met."""
+    host, _, port = str(distributed.global_state.coordinator_address).rpartition(":")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # connecting it sends nothing
+        probe.connect((host, int(port)))
+        return str(probe.getsockname()[0])
 
 
 def _connect(devices: list[Any]) -> None:

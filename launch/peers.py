@@ -15,11 +15,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import distributed  # knows where the program's processes have met
 
 from dancemoe_jax.config import ModelError
 from dancemoe_jax.experts import ExpertWeights
 from launch.channel import Channel
+from launch.join import own_address
 from placement import Cluster
 
 Read = Callable[[int, int], ExpertWeights]
@@ -49,7 +49,7 @@ def reading(cluster: Cluster, server: int, channel: Channel, read: Read) -> Iter
         yield read
         return
     with ExitStack() as stack:
-        here = ExpertServer(read, _own_address())
+        here = ExpertServer(read, own_address())
         stack.callback(here.close)
         channel.put(f"peer/{server}", json.dumps(here.address).encode())
         source = quickest(cluster, server)
@@ -61,14 +61,6 @@ def reading(cluster: Cluster, server: int, channel: Channel, read: Read) -> Iter
             stack.callback(peer.close)
             read = peer
         yield read
-
-
-def _own_address() -> str:
-    """The address under which the other servers reach this one: that from which it reaches where they have met."""
-    host, _, port = str(distributed.global_state.coordinator_address).rpartition(":")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # connecting it sends nothing
-        probe.connect((host, int(port)))
-        return str(probe.getsockname()[0])
 
 
 class ExpertServer:

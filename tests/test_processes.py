@@ -360,6 +360,7 @@ def test_three_servers_become_one_program_in_the_order_of_the_file(lines):
     for name in NAMES:
         assert (name, "owners 0 1 2 2") in said
         assert (name, "sum 6.0") in said
+    assert not [line for _, _, line in lines if "has ended" in line]
 
 
 def test_an_error_in_one_joined_server_ends_all_at_once_with_its_words(lines):
@@ -375,5 +376,8 @@ def test_sigterm_ends_a_joined_server(lines):
     with servers("sleep", lines) as processes:
         assert soon(lambda: sum(line.startswith("owners") for _, _, line in lines) == 3, 60)
         os.kill(processes.pids["edge-c"], signal.SIGTERM)
+        gone = "server edge-c has ended or cannot be reached any more"
+        named = {(name, "stderr", f"server {name}: {gone}") for name in NAMES[:2]}
+        assert soon(lambda: named <= {*lines}, 10)
         with pytest.raises(ServerFailed, match="server edge-c ended with signal SIGTERM"):
             processes.wait(20)
