@@ -56,12 +56,14 @@ class StepResult(NamedTuple):
         logits: float32 [devices, rows, vocab] they come from; with `all_logits` [devices, rows, chunk, vocab].
         traffic: int32 [devices, MoE layers] each.
         notes: int32 [devices, n], what was passed in, of all devices on all of them.
+        routed: int32 [devices, tokens, MoE layers, k], experts of every row's tokens, empty rows included.
     """
 
     tokens: jax.Array
     logits: jax.Array
     traffic: Traffic
     notes: jax.Array
+    routed: jax.Array
 
 
 class GivenRouting(NamedTuple):
@@ -189,7 +191,7 @@ def _over_devices(local, mesh):
     everywhere: Any = P()
     weights = Weights(everywhere, own, Tables(own, own, everywhere, everywhere))
     state = State(cache, cache, own)
-    result = StepResult(own, own, Traffic(own, own, own, own), everywhere)
+    result = StepResult(own, own, Traffic(own, own, own, own), everywhere, own)
 
     def run(*arguments):
         specs = (weights, state, *(own for _ in arguments[2:]))
@@ -246,14 +248,14 @@ def _run(step, weights, state, tokens, positions, sequences, all_logits=False):
                 transport=step.transport, wire_dtype=step.wire_dtype,
             )  # fmt: skip
             ones = jnp.broadcast_to(valid.reshape(-1, 1), topk_ids.shape).astype(jnp.int32)
-            return routed, (traffic, jnp.zeros(config.num_experts, jnp.int32).at[topk_ids].add(ones))
+            return routed, (traffic, jnp.zeros(config.num_experts, jnp.int32).at[topk_ids].add(ones), topk_ids)
 
         x, caches, aux = decoder_layer(config, layer, x, positions, attention, moe, window)
         return (x, *caches), aux
 
     per_layer = (tables, jax.tree.map(lambda a: jnp.swapaxes(a[0], 0, 1), step.routing))
     carry = (weights.decoder.embedding[...][tokens], state.k, state.v)
-    (x, k, v), (traffic, counts) = scan_layers(config, weights.decoder, body, carry, per_layer)
+    (x, k, v), (traffic, counts, routed) = scan_layers(config, weights.decoder, body, carry, per_layer)
     last = jnp.maximum(valid.sum(1) - 1, 0)[:, None]
     if all_logits:
         logits = head_logits(config, weights.decoder, x)
@@ -261,8 +263,9 @@ def _run(step, weights, state, tokens, positions, sequences, all_logits=False):
     else:
         final = logits = head_logits(config, weights.decoder, jnp.take_along_axis(x, last[:, :, None], axis=1)[:, 0])
     result = StepResult(
-        jnp.argmax(final, -1).astype(jnp.int32)[None], logits[None], jax.tree.map(lambda a: a[None], traffic), notes
-    )
+        jnp.argmax(final, -1).astype(jnp.int32)[None], logits[None], jax.tree.map(lambda a: a[None], traffic), notes,
+        jnp.swapaxes(routed, 0, 1).astype(jnp.int32)[None],
+    )  # fmt: skip
     return State(k, v, state.counts + counts[None]), result
 
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 import placement
@@ -23,6 +24,7 @@ from launch.hosting import Loaded, fitted
 from launch.mover import Mover, Outcome
 from launch.record import NAME, placement_hash, write_record
 from launch.reports import Counted, gather
+from launch.sampled import gather_sample, sampled_shape
 from placement import Cluster, DecayingCounts, Diff, InputError, Placement, Profile, Workload, should_migrate
 from placement.units import format_bytes
 
@@ -100,7 +102,8 @@ class Controller:
         self._before, self._observed_at = self._empty, time.monotonic()
         self._window = DecayingCounts(policy.half_life, self._empty.counts, time.monotonic())
         self._channel = channel
-        self._latest: np.ndarray | None = None  # what the last interval counted
+        self._latest: Profile | None = None  # what the last interval counted
+        self._observed_wall = time.time()
         self._candidate: Placement | None = None  # a plan that would pay by the counts that it was made from
         self._candidate_cost, self._paid = 0.0, 0  # its seconds; in how many intervals since it has paid
         self._workload, self._chunks = Workload(), 0.0
@@ -137,8 +140,8 @@ class Controller:
         new = counted.counts - self._before.counts
         steps, fed = counted.steps - self._before.steps, counted.fed - self._before.fed
         self._window, self._before = self._window.observe(counted.counts, now), counted
-        self._observed_at = now
-        self._latest = new
+        self._latest = self.profile(new, since=self._observed_wall)
+        self._observed_at, self._observed_wall = now, time.time()
         if steps.any() and now > before:
             chunk = max(1, round(float(fed[0] / max(steps[0], 1)))) if steps[0] else 0
             decodes = round(float(steps[1] / max(steps[0], 1)))
@@ -148,9 +151,14 @@ class Controller:
         else:
             self._chunks = 0.0
 
-    def profile(self, counts: np.ndarray) -> Profile:
-        """Counts with the sizes of the model."""
-        return dataclasses.replace(self.loaded.profile, counts=np.rint(counts).astype(np.int64))
+    def profile(self, counts: np.ndarray, since: float = 0.0) -> Profile:
+        """Counts with the sizes of the model, and the tokens that have been sampled since then (seconds since 1970)."""
+        sample = gather_sample(self._channel, jax.process_count(), sampled_shape(self.loaded.profile))
+        new = sample.at >= since
+        tokens = {"ids": sample.ids[new], "server": sample.server[new], "sequence": np.arange(new.sum())}
+        return dataclasses.replace(
+            self.loaded.profile, counts=np.rint(counts).astype(np.int64), **(tokens if new.any() else {})
+        )
 
     @property
     def cluster(self) -> Cluster:
@@ -242,7 +250,7 @@ class Controller:
         candidate, margin = self._candidate, self.policy.margin
         if candidate is None or self._latest is None:
             return False
-        latest, self._latest = self.profile(self._latest), None
+        latest, self._latest = self._latest, None
         paid = False
         if latest.counts.any():
             old, new = (self._costs(latest, plan) for plan in (present, candidate))

@@ -8,7 +8,7 @@ message of its own: every step carries the wishes of all devices for the one aft
 import dataclasses
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from dancemoe_jax.mesh import deal, own_rows, sharded
 from dancemoe_jax.pool import PoolLayout, local_devices
 from dancemoe_jax.sampling import SamplingParams, SamplingRows, stack_params
 from launch.choose import choose
+from launch.sampled import Sampler
 
 # What a device wishes, and how far its process has come with a migration, as the columns of a step's notes.
 PREFILL, DECODE, DONE, STOP, ORDER, STAGE, GIVEN_UP = range(7)
@@ -97,6 +98,7 @@ class Engine:
         progress: order, stage and given-up order of a migration (launch.mover); told to all with the next step.
         heard: what all devices said with the last step, int32 [devices, 7].
         steps: taken since the start, by kind; fed: tokens of this process's requests in them.
+        sampler: is told the experts of every token that entered here; None asks no step for them.
     """
 
     def __init__(self, config: ModelConfig, layout: PoolLayout, mesh: Mesh, weights: Weights, device_server: np.ndarray,
@@ -114,6 +116,7 @@ class Engine:
         self.progress: tuple[int, int, int] = (0, 0, 0)
         self.heard = np.zeros((mesh.size, 7), np.int32)
         self.steps, self.fed = {"prefill": 0, "decode": 0}, {"prefill": 0, "decode": 0}
+        self.sampler: Sampler | None = None
         self._next: int | None = None
         self._lock = threading.Lock()
         self._tally = self._empty_tally()
@@ -278,7 +281,7 @@ class Engine:
         self.state, result = prefill(
             self.weights, self.state, *(deal(self.mesh, part) for part in inputs), routing, **self.shapes
         )
-        self._count(result)
+        self._count(result, [(device, range(int(length[device, 0]))) for device, _, _ in chosen])
         following = {device: np.repeat(row, len(self.running[0])) for device, row in own_rows(result.tokens).items()}
         if not all(request.greedy for _, _, request in chosen):
             shape = (devices, len(self.running[0]))
@@ -312,7 +315,7 @@ class Engine:
         self.state, result = decode_step(
             self.weights, self.state, *(deal(self.mesh, part) for part in inputs), routing, **self.shapes
         )
-        self._count(result)
+        self._count(result, [(device, [place]) for device, place, _ in chosen])
         following = own_rows(result.tokens)
         if not all(request.greedy for _, _, request in chosen):
             following = self._choose(tokens[:, :, None], active[:, :, None], np.zeros(shape, bool), result.logits)
@@ -346,7 +349,8 @@ class Engine:
     def _room(self, request: Request) -> bool:
         return len(request.prompt) + len(request.output) < self.config.max_position
 
-    def _count(self, result: StepResult) -> None:
+    def _count(self, result: StepResult, fed: list[tuple[int, Sequence[int]]]) -> None:
+        """Keep the books of a step; fed: devices and the rows of theirs that held a token."""
         tally, traffic = self._tally, result.traffic
         for name in ("local", "remote", "crossings", "rows"):
             for device, layers in own_rows(getattr(traffic, name)).items():
@@ -356,6 +360,10 @@ class Engine:
         tally.asked += self.config.num_moe_layers
         tally.crossed += int((crossings > 0).sum())
         self.heard = np.asarray(result.notes)
+        if self.sampler is not None and fed:
+            routed = own_rows(result.routed)
+            for device, rows in fed:
+                self.sampler.add(int(self.device_server[device]), routed[device][list(rows)])
 
     def _empty_tally(self) -> Tally:
         shape = (len(self.running), self.config.num_moe_layers)

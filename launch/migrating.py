@@ -18,6 +18,7 @@ from launch.mover import Mover
 from launch.peers import reading
 from launch.record import NAME, Record, clear_leftovers
 from launch.reports import Reporter
+from launch.sampled import Sampler, sampled_shape
 from placement import Cluster, InputError, Placement, Profile
 from placement.adapt import adapt
 
@@ -94,7 +95,9 @@ def _migrating(
     mover = Mover(
         loaded, host.channel, host.ring, staging_bytes=policy.staging_bytes, bandwidth=policy.bandwidth, epoch=epoch
     )
-    reporter = Reporter(loaded.engine, host.channel, min(1.0, policy.interval / 4) if policy.interval else 1.0)
+    period = policy.interval / 4 if policy.interval else 1.0
+    sampler = Sampler(sampled_shape(loaded.profile), policy.half_life, host.server)
+    reporter = Reporter(loaded.engine, host.channel, min(1.0, period), sampler, period)
 
     def between() -> bool:
         reporter.between()

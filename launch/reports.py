@@ -1,4 +1,4 @@
-"""What each server has counted, told to the one that plans: totals since the start, now and then."""
+"""What each server has counted, told to the one that plans: totals since the start, now and then, and sampled tokens."""
 
 import io
 import threading
@@ -10,6 +10,7 @@ import numpy as np
 
 from launch.channel import Channel
 from launch.engine import Engine
+from launch.sampled import Sample, Sampler, tell
 
 
 class Counted(NamedTuple):
@@ -31,13 +32,24 @@ class Reporter:
     `between` has to be called between two steps: then nobody writes to what is read.
 
     Args:
-        period: seconds between two reports.
+        period: seconds between two reports of counts.
+        sampler: takes a sample of the engine's tokens, which is told every `sampled_period` seconds; None takes none.
     """
 
-    def __init__(self, engine: Engine, channel: Channel, period: float) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        channel: Channel,
+        period: float,
+        sampler: Sampler | None = None,
+        sampled_period: float = 1.0,
+    ) -> None:
         self._engine, self._channel, self._period = engine, channel, period
         self._due, self._taken = 0.0, 0
+        self._sampled_due, self._sampled_period = 0.0, sampled_period
         self._found: Counted | None = None
+        self._sample: Sample | None = None
+        engine.sampler = sampler
         self._news, self._ended = threading.Event(), False
         threading.Thread(target=self._tell, name="reporter", daemon=True).start()
 
@@ -48,6 +60,8 @@ class Reporter:
             self._due, self._taken = now + self._period, sum(engine.steps.values())
             steps, fed = (np.array([d["prefill"], d["decode"]], np.int64) for d in (engine.steps, engine.fed))
             self._found = Counted(engine.counts(), steps, fed)
+            if engine.sampler is not None and now >= self._sampled_due:
+                self._sampled_due, self._sample = now + self._sampled_period, engine.sampler.take()
             self._news.set()
 
     def end(self) -> None:
@@ -62,6 +76,9 @@ class Reporter:
                 buffer = io.BytesIO()
                 np.savez_compressed(buffer, **self._found._asdict())
                 self._channel.put(f"counted/{jax.process_index()}", buffer.getvalue())
+            sample, self._sample = self._sample, None
+            if sample is not None:
+                tell(self._channel, jax.process_index(), sample)
 
 
 def gather(channel: Channel, empty: Counted) -> Counted:

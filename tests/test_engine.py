@@ -1,11 +1,14 @@
 """The engine: continuous batching changes nobody's text; requests stay at their server; tallies add up."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from cluster_of_devices import Small, random_resident
 
 from dancemoe_jax import ModelError, migrate
 from launch.engine import Engine, Request
+from launch.sampled import Sampler
 
 
 def make_engine(small, rng, sequences=2):
@@ -80,9 +83,10 @@ def test_prompts_that_do_not_fit_are_refused_before_they_are_queued(rng):
     assert engine.step() == []
 
 
-def replay(small, resident, requests):
+def replay(small, resident, requests, sampler=None):
     _, weights = small.place(resident)
     engine = Engine(small.config, small.layout, small.mesh, weights, small.device_server, 2, chunk=4, replays=True)
+    engine.sampler = sampler
     served = [Request(server, prompt, 5, 0.0, routed=routed) for server, prompt, routed in requests]
     for request in served:
         engine.submit(request)
@@ -102,8 +106,14 @@ def test_given_routing_is_what_is_counted_and_gives_the_same_under_two_placement
         requests.append((server, rng.integers(0, 64, fed - 4).tolist(), (ids, weights)))
         for layer in range(layers):
             expected[server, layer] += np.bincount(ids[:, layer].ravel(), minlength=experts)
-    engine, outputs = replay(small, random_resident(rng), requests)
+    sampler = Sampler((layers, experts, k), half_life=60)
+    engine, outputs = replay(small, random_resident(rng), requests, sampler)
     np.testing.assert_array_equal(engine.counts(), expected)
+    sample = sampler.take()
+    sampled = Counter((int(server), own.tobytes()) for server, own in zip(sample.server, sample.ids, strict=True))
+    assert sampled == Counter(
+        (server, own.astype(np.uint8).tobytes()) for server, _, (ids, _) in requests for own in ids
+    )
     assert all(len(output) == 5 for output in outputs)
     assert replay(small, random_resident(rng), requests)[1] == outputs
 

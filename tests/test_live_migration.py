@@ -19,6 +19,7 @@ from launch.hosting import Host, Loaded
 from launch.mover import Mover, Order
 from launch.record import NAME, read_record, write_record
 from launch.reports import Reporter
+from launch.sampled import Sampler, sampled_shape
 from placement import Cluster, InputError, Placement, Profile
 from placement.adapt import adapt
 
@@ -60,7 +61,8 @@ class Serving:
         self.loaded = Loaded(self.engine, CLUSTER, placement_of(resident), slots, profile, read or small.read)
         self.host = Host(self.engine, 0)
         self.mover = Mover(self.loaded, self.host.channel, self.host.ring, **options)
-        self.reporter = Reporter(self.engine, self.host.channel, 0.02)
+        sampler = Sampler(sampled_shape(profile), half_life=500)
+        self.reporter = Reporter(self.engine, self.host.channel, 0.02, sampler, 0.02)
         self.policy = Policy(interval=0, half_life=500, staging_bytes=options.get("staging_bytes", 2**30))
         self.controller = Controller(self.loaded, self.mover, self.host.channel, state, self.policy, {})
         self.host.between = self.between
@@ -266,6 +268,25 @@ def test_a_workload_that_alternates_moves_nothing_once_the_plan_is_for_both(serv
     assert verdicts[:2] == ["kept", "kept"]  # a plan for the one does not pay with the other
     assert verdicts.count("adopted") <= 1
     assert set(verdicts[3:]) == {"kept"}
+
+
+def test_plans_are_made_from_the_tokens_that_were_served(serving):
+    one = serving()
+    for server, prompt in enumerate(PROMPTS[:3]):
+        list(one.host.submit(Request(server, prompt, COUNT, 0.0)))
+    time.sleep(0.1)
+    list(one.host.submit(Request(0, PROMPTS[0], 2, 0.0)))  # reports come with steps
+    time.sleep(0.3)
+    one.controller.observe()
+    profile = one.controller.profile(one.engine.counts())
+    assert profile.ids is not None
+    assert profile.server is not None
+    for server in range(3):
+        own = profile.ids[profile.server == server]
+        found = [np.bincount(own[:, layer].ravel(), minlength=8) for layer in range(3)]
+        assert np.sum(found) >= 0.9 * one.engine.counts()[server].sum()
+        assert (np.array(found) <= one.engine.counts()[server]).all()
+    assert one.controller.profile(one.engine.counts(), since=time.time()).ids is None
 
 
 def test_a_record_that_cannot_be_written_ends_migrations_not_serving(serving, rng, tmp_path, monkeypatch):

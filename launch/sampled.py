@@ -1,0 +1,90 @@
+"""Tokens with all their experts, a few of many: what counts do not tell, which experts fire together."""
+
+import io
+import time
+from typing import NamedTuple
+
+import numpy as np
+
+from launch.channel import Channel
+from placement import Profile
+
+_MOST_TOKENS = 1024  # that a process keeps
+_MOST_IDS = 2**18  # in them: 256 kB of what it tells now and then, for models of up to 256 experts
+
+
+class Sample(NamedTuple):
+    """Tokens drawn at random.
+
+    Attributes:
+        ids: their experts, unsigned [tokens, layers, k]; server: where they entered, int64 [tokens].
+        at: when their steps were taken, seconds since 1970, float64 [tokens].
+    """
+
+    ids: np.ndarray
+    server: np.ndarray
+    at: np.ndarray
+
+
+class Sampler:
+    """A sample in which a token's chance halves with every `half_life` seconds, of bounded size.
+
+    A token's key is the logarithm of its weight plus Gumbel noise, which age does not change. Those with the largest keys
+    are a sample without replacement by weight (Efraimidis and Spirakis, "Weighted random sampling with a reservoir", 2006).
+
+    Args:
+        shape: layers, experts, experts per token.
+        half_life: seconds.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], half_life: float, seed: int = 0) -> None:
+        layers, experts, top_k = shape
+        size = max(1, min(_MOST_TOKENS, _MOST_IDS // (layers * top_k)))
+        self._sample = _empty(size, layers, experts, top_k)
+        self._keys = np.full(size, -np.inf)
+        self._rate, self._rng, self._begin = np.log(2) / half_life, np.random.default_rng(seed), time.time()
+
+    def add(self, server: int, ids: np.ndarray) -> None:
+        """Take notice of tokens that entered at a server, int [tokens, layers, k]."""
+        now = time.time()
+        keys = self._rate * (now - self._begin) + self._rng.gumbel(size=len(ids))
+        for key, own in zip(keys, ids, strict=True):
+            place = int(self._keys.argmin())
+            if key > self._keys[place]:
+                self._keys[place] = key
+                sample = self._sample
+                sample.ids[place], sample.server[place], sample.at[place] = own, server, now
+
+    def take(self) -> Sample:
+        """A copy of the sample as it is now."""
+        return Sample(*(part[self._keys > -np.inf] for part in self._sample))
+
+
+def sampled_shape(profile: Profile) -> tuple[int, int, int]:
+    """Layers, experts and experts per token of a model."""
+    _, layers, experts = profile.counts.shape
+    return layers, experts, profile.top_k
+
+
+def tell(channel: Channel, process: int, sample: Sample) -> None:
+    """Have all be able to get a process's sample."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **sample._asdict())
+    channel.put(f"sampled/{process}", buffer.getvalue())
+
+
+def gather_sample(channel: Channel, processes: int, shape: tuple[int, int, int]) -> Sample:
+    """What all processes last told, one after another."""
+    layers, experts, top_k = shape
+    found = [_empty(0, layers, experts, top_k)]
+    for process in range(processes):
+        data = channel.get(f"sampled/{process}", 0.001)
+        if data is not None:
+            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+                found.append(Sample(*(arrays[name] for name in Sample._fields)))
+    return Sample(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+
+
+def _empty(size: int, layers: int, experts: int, top_k: int) -> Sample:
+    kind = np.uint8 if experts <= 256 else np.uint16
+    return Sample(np.zeros((size, layers, top_k), kind), np.zeros(size, np.int64), np.zeros(size))
