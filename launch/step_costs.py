@@ -21,8 +21,8 @@ from placement.problem import Problem
 
 _PINGS = 3  # of which the fastest counts: what slows a message down in a step comes from steps
 _DRAWS = 3  # steps whose tokens are drawn to tell what messages a step of a kind has
-_FITTED = ("message_within", "message_extra", "row_seconds", "prefill_overhead", "decode_overhead")
-_BEGIN = (2e-4, 2e-4, 1e-5, 1e-3, 1e-5)
+_FITTED = ("message_seconds", "row_seconds", "crowding", "prefill_overhead", "decode_overhead")
+_BEGIN = (1e-4, 1e-5, 0.3, 1e-3, 1e-5)
 
 
 def calibration_plans(devices: int, layers: int, experts: int) -> dict[str, np.ndarray]:

@@ -3,13 +3,12 @@
 Modelled: rows go *across*, from a device to its gateway on each other server, then *within* that server to the device
 that holds the expert, and their sums come back the same two ways. Pairs of devices take turns in fixed rounds. A pair
 that the placement lets carry rows of a busy device announces how many come, whatever they are; with a likely pair the
-first row goes along. Other rows follow in one message for each digit of their number in base 8. A message begins when
-both its devices are free; it takes the latency of its link, its bytes at the link's bandwidth and what packing and adding
-up its rows takes, and holds both until then. Bytes through one port of a server go one message after the other. Devices
-meet in messages alone, so one that has none in a layer runs ahead of the others.
+first row goes along. Other rows follow in one message for each digit of their number in base 8. A sender packs its rows,
+hands the message over and goes on; the bytes take the link's bandwidth, one message after the other through each port of a
+server, and its latency; the receiver waits for them and unpacks. Devices meet in messages alone, so one that has none in a
+layer runs ahead of the others. Where devices share cores, more of them in a layer make all of its work slower.
 
-Not modelled: a sender that goes on before its bytes are delivered, packets and headers, cores that devices share, and
-computing that moves to another device with its rows.
+Not modelled: packets and headers, and computing that moves to another device with its rows.
 """
 
 from collections.abc import Sequence
@@ -39,10 +38,11 @@ class Exchange:
         across, within: rounds of (source, target).
         needs: whether a pair may carry rows of a device's tokens, bool [L, D, D, D]: source, target, device.
         eager: pairs whose first row goes with the count, bool [L, D, D].
-        latency: seconds of a message, float64 [D, D]; within a server too.
-        byte_seconds: float64 [D, D], 0 within a server.
+        latency: seconds of a message on its way, float64 [D, D], 0 within a server; byte_seconds: of a byte, alike.
         row_bytes, sum_bytes: of a row on its way out and back.
-        row_seconds: what a row takes each way at both ends, beside its bytes: packed, copied, added up.
+        message_seconds: of a sender, for each message; row_seconds: of a row each way, half at either end: packed, copied,
+            added up.
+        crowding: by how much longer these take for each device beyond two that takes part in a layer, as a share.
     """
 
     server: np.ndarray
@@ -55,7 +55,9 @@ class Exchange:
     byte_seconds: np.ndarray
     row_bytes: int
     sum_bytes: int
+    message_seconds: float = 0.0
     row_seconds: float = 0.0
+    crowding: float = 0.0
 
     @classmethod
     def build(
@@ -63,19 +65,18 @@ class Exchange:
         problem: Problem,
         resident: np.ndarray,
         *,
-        message_within: float = 0.0,
-        message_extra: float = 0.0,
+        message_seconds: float = 0.0,
         row_seconds: float = 0.0,
+        crowding: float = 0.0,
         serving: np.ndarray | None = None,
         likely: np.ndarray | None = None,
     ) -> "Exchange":
         """Tables of a placement.
 
         Args:
-            problem: its `latency` is that of a whole message, as `python -m launch calibrate` measures it.
+            problem: with the latency of its links.
             resident: bool [D, L, E], every expert resident somewhere.
-            message_within: seconds of a message between two devices of a server.
-            message_extra: seconds of one between servers beyond its link's latency; row_seconds: of a row, each way.
+            message_seconds, row_seconds, crowding: as attributes.
             serving: whose copies serve each server, int [N, L, E]; default: `serving_server`.
             likely: servers that a token of another is nearly sure to need, bool [N, L, N]; default: by the problem's
                 own statistics.
@@ -86,14 +87,13 @@ class Exchange:
         device = _copies(resident, serving, server)
         across, within = rounds(server.tolist())
         eager = (server[:, None] == server) | likely[server][:, :, server].transpose(1, 0, 2)
-        latency = problem.latency[np.ix_(server, server)]
-        latency = np.where(server[:, None] == server, message_within, latency + message_extra)
+        latency = np.where(server[:, None] == server, 0.0, problem.latency[np.ix_(server, server)])
         header = problem.top_k * (WEIGHT_BYTES + CODE_BYTES)
         return cls(
             server=server, device=device, across=across, within=within, needs=_needs(server, device, across, within),
             eager=eager, latency=latency, byte_seconds=(1.0 / problem.bandwidth)[np.ix_(server, server)],
             row_bytes=VALUE_BYTES * problem.hidden_size + header, sum_bytes=VALUE_BYTES * problem.hidden_size,
-            row_seconds=row_seconds,
+            message_seconds=message_seconds, row_seconds=row_seconds, crowding=crowding,
         )  # fmt: skip
 
     def seconds(self, ids: Sequence[np.ndarray], compute: float, overhead: float = 0.0) -> float:
@@ -102,7 +102,7 @@ class Exchange:
         Args:
             ids: experts of the tokens of each device, int [D][rows, L, k].
             compute: seconds of the step without any message, spread evenly over the layers.
-            overhead: seconds of a device in each layer in which it may send or receive, beside its messages.
+            overhead: seconds of a device in each layer in which it takes part, sending or receiving, beside its messages.
         """
         layers, devices = self.device.shape[1], len(self.server)
         busy = np.array([len(own) > 0 for own in ids])
@@ -115,11 +115,10 @@ class Exchange:
         for layer in range(layers):
             clock = [time + compute / layers for time in clock]
             if meets[layer]:
-                taking_part = [
-                    bool(live[layer][device].any() or live[layer][:, device].any()) for device in range(devices)
-                ]
-                clock = [time + overhead * part for time, part in zip(clock, taking_part, strict=True)]
-                self._layer(layer, live[layer], [want[:, layer] for want in wants], clock, ports)
+                part = [bool(live[layer][device].any() or live[layer][:, device].any()) for device in range(devices)]
+                crowd = 1 + self.crowding * max(0, sum(part) - 2)
+                clock = [time + crowd * overhead * own for time, own in zip(clock, part, strict=True)]
+                self._layer(layer, live[layer], [want[:, layer] for want in wants], crowd, clock, ports)
         return max(clock)
 
     def _wants(self, source: int, ids: np.ndarray) -> np.ndarray:
@@ -135,10 +134,12 @@ class Exchange:
         layer: int,
         live: np.ndarray,
         wants: list[np.ndarray],
+        crowd: float,
         clock: list[float],
         ports: dict[tuple[str, int], float],
     ) -> None:
-        """Let the devices' clocks run through the exchange of one layer; wants: bool [D][rows, D]."""
+        """Let the devices' clocks run through the exchange of one layer, its work `crowd` times as slow as of two devices;
+        wants: bool [D][rows, D]."""
         rows: dict[tuple[int, int], int] = {}
         here = {device: [(device, own)] for device, own in enumerate(wants)}  # rows that a device has, by their source
         for source, gateway in (pair for turn in self.across for pair in turn):
@@ -154,24 +155,34 @@ class Exchange:
             pairs = [pair for turn in hop for pair in turn if live[pair]]
             for pair in pairs:
                 first = int(self.eager[layer][pair])
-                self._message(*pair, COUNT_BYTES + first * self.row_bytes, first, clock, ports)
+                self._message(*pair, COUNT_BYTES + first * self.row_bytes, first, crowd, clock, ports)
             for pair in pairs:
                 for count in digits(rows[pair] - bool(self.eager[layer][pair])):
-                    self._message(*pair, count * self.row_bytes, count, clock, ports)
+                    self._message(*pair, count * self.row_bytes, count, crowd, clock, ports)
         for hop in (self.within, self.across):
             for source, target in (pair for turn in hop for pair in turn if live[pair]):
                 for count in digits(rows[source, target]):
-                    self._message(target, source, count * self.sum_bytes, count, clock, ports)
+                    self._message(target, source, count * self.sum_bytes, count, crowd, clock, ports)
 
     def _message(
-        self, source: int, target: int, size: int, rows: int, clock: list[float], ports: dict[tuple[str, int], float]
+        self,
+        source: int,
+        target: int,
+        size: int,
+        rows: int,
+        crowd: float,
+        clock: list[float],
+        ports: dict[tuple[str, int], float],
     ) -> None:
-        begin, sending = max(clock[source], clock[target]), size * float(self.byte_seconds[source, target])
+        end = crowd * rows * self.row_seconds / 2
+        clock[source] += crowd * self.message_seconds + end
+        begin, sending = clock[source], size * float(self.byte_seconds[source, target])
         if sending:
             out, into = ("out", int(self.server[source])), ("in", int(self.server[target]))
             begin = max(begin, ports.get(out, 0.0), ports.get(into, 0.0))
             ports[out] = ports[into] = begin + sending
-        clock[source] = clock[target] = begin + sending + float(self.latency[source, target]) + rows * self.row_seconds
+        arrival = begin + sending + float(self.latency[source, target])
+        clock[target] = max(clock[target], arrival) + end
 
 
 def likely_links(problem: Problem, serving: np.ndarray) -> np.ndarray:
@@ -179,14 +190,15 @@ def likely_links(problem: Problem, serving: np.ndarray) -> np.ndarray:
 
     Asking costs a message each time, not asking a row's seconds each time that no token needed it. With probability p of
     need, a message of alpha seconds and a row of r seconds, not asking is cheaper where p alpha > (1 - p) r, that is for
-    p > r / (alpha + r). Below `LEAST_LIKELY` it would still send too many bytes.
+    p > r / (alpha + r). A question is not waited for before the rows go, so alpha is what a message costs beyond its link's
+    latency: half an exchange's. Below `LEAST_LIKELY` not asking would send too many bytes.
 
     Args:
-        problem: latency and bandwidth of its links, and how often tokens need whom.
+        problem: bandwidth of its links, and how often tokens need whom.
         serving: int [N, L, E] from `serving_server`.
     """
-    row = problem.row_seconds
-    worth = row / np.maximum(problem.latency + row, np.finfo(float).tiny)
+    row, message = problem.row_seconds, problem.workload.exchange_seconds / 2
+    worth = row / np.maximum(message + row, np.finfo(float).tiny)
     return traffic(problem, serving).pairs >= np.maximum(worth, LEAST_LIKELY)[:, None]
 
 

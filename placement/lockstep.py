@@ -24,7 +24,7 @@ from placement.files import InputError, show
 from placement.problem import Problem
 from placement.token_sets import token_sets
 
-_MESSAGES = ("message_within", "message_extra", "row_seconds")
+_MESSAGES = ("message_seconds", "row_seconds", "crowding")
 _OVERHEADS = ("prefill_overhead", "decode_overhead")
 
 
@@ -34,17 +34,18 @@ class StepCosts:
 
     Attributes:
         prefill, decode: the three of each kind of step.
-        message_within: seconds of a message between two devices of a server.
-        message_extra: seconds of a message between servers as part of a step, beyond the latency of its link.
-        row_seconds: of a row in a message, each way, beside its bytes.
-        prefill_overhead, decode_overhead: seconds of a device in each layer in which it may exchange rows, beside messages.
+        message_seconds: of a device, to send a message.
+        row_seconds: of a row in a message, each way, beside its bytes, half at either end.
+        crowding: by how much longer these and overheads take for each device beyond two that takes part in a layer, where
+            devices share cores.
+        prefill_overhead, decode_overhead: seconds of a device in each layer in which it takes part, beside messages.
     """
 
     prefill: tuple[float, float, float]
     decode: tuple[float, float, float]
-    message_within: float = 0.0
-    message_extra: float = 0.0
+    message_seconds: float = 0.0
     row_seconds: float = 0.0
+    crowding: float = 0.0
     prefill_overhead: float = 0.0
     decode_overhead: float = 0.0
 

@@ -17,7 +17,7 @@ from placement.problem import Problem
 LAYERS, EXPERTS, K = 4, 12, 3
 SIZES = {"hidden_size": 500, "expert_bytes": 10}
 TRUE = StepCosts(
-    (0.1, 0.02, 0.001), (0.01, 0.002, 0.0005), message_within=1e-4, message_extra=3e-4, row_seconds=5e-5,
+    (0.1, 0.02, 0.001), (0.01, 0.002, 0.0005), message_seconds=3e-4, row_seconds=5e-5, crowding=0.4,
     prefill_overhead=3e-3, decode_overhead=2e-4,
 )  # fmt: skip
 
@@ -64,5 +64,5 @@ def test_known_costs_are_found_again(trace):
     np.testing.assert_array_equal(measured.bandwidth, true.bandwidth)
     assert costs.prefill == pytest.approx(TRUE.prefill, rel=1e-6)
     assert costs.decode == pytest.approx(TRUE.decode, rel=1e-6)
-    for name in ("message_within", "message_extra", "row_seconds", "prefill_overhead", "decode_overhead"):
+    for name in ("message_seconds", "row_seconds", "crowding", "prefill_overhead", "decode_overhead"):
         assert getattr(costs, name) == pytest.approx(getattr(TRUE, name), rel=0.1), name
