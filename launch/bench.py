@@ -22,5 +22,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command.set_defaults(bench=module.run)
 
 
-def run(args: argparse.Namespace) -> None:
-    args.bench(args)
+def run(args: argparse.Namespace) -> int | None:
+    return args.bench(args)

@@ -1,12 +1,15 @@
-"""`python -m launch bench migrate`: what running requests notice of migrations. One process, the demo's cluster.
+"""`python -m launch bench migrate`: what running requests notice of migrations, on the demo's cluster, in one process or in
+one for each server.
 
 The same load runs with migrations and without, by turns: the longest gap between two tokens of any request, what staging
 reads a second against reading alone, and the memory that it holds.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,9 +23,12 @@ from rich.table import Table
 from dancemoe_jax.checkpoint import bundled_model
 from dancemoe_jax.generate import decode_step, prefill
 from dancemoe_jax.pool import read_ahead
+from launch.channel import Channel
 from launch.cluster import cluster_devices, demo_cluster, reserved_bytes
 from launch.engine import Request
+from launch.everywhere import run_everywhere
 from launch.hosting import Host, Loaded, load
+from launch.join import join
 from launch.local import read_shape
 from launch.mover import Mover
 from placement import InputError, Placement
@@ -30,6 +36,7 @@ from placement.units import parse_bytes, parse_rate
 
 SEQUENCES, CHUNK, PROMPT, ANSWER = 2, 32, 24, 40
 _ROUNDS = 2
+_WAIT_S = 600.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,11 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--migrations", type=int, default=10, metavar="N", help="in each of the two runs with migrations (10)")
     add("--staging-memory", default="5MB", metavar="SIZE", help="host memory for experts on their way (5MB)")
     add("--staging-bandwidth", metavar="RATE", help="at which they are read at most, such as 50MB/s (no limit)")
+    add("--processes", action="store_true", help="one process for each server (default: one for all)")
+    add("--server", metavar="NAME", help=argparse.SUPPRESS)  # be this one's process
+    add("--coordinator", metavar="HOST:PORT", help=argparse.SUPPRESS)
     add("--seed", type=int, default=0)
     add("--json", action="store_true", help="print one JSON object instead of a table")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     """Serve, migrate, measure.
 
     Raises:
@@ -55,49 +65,78 @@ def run(args: argparse.Namespace) -> None:
     path = bundled_model()
     config = read_shape(path, args)
     cluster = demo_cluster(config, reserved_bytes(config, SEQUENCES))
-    devices = list(cluster_devices(len(cluster.devices)))[: len(cluster.devices)]
-    loaded = load(path, config, cluster, devices, sequences=SEQUENCES, chunk=CHUNK)
-    host = Host(loaded.engine, 0)
+    if args.processes and not args.server:
+        first = cluster.names[0]
+        return run_everywhere(
+            "bench", cluster, sys.argv[2:], None, lambda server, line: server == first and line[:1] != "["
+        )
+    with contextlib.ExitStack() as stack:
+        index, devices = 0, list(cluster_devices(len(cluster.devices)))[: len(cluster.devices)]
+        if args.server:
+            index = cluster.names.index(args.server)
+            devices = stack.enter_context(join(cluster, args.server, coordinator=args.coordinator))
+        loaded = load(path, config, cluster, devices, sequences=SEQUENCES, chunk=CHUNK)
+        result = _serve(args, loaded, index, staging, most)
+    if result is not None:
+        print(json.dumps(result)) if args.json else _print(result)
+    return 0
+
+
+def _serve(
+    args: argparse.Namespace, loaded: Loaded, index: int, staging: int, most: float | None
+) -> dict[str, Any] | None:
+    """Be one server, or all; what was measured on all of them, in the first process."""
+    host = Host(loaded.engine, index)
     mover = Mover(loaded, host.channel, host.ring, staging_bytes=staging, bandwidth=most)
     mover.start()
     host.between = mover.between
     loop = threading.Thread(target=host.run, daemon=True)
     loop.start()
-    rng = np.random.default_rng(args.seed)
-    load_gaps = _Load(host, rng, config.vocab_size)
-    load_gaps.during(lambda: time.sleep(3))  # compiles
+    rng = np.random.default_rng([args.seed, index])
+    phases = _Phases(host.channel, _Load(host, rng, loaded.engine.config.vocab_size), index == 0)
+    moves: list[dict[str, float]] = []
+    phases.take(lambda: time.sleep(3))  # compiles
     compiled = _compiled()
-    calm, moving, moves = _Gaps(), _Gaps(), []
+    calm, moving, seconds = _Gaps(), _Gaps(), 0.0
     for _ in range(_ROUNDS):
         begin = time.monotonic()
-        moving += load_gaps.during(lambda: moves.extend(_migrations(mover, loaded, rng, args.migrations)))
+        moving += phases.take(lambda: moves.extend(_migrations(mover, loaded, rng, args.migrations)))
         seconds = time.monotonic() - begin
-        calm += load_gaps.during(lambda seconds=seconds: time.sleep(seconds))
+        calm += phases.take(lambda seconds=seconds: time.sleep(seconds))
+    own = {
+        "calm": calm, "moving": moving, "compilations": _compiled() - compiled, "peak": mover.peak_bytes,
+        "stall": max(stall for outcome in mover.outcomes for stall in outcome.stalls_s),
+    }  # fmt: skip
+    told = phases.exchange(index, own)
     alone = min(_read_alone(loaded, rng), most or np.inf)
     host.finish()
     loop.join()
     mover.end()
-    result = {
-        "migrations": len(moves), "copies_moved_share": min(m["share"] for m in moves),
+    if index:
+        return None
+    calm, moving = ([gap for one in told for gap in one[key]] for key in ("calm", "moving"))
+    return {
+        "processes": len(told), "migrations": len(moves), "copies_moved_share": min(m["share"] for m in moves),
         "longest_gap_s": max(calm), "longest_gap_migrating_s": max(moving),
         "p99_gap_s": float(np.quantile(calm, 0.99)), "p99_gap_migrating_s": float(np.quantile(moving, 0.99)),
-        "longest_stall_s": max(m["stall_s"] for m in moves), "migration_s": statistics.median(m["seconds"] for m in moves),
+        "longest_stall_s": max(one["stall"] for one in told), "migration_s": statistics.median(m["seconds"] for m in moves),
         "rounds": statistics.median(m["rounds"] for m in moves),
         "staged_bytes_per_s": statistics.median(m["bytes"] / m["stage_s"] for m in moves), "read_alone_bytes_per_s": alone,
-        "staging_bytes": staging, "peak_staged_bytes": mover.peak_bytes, "compilations": _compiled() - compiled,
+        "staging_bytes": staging, "peak_staged_bytes": max(one["peak"] for one in told),
+        "compilations": sum(one["compilations"] for one in told),
     }  # fmt: skip
-    print(json.dumps(result)) if args.json else _print(result)
 
 
 _Gaps = list[float]
 
 
 class _Load:
-    """Requests that keep every place of every device busy, with the times of their tokens."""
+    """Requests that keep every place of this process's devices busy, with the times of their tokens."""
 
     def __init__(self, host: Host, rng: np.random.Generator, vocabulary: int) -> None:
         self.host, self.rng, self.vocabulary = host, rng, vocabulary
-        self.places = [int(s) for s in host.engine.device_server for _ in range(SEQUENCES)]
+        servers = host.engine.device_server[list(host.engine.own)]
+        self.places = [int(server) for server in servers for _ in range(SEQUENCES)]
 
     def during(self, what: Callable[[], Any]) -> _Gaps:
         """Do something while requests run: seconds between tokens of the same request."""
@@ -121,6 +160,38 @@ class _Load:
         for thread in threads:
             thread.join()
         return gaps
+
+
+class _Phases:
+    """Times in which all processes have the same load; what happens in them is up to the first one."""
+
+    def __init__(self, channel: Channel, load: _Load, first: bool) -> None:
+        self.channel, self.load, self.first, self.number = channel, load, first, 0
+
+    def take(self, what: Callable[[], Any]) -> _Gaps:
+        """The next phase: seconds between tokens of this process's requests. `what` is done by the first process."""
+        number, self.number = self.number, self.number + 1
+        if not self.first:
+            self._hear(f"begin/{number}")
+            return self.load.during(lambda: self._hear(f"over/{number}"))
+
+        def conducted() -> None:
+            what()
+            self.channel.put(f"bench/over/{number}", b"over")
+
+        self.channel.put(f"bench/begin/{number}", b"begin")
+        return self.load.during(conducted)
+
+    def exchange(self, process: int, own: dict[str, Any]) -> list[dict[str, Any]]:
+        """What each process has to tell, by process."""
+        self.channel.put(f"bench/told/{process}", json.dumps(own).encode())
+        return [json.loads(self._hear(f"told/{other}")) for other in range(jax.process_count())]
+
+    def _hear(self, name: str) -> bytes:
+        data = self.channel.get(f"bench/{name}", _WAIT_S)
+        if data is None:
+            raise RuntimeError(f"nobody has told {name} within {_WAIT_S:g} s")
+        return data
 
 
 def _migrations(mover: Mover, loaded: Loaded, rng: np.random.Generator, number: int) -> list[dict[str, float]]:
@@ -172,7 +243,8 @@ def _compiled() -> int:
 
 def _print(result: dict[str, Any]) -> None:
     table = Table(
-        title=f"{result['migrations']} migrations of at least {100 * result['copies_moved_share']:.0f} % of all copies"
+        title=f"{result['migrations']} migrations of at least {100 * result['copies_moved_share']:.0f} % of all copies, "
+        f"{result['processes']} {'process' if result['processes'] == 1 else 'processes'}"
     )
     for column in ("", "without", "with", "ratio"):
         table.add_column(column, justify="right" if column else "left")
@@ -185,7 +257,7 @@ def _print(result: dict[str, Any]) -> None:
     console.print(table)
     console.print(
         f"a migration: {result['rounds']:.0f} rounds, {result['migration_s']:.2f} s; longest stall between two steps "
-        f"{1e3 * result['longest_stall_s']:.1f} ms\nstaged at once {result['peak_staged_bytes'] / 1e6:.2f} MB on all servers, "
-        f"each may {result['staging_bytes'] / 1e6:.2f} MB; compilations {result['compilations']}",
+        f"{1e3 * result['longest_stall_s']:.1f} ms\nstaged at once {result['peak_staged_bytes'] / 1e6:.2f} MB in a process, "
+        f"each server may {result['staging_bytes'] / 1e6:.2f} MB; compilations {result['compilations']}",
         soft_wrap=True,
     )

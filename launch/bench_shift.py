@@ -1,10 +1,11 @@
 """`python -m launch bench shift`: users of three servers change what they work on; how serving fares with and without
 migration.
 
-The same requests are served twice on servers joined by real links, in the real serving loop and on the wall clock. After
-half the time each server's users turn to the domain of the next one's. The ratio of local assignments has recovered in
-the first of two windows in a row that reach `RECOVERED` of its mean before the shift; windows without tokens are passed
-over. The mean is of the run's own second half of the time before the shift, as users before it are steady.
+The same requests are served without and with migration on servers joined by real links, in the real serving loop and on
+the wall clock; every round in the other order, so that drift of the machine hits both alike. At the shift each server's
+users turn to the domain of the next one's. The ratio of local assignments has recovered in the first of two windows in a
+row that reach `RECOVERED` of its mean before the shift; windows without tokens are passed over. The mean is of the run's
+own second half of the time before the shift, as users before it are steady.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import placement
 from launch.testbed_run import DEVICES, plan_arrays, run_job, testbed_cluster
 from launch.trace import Trace, poisson
 from placement import InputError
-from placement.units import format_bytes, parse_rate, parse_seconds
+from placement.units import format_bytes, parse_bytes, parse_rate, parse_seconds
 
 RECOVERED = 0.95
 WINDOW_S = 5.0
@@ -38,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--hidden-size", type=int, default=2048, help="of the traced model (2048)")
     add("--expert-bytes", type=int, default=3 * 2048 * 1408 * 2, help="of the traced model (17301504)")
     add("--gap", type=float, default=10.0, help="mean seconds between requests of a server, Poisson (10)")
-    add("--duration", type=float, default=150.0, help="seconds of arrivals, users change after half of them (150)")
+    add("--duration", type=float, default=150.0, help="seconds of arrivals (150)")
+    add("--shift-at", type=float, metavar="S", help="when users change (after half of the duration)")
     add("--interval", default="10s", metavar="T", help="between revisions of the placement (10s)")
     add("--horizon", default="300s", metavar="T", help="over which a migration has to pay (300s)")
     add(
@@ -47,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=sorted(placement.STRATEGIES),
         help="of first and revised plans (latency)",
     )
+    add("--staging-memory", default="4GB", metavar="SIZE", help="of each server's host, for experts on their way (4GB)")
+    add("--rounds", type=int, default=2, help="times that both are run (2)")
     add("--window", type=float, default=WINDOW_S, help="seconds of which a local ratio is told (5)")
     add("--sequences", type=int, default=4, help="sequences a device serves at once (4)")
     add("--chunk", type=int, default=64, help="prompt tokens of a step (64)")
@@ -61,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         InputError: a flag is out of range, or this machine cannot make a testbed.
     """
-    for flag in ("copies", "gap", "duration", "window", "sequences", "chunk", "hidden_size", "expert_bytes"):
+    for flag in ("copies", "gap", "duration", "rounds", "window", "sequences", "chunk", "hidden_size", "expert_bytes"):
         if not getattr(args, flag) > 0:
             raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be greater than 0")
     interval, horizon = (parse_seconds(getattr(args, flag), f"--{flag}") for flag in ("interval", "horizon"))
@@ -71,7 +75,12 @@ def run(args: argparse.Namespace) -> None:
     if args.plot and not args.plot.parent.is_dir():
         raise InputError(f"--plot {args.plot}: its folder does not exist")
     rate, storage = 8 * parse_rate(args.rate, "--rate"), parse_rate(args.load_bandwidth, "--load-bandwidth", "1GB/s")
-    trace, shift = Trace.load(args.trace), args.duration / 2
+    staging = parse_bytes(args.staging_memory, "--staging-memory")
+    trace, shift = Trace.load(args.trace), args.duration / 2 if args.shift_at is None else args.shift_at
+    if not 0 < shift < args.duration:
+        raise InputError(
+            f"--shift-at {shift:g}: must be greater than 0 and less than the duration of {args.duration:g}"
+        )
     slots = round(args.copies * trace.ids[0].shape[1] * trace.experts / sum(DEVICES))
     cluster = testbed_cluster(trace, slots, args.expert_bytes, rate, storage)
     arrivals = poisson(len(DEVICES), args.gap, args.duration, args.seed)
@@ -81,28 +90,39 @@ def run(args: argparse.Namespace) -> None:
     profile = trace.profile(hidden_size=args.hidden_size, expert_bytes=args.expert_bytes, servers=cluster.names)
     planned = placement.plan(profile, cluster, args.strategy).resident
     plans = plan_arrays(args.strategy, planned, profile, cluster)
-    policy = {"strategy": args.strategy, "interval": interval, "half_life": interval, "horizon": horizon}
+    policy = {
+        "strategy": args.strategy, "interval": interval, "half_life": interval, "horizon": horizon,
+        "staging_bytes": staging,
+    }  # fmt: skip
+    order = [name for number in range(args.rounds) for name in _RUNS[:: 1 - 2 * (number % 2)]]
     job = {
         "trace": args.trace, "hidden_size": args.hidden_size, "expert_bytes": args.expert_bytes,
         "slots": [slots] * sum(DEVICES), "sequences": args.sequences, "chunk": args.chunk, "shift_s": shift,
         "window_s": args.window, "arrivals": [column.tolist() for column in vars(arrivals).values()],
-        "strategy": args.strategy, "runs": [{"policy": None}, {"policy": policy}],
+        "strategy": args.strategy,
+        "runs": [{"policy": policy if name == "with" else None} for name in order],
     }  # fmt: skip
     console = Console(stderr=True)
     served = run_job(cluster, rate, job, plans, lambda line: console.print(line, markup=False), "launch.shift_server")
     result: dict[str, Any] = {"shift_s": shift, "window_s": args.window, "servers": list(cluster.names)}
-    result |= {name: figures(found, shift, args.window) for name, found in zip(_RUNS, served, strict=True)}
+    for name in _RUNS:
+        own = [(number, found) for number, (run, found) in enumerate(zip(order, served, strict=True)) if run == name]
+        pooled = {f"{number}/{server}": told for number, found in own for server, told in found.items()}
+        result[name] = figures(pooled, shift, args.window)
     result["cut"] = {
         key: 1 - result["with"]["latency"][key]["mean"] / result["without"]["latency"][key]["mean"]
         for key in ("before", "after", "overall")
     }
+    if took := result["with"]["staging_s"]:
+        staged = result["with"]["copies_first_server"] * args.expert_bytes
+        result["staging_of_storage"] = staged / took / storage
     if args.plot:
         _plot(result, args.plot)
     print(json.dumps(result)) if args.json else _print(result)
 
 
 def figures(servers: dict[str, dict[str, Any]], shift: float, window: float) -> dict[str, Any]:
-    """What a run's servers printed, as figures of the run. Seconds; ratios are None where there are no tokens."""
+    """What the servers of one run or several alike printed, as figures. Seconds; ratios are None where there are no tokens."""
     requests = sorted((request for found in servers.values() for request in found["requests"]), key=lambda r: r[1])
     each = np.array(requests)
     _, arrival, latency, gap = each.T
@@ -132,6 +152,7 @@ def figures(servers: dict[str, dict[str, Any]], shift: float, window: float) -> 
         "failed": sum(d["verdict"] == "failed" for d in decisions),
         "copies": sum(d["copies"] for d in adopted), "bytes": sum(d["bytes"] for d in adopted),
         "staging_s": sum(d["outcome"]["stage_s"] for d in adopted),
+        "copies_first_server": sum(d["outcome"]["copies_here"] for d in adopted),
         "longest_gap_s": float(gap.max()), "median_gap_s": statistics.median(gap),
         "requests": requests, "windows": windows, "decisions": decisions,
     }  # fmt: skip
@@ -181,6 +202,8 @@ def _print(result: dict[str, Any]) -> None:
         table.add_row(name, *(str(found[key]) for found in runs), "")
     table.add_row("staged", *(format_bytes(found["bytes"]) for found in runs), "")
     table.add_row("seconds of staging", *(f"{found['staging_s']:.1f}" for found in runs), "")
+    if share := result.get("staging_of_storage"):
+        table.add_row("first server's staging, of what its storage gives", "", _percent(share))
     table.add_row("longest gap between two tokens", *(f"{found['longest_gap_s']:.2f}" for found in runs), "")
     Console(width=110).print(table)
 

@@ -24,9 +24,9 @@ class Channel(Protocol):
         ...
 
 
-def open_channel() -> Channel:
-    """The channel of this program, whether it is one process or several."""
-    return ClusterChannel() if jax.process_count() > 1 else OwnChannel()
+def open_channel(prefix: str = "") -> Channel:
+    """The channel of this program, whether it is one process or several; names under a prefix do not meet others."""
+    return ClusterChannel(prefix) if jax.process_count() > 1 else OwnChannel()
 
 
 class OwnChannel:
@@ -54,15 +54,16 @@ class OwnChannel:
 class ClusterChannel:
     """Between the processes of one program, by the store that they started with."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: str = "") -> None:
         self._client: Any = distributed.global_state.client
+        self._root = f"dancemoe/{prefix}"
 
     def put(self, name: str, value: bytes) -> None:
-        self._client.key_value_set_bytes(f"dancemoe/{name}", value, allow_overwrite=True)
+        self._client.key_value_set_bytes(self._root + name, value, allow_overwrite=True)
 
     def get(self, name: str, seconds: float) -> bytes | None:
         try:
-            return self._client.blocking_key_value_get_bytes(f"dancemoe/{name}", max(1, round(1000 * seconds)))
+            return self._client.blocking_key_value_get_bytes(self._root + name, max(1, round(1000 * seconds)))
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
@@ -70,4 +71,4 @@ class ClusterChannel:
 
     def drop(self, name: str) -> None:
         with suppress(jax.errors.JaxRuntimeError):
-            self._client.key_value_delete(f"dancemoe/{name}")
+            self._client.key_value_delete(self._root + name)

@@ -5,6 +5,7 @@ where it saves more over the horizon than transfer and stall cost, by a margin, 
 the last intervals too: a workload that changes faster than that moves nothing. Every decision is a line and a record.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -29,6 +30,7 @@ from placement import Cluster, DecayingCounts, Diff, InputError, Placement, Prof
 from placement.units import format_bytes
 
 DECISIONS = "decisions.jsonl"
+_NICE = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +123,9 @@ class Controller:
         self._ended.set()
 
     def _revise(self) -> None:
+        if sys.platform == "linux":  # where a thread has a priority of its own: planning gives way to serving
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
         while not self._ended.wait(self.policy.interval):
             with self._busy:
                 try:

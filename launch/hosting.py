@@ -74,7 +74,7 @@ class Host:
 
     Args:
         server: index of this server, or of the one whose requests enter here.
-        name: goes before the names that it gives on the channel: one host after another needs one of its own.
+        name: goes before all names on its channel: one host after another needs one of its own.
 
     Attributes:
         channel: to the other servers.
@@ -83,8 +83,8 @@ class Host:
     """
 
     def __init__(self, engine: Engine, server: int, name: str = "") -> None:
-        self.engine, self.server, self._name = engine, server, name
-        self.channel = open_channel()
+        self.engine, self.server = engine, server
+        self.channel = open_channel(name)
         self.between: Callable[[], bool] = lambda: False
         self._nap = 0
         self._streams: dict[int, Stream] = {}
@@ -144,11 +144,11 @@ class Host:
             more = self.between()
             if self._wanted():
                 self._wake_all()
-            if self.channel.get(f"{self._name}nap/{self._nap}", 0.0 if more else _NAP_S) is not None:
+            if self.channel.get(f"nap/{self._nap}", 0.0 if more else _NAP_S) is not None:
                 break
         # All have heard the one before the last, or they could not be napping again.
         if jax.process_index() == 0:
-            self.channel.drop(f"{self._name}nap/{self._nap - 2}")
+            self.channel.drop(f"nap/{self._nap - 2}")
         self._nap += 1
         self.engine.wake()
 
@@ -165,7 +165,7 @@ class Host:
             self._wake_all()
 
     def _wake_all(self) -> None:
-        self.channel.put(f"{self._name}nap/{self._nap}", b"over")
+        self.channel.put(f"nap/{self._nap}", b"over")
 
     def _forget(self, request: Request) -> None:
         with self._lock:

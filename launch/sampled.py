@@ -29,8 +29,8 @@ class Sample(NamedTuple):
 class Sampler:
     """A sample in which a token's chance halves with every `half_life` seconds, of bounded size.
 
-    A token's key is the logarithm of its weight plus Gumbel noise, which age does not change. Those with the largest keys
-    are a sample without replacement by weight (Efraimidis and Spirakis, "Weighted random sampling with a reservoir", 2006).
+    A token is forgotten at a moment that is drawn when it comes, by the law of decay. Where more have not been forgotten than
+    there is room for, the ones that stay longest are kept: of what is old, a part that halves with every half-life alike.
 
     Args:
         shape: layers, experts, experts per token.
@@ -41,23 +41,22 @@ class Sampler:
         layers, experts, top_k = shape
         size = max(1, min(_MOST_TOKENS, _MOST_IDS // (layers * top_k)))
         self._sample = _empty(size, layers, experts, top_k)
-        self._keys = np.full(size, -np.inf)
-        self._rate, self._rng, self._begin = np.log(2) / half_life, np.random.default_rng(seed), time.time()
+        self._until = np.full(size, -np.inf)  # when each is forgotten
+        self._mean_s, self._rng = half_life / np.log(2), np.random.default_rng(seed)
 
     def add(self, server: int, ids: np.ndarray) -> None:
         """Take notice of tokens that entered at a server, int [tokens, layers, k]."""
         now = time.time()
-        keys = self._rate * (now - self._begin) + self._rng.gumbel(size=len(ids))
-        for key, own in zip(keys, ids, strict=True):
-            place = int(self._keys.argmin())
-            if key > self._keys[place]:
-                self._keys[place] = key
+        for until, own in zip(now + self._rng.exponential(self._mean_s, len(ids)), ids, strict=True):
+            place = int(self._until.argmin())
+            if until > self._until[place]:
+                self._until[place] = until
                 sample = self._sample
                 sample.ids[place], sample.server[place], sample.at[place] = own, server, now
 
     def take(self) -> Sample:
         """A copy of the sample as it is now."""
-        return Sample(*(part[self._keys > -np.inf] for part in self._sample))
+        return Sample(*(part[self._until > time.time()] for part in self._sample))
 
 
 def sampled_shape(profile: Profile) -> tuple[int, int, int]:

@@ -39,6 +39,11 @@ def trace(tmp_path, rng):
         (["--trace", "T", "--interval", "10"], "--interval"),
         (["--trace", "T", "--load-bandwidth", "fast"], "--load-bandwidth"),
         (["--trace", "T", "--duration", "0.1"], "--duration 0.1: no request comes before the shift"),
+        (
+            ["--trace", "T", "--shift-at", "200"],
+            "--shift-at 200: must be greater than 0 and less than the duration of 150",
+        ),
+        (["--trace", "T", "--staging-memory", "4"], "--staging-memory"),
         (["--trace", "T", "--plot", "absent/s.png"], "--plot absent/s.png: its folder does not exist"),
     ],
 )

@@ -41,6 +41,17 @@ def test_a_token_counts_half_after_a_half_life(rng, monkeypatch):
     assert (sample.at == now).mean() == pytest.approx(2 / 3, abs=0.06)
 
 
+def test_tokens_are_forgotten_where_there_is_room_for_all(rng, monkeypatch):
+    sampler, now = Sampler(SHAPE, 10.0), time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
+    sampler.add(0, tokens(rng, 900))
+    assert len(sampler.take().ids) == 900
+    monkeypatch.setattr(time, "time", lambda: now + 10)
+    assert len(sampler.take().ids) == pytest.approx(450, abs=75)  # five deviations
+    monkeypatch.setattr(time, "time", lambda: now + 500)
+    assert len(sampler.take().ids) == 0
+
+
 def test_large_models_keep_fewer(rng):
     sampler = Sampler((61, 256, 8), 60.0)
     sampler.add(0, rng.random((2000, 61, 256)).argsort(-1)[..., :8])
