@@ -71,10 +71,11 @@ def run(args: argparse.Namespace) -> int:
             "bench", cluster, sys.argv[2:], None, lambda server, line: server == first and line[:1] != "["
         )
     with contextlib.ExitStack() as stack:
-        index, devices = 0, list(cluster_devices(len(cluster.devices)))[: len(cluster.devices)]
         if args.server:
             index = cluster.names.index(args.server)
             devices = stack.enter_context(join(cluster, args.server, coordinator=args.coordinator))
+        else:
+            index, devices = 0, list(cluster_devices(len(cluster.devices)))[: len(cluster.devices)]
         loaded = load(path, config, cluster, devices, sequences=SEQUENCES, chunk=CHUNK)
         result = _serve(args, loaded, index, staging, most)
     if result is not None:

@@ -5,7 +5,6 @@ where it saves more over the horizon than transfer and stall cost, by a margin, 
 the last intervals too: a workload that changes faster than that moves nothing. Every decision is a line and a record.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -23,6 +22,7 @@ import placement
 from launch.channel import Channel
 from launch.hosting import Loaded, fitted
 from launch.mover import Mover, Outcome
+from launch.priority import give_way
 from launch.record import NAME, placement_hash, write_record
 from launch.reports import Counted, gather
 from launch.sampled import gather_sample, sampled_shape
@@ -30,7 +30,6 @@ from placement import Cluster, DecayingCounts, Diff, InputError, Placement, Prof
 from placement.units import format_bytes
 
 DECISIONS = "decisions.jsonl"
-_NICE = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,9 +122,7 @@ class Controller:
         self._ended.set()
 
     def _revise(self) -> None:
-        if sys.platform == "linux":  # where a thread has a priority of its own: planning gives way to serving
-            with contextlib.suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+        give_way()
         while not self._ended.wait(self.policy.interval):
             with self._busy:
                 try:
