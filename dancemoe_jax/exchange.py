@@ -145,7 +145,7 @@ def exchange(
 
     def together(x, topk_weights):
         layer = _Layer(links, me, wire_dtype or x.dtype, x, topk_weights, device, slot)
-        return _two_stages(layer, compute, {"pairs": _pairs, "ragged": _ragged}[transport], live, eager)
+        return _two_stages(layer, compute, transport, live, eager)
 
     # With NCCL all devices must decide alike; point to point, those that no live pair touches have no part in it.
     involved = live.any() if transport == "ragged" else live[me].any() | live[:, me].any()
@@ -209,9 +209,14 @@ def _from_words(words, dtype):
     return jax.lax.bitcast_convert_type(words.reshape(len(words), -1, 2), dtype)
 
 
-def _two_stages(layer, compute, hop, live, eager):
-    """Send rows across, then within servers; compute all that is here; send the sums back the same ways."""
+def _two_stages(layer, compute, transport, live, eager):
+    """Send rows across, then within servers; compute all that is here; send the sums back the same ways.
+
+    Where collectives run beside computing ("ragged"), what is at home is computed apart: it needs nothing that travels, so the
+    compiler may do both at once. Elsewhere one pass over the weights serves all rows.
+    """
     links, me = layer.links, layer.me
+    hop, apart = {"pairs": (_pairs, False), "ragged": (_ragged, True)}[transport]
     tokens, k = layer.device.shape
     here = tokens * (1 + links.fan_in(links.across))
     total = here * (1 + links.fan_in(links.within))
@@ -236,7 +241,9 @@ def _two_stages(layer, compute, hop, live, eager):
     def of_first(size):
         def branch(buffer, fill):
             x, weights, codes = layer.unpack(buffer[:size])
-            mine = (codes > 0) & ((codes - 1) // links.slots == place[me]) & (jnp.arange(size) < fill)[:, None]
+            row = jnp.arange(size)
+            computed = (row < fill) & (row >= tokens) if apart else row < fill
+            mine = (codes > 0) & ((codes - 1) // links.slots == place[me]) & computed[:, None]
             # What lives here has not been through the wire's dtype.
             x, weights = x.at[:tokens].set(layer.x), weights.at[:tokens].set(layer.topk_weights)
             return _prefix(compute(x, jnp.where(mine, (codes - 1) % links.slots, -1), weights), total)
@@ -249,7 +256,11 @@ def _two_stages(layer, compute, hop, live, eager):
         out = jax.lax.switch(chosen, [of_first(size) for size in sizes], buffer, fill)
     for back in (back_within, back_across):
         out = out if back is None else back(out)
-    return out[:tokens], rows
+    if not apart:
+        return out[:tokens], rows
+    with jax.named_scope("experts_at_home"):
+        home = compute(layer.x, jnp.where(layer.device == me, layer.slot, -1), layer.topk_weights)
+    return out[:tokens] + home, rows
 
 
 def _prefix(rows, total):

@@ -28,6 +28,7 @@ from placement.units import format_bytes, parse_bytes, parse_rate, parse_seconds
 RECOVERED = 0.95
 WINDOW_S = 5.0
 _RUNS = ("without", "with")
+_WARM_S = 60.0  # of arrivals in a run whose figures are dropped: the first minutes of a job are slower than the others
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,13 +101,18 @@ def run(args: argparse.Namespace) -> None:
         "slots": [slots] * sum(DEVICES), "sequences": args.sequences, "chunk": args.chunk, "shift_s": shift,
         "window_s": args.window, "arrivals": [column.tolist() for column in vars(arrivals).values()],
         "strategy": args.strategy,
-        "runs": [{"policy": policy if name == "with" else None} for name in order],
+        "runs": [
+            {"policy": None, "until": _WARM_S},
+            *({"policy": policy if name == "with" else None, "until": args.duration} for name in order),
+        ],
     }  # fmt: skip
     console = Console(stderr=True)
     served = run_job(cluster, rate, job, plans, lambda line: console.print(line, markup=False), "launch.shift_server")
     result: dict[str, Any] = {"shift_s": shift, "window_s": args.window, "servers": list(cluster.names)}
     for name in _RUNS:
-        own = [(number, found) for number, (run, found) in enumerate(zip(order, served, strict=True)) if run == name]
+        own = [
+            (number, found) for number, (run, found) in enumerate(zip(order, served[1:], strict=True)) if run == name
+        ]
         pooled = {f"{number}/{server}": told for number, found in own for server, told in found.items()}
         result[name] = figures(pooled, shift, args.window)
     result["cut"] = {

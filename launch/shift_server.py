@@ -145,7 +145,7 @@ class Server:
         """One run: figures of this server's requests, and of its devices' assignments by window of time."""
         loaded = self._load()
         host = Host(loaded.engine, self.index, f"run{number}/")
-        feeder = Feeder(host, self, f"run{number}")
+        feeder = Feeder(host, self, f"run{number}", run["until"])
         with contextlib.ExitStack() as stack:
             state = None
             if run["policy"]:
@@ -177,8 +177,9 @@ class Feeder:
         served_all: whether all requests have been submitted.
     """
 
-    def __init__(self, host: Host, server: Server, name: str) -> None:
+    def __init__(self, host: Host, server: Server, name: str, until_s: float) -> None:
         self.host, self.server, self.name = host, server, name
+        self.requests = [request for request in server.requests if request.arrival_s < until_s]
         self.start_s, self.served = float("inf"), list[Served]()
         self.windows: dict[int, list[int]] = {}
         self.served_all = False
@@ -202,7 +203,7 @@ class Feeder:
         try:
             self._warm()
             self.start_s = self._agree()
-            for replayed in self.server.requests:
+            for replayed in self.requests:
                 time.sleep(max(0.0, self.start_s + replayed.arrival_s - time.monotonic()))
                 served = Served.of(replayed, self.start_s)
                 self.served.append(served)

@@ -67,7 +67,7 @@ def test_a_ratio_recovers_with_two_windows_in_a_row():
 
 
 def test_figures_are_of_all_servers():
-    decision = {"verdict": "adopted", "copies": 3, "bytes": 30, "outcome": {"stage_s": 2.0}}
+    decision = {"verdict": "adopted", "copies": 3, "bytes": 30, "outcome": {"stage_s": 2.0, "copies_here": 2}}
     kept = {"verdict": "kept", "copies": 9, "bytes": 90, "outcome": None}
     one = {"requests": [[0, 1.0, 2.0, 0.1], [0, 12.0, 4.0, 0.3]], "windows": [[1, 8, 2], [2, 1, 9]],
            "decisions": [decision, kept]}  # fmt: skip
@@ -78,6 +78,7 @@ def test_figures_are_of_all_servers():
     assert found["local_ratio"]["right_after"] == 0.1
     assert found["recovered_s"] is None
     assert (found["adopted"], found["kept"], found["copies"], found["staging_s"]) == (1, 1, 3, 2)
+    assert found["copies_first_server"] == 2
     assert found["longest_gap_s"] == 0.3
 
 

@@ -3,12 +3,16 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from cluster_of_devices import CAPACITY, PROMPTS, Small, random_resident
+from jax.sharding import PartitionSpec as P
 
 from dancemoe_jax import ModelError, decode_step, generate, init_state, migrate, prefill
 from dancemoe_jax.dispatch import size_classes
+from dancemoe_jax.exchange import exchange
+from dancemoe_jax.mesh import AXIS
 
 
 def relative_error(got, expected):
@@ -167,6 +171,45 @@ def test_steps_lower_for_cuda(rng):
     row = grid[:, :1]
     traced = prefill.trace(weights, state, chunk, row, row, row, **shapes)
     assert "ragged_all_to_all" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def holds(equation, *names):
+    """Whether an equation of a jaxpr, or one inside of it, is one of these."""
+    if any(name in f"{equation.primitive.name} {equation.params.get('name', '')}" for name in names):
+        return True
+    inner = [getattr(part, "jaxpr", part) for value in equation.params.values() for part in jax.tree.leaves(value)]
+    return any(holds(own, *names) for part in inner for own in getattr(part, "eqns", ()))
+
+
+def test_on_accelerators_what_is_at_home_waits_for_nothing_that_travels():
+    small = Small.make()
+
+    @jax.jit
+    def marked(x, slots, topk_weights):
+        return x * (slots.sum(-1, keepdims=True) + topk_weights.sum(-1, keepdims=True))
+
+    def local(x):
+        one = jnp.zeros((3, 2), jnp.int32) + jax.lax.axis_index(AXIS)
+        every = jnp.ones((4, 4), bool)
+        links = small.layout.links
+        return exchange(links, marked, x, x[:, :2], one, one, every, every, transport="ragged")[0]
+
+    over_devices = jax.shard_map(local, mesh=small.mesh, in_specs=P(AXIS), out_specs=P(AXIS))
+    (mapped,) = jax.make_jaxpr(over_devices)(jnp.ones((12, 8))).eqns
+    body = mapped.params["jaxpr"]
+    (choice,) = [own for own in body.eqns if own.primitive.name == "cond" and holds(own, "ragged_all_to_all")]
+    together = next(
+        own.jaxpr for own in choice.params["branches"] if any(holds(e, "ragged_all_to_all") for e in own.eqns)
+    )
+    travelled, computed = set(), {True: 0, False: 0}
+    for equation in together.eqns:
+        waits = any(id(var) in travelled for var in equation.invars)
+        if holds(equation, "marked"):
+            computed[waits] += 1
+        if waits or holds(equation, "ragged_all_to_all", "all_gather"):
+            travelled |= {id(var) for var in equation.outvars}
+    assert computed[False] == 1
+    assert computed[True] == 1
 
 
 def test_end_of_text_and_the_context_end_a_text(rng):

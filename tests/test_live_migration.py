@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import sys
 import threading
 import time
 
@@ -203,6 +205,21 @@ def test_staging_keeps_its_rate(serving, rng):
     outcome = one.move(random_resident(rng))
     assert outcome.bytes / outcome.stage_s <= 1.1 * rate
     assert outcome.bytes / outcome.stage_s >= 0.5 * rate
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
+def test_staging_gives_way_to_serving(serving, rng):
+    small, nice = Small.make(), {}
+
+    def read(layer, expert):
+        nice[threading.get_ident()] = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        return small.read(layer, expert)
+
+    one = serving(read=read)
+    nice.clear()
+    assert one.move(random_resident(rng)).failed == ""
+    assert nice
+    assert all(own > os.getpriority(os.PRIO_PROCESS, os.getpid()) for own in nice.values())
 
 
 def test_an_order_travels(rng):
