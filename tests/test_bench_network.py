@@ -29,6 +29,7 @@ def trace(tmp_path, rng):
 
 
 @on_testbed
+@pytest.mark.slow
 def test_requests_of_a_trace_are_served_by_every_plan(trace, capfd):
     given = ["--trace", trace, "--hidden-size", "64", "--expert-bytes", "1000", "--duration", "30", "--rounds", "2"]
     given += ["--strategies", "uniform,latency", "--fixed", "latency", "--chunk", "8", "--sequences", "2", "--json"]
