@@ -26,7 +26,7 @@ from dancemoe_jax.pool import read_ahead
 from launch.channel import Channel
 from launch.cluster import cluster_devices, demo_cluster, reserved_bytes
 from launch.engine import Request
-from launch.everywhere import run_everywhere
+from launch.everywhere import of_first, run_everywhere
 from launch.hosting import Host, Loaded, load
 from launch.join import join
 from launch.local import read_shape
@@ -66,10 +66,7 @@ def run(args: argparse.Namespace) -> int:
     config = read_shape(path, args)
     cluster = demo_cluster(config, reserved_bytes(config, SEQUENCES))
     if args.processes and not args.server:
-        first = cluster.names[0]
-        return run_everywhere(
-            "bench", cluster, sys.argv[2:], None, lambda server, line: server == first and line[:1] != "["
-        )
+        return run_everywhere("bench", cluster, sys.argv[2:], None, of_first(cluster))
     with contextlib.ExitStack() as stack:
         if args.server:
             index = cluster.names.index(args.server)
@@ -207,7 +204,7 @@ def _migrations(mover: Mover, loaded: Loaded, rng: np.random.Generator, number: 
             raise RuntimeError(f"a migration failed: {outcome.failed if outcome else 'no end within 600 s'}")
         done.append({
             "share": float(share), "bytes": outcome.bytes, "stage_s": outcome.stage_s, "rounds": outcome.rounds,
-            "seconds": outcome.seconds, "stall_s": max(outcome.stalls_s),
+            "seconds": outcome.seconds,
         })  # fmt: skip
         time.sleep(0.2)
     return done

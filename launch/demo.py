@@ -31,7 +31,7 @@ from launch.corpus import DOMAINS, load_domains, prompts
 from launch.demo_conductor import Conductor, DemoEnded
 from launch.demo_figures import ITEMSIZE, Figures
 from launch.demo_server import DemoServer
-from launch.everywhere import run_everywhere
+from launch.everywhere import of_first, run_everywhere
 from launch.hosting import Host, Loaded, ending, load, sizes
 from launch.join import folder_fingerprint, join
 from launch.mover import Mover
@@ -95,12 +95,8 @@ def run(arguments: argparse.Namespace) -> int:
         sys.stdout.flush()
     setting = _prepare(arguments)
     if arguments.processes and not arguments.server:
-        first = setting.cluster.names[0]
-
-        def passes(server: str, line: str) -> bool:
-            return server == first and not line.startswith("[Gloo]")  # the transport's own words, from C++
-
-        return run_everywhere("demo", setting.cluster, sys.argv[2:], arguments.coordinator, passes)
+        cluster = setting.cluster
+        return run_everywhere("demo", cluster, sys.argv[2:], arguments.coordinator, of_first(cluster))
     try:
         figures = _serve(arguments, setting, console)
     except DemoEnded as ended:

@@ -14,6 +14,12 @@ def _is_json(server: str, line: str) -> bool:
     return line.startswith("{")
 
 
+def of_first(cluster: Cluster) -> Callable[[str, str], bool]:
+    """Passes what the first server says on standard output, the transport's own words from C++ left out."""
+    first = cluster.names[0]
+    return lambda server, line: server == first and not line.startswith("[Gloo]")
+
+
 def run_everywhere(
     command: str,
     cluster: Cluster,
