@@ -216,7 +216,9 @@ class _State:
             self._drop(item)
         moves, waiting = [], []
         left = np.full(len(self.cluster.servers), self.most)
-        for item in self.adds:
+        # What has to come here before it can be given up elsewhere goes first: its room is the next round's.
+        awaited = {item[:2] for item in set(self.drops).difference(drops)}
+        for item in sorted(self.adds, key=lambda item: item[:2] not in awaited):
             layer, _, device = item
             size, server = self.size[layer], self.server[device]
             if self.room[device] >= size and left[server] >= size:

@@ -162,6 +162,24 @@ def test_equally_quick_sources_share():
     assert found.link_bytes[:, 2].tolist() == [20, 20, 0]
 
 
+def test_what_makes_room_elsewhere_comes_first(rng):
+    """Full devices that hold 1.3 copies: each round frees about as much as it fills, so a few rounds do."""
+    devices, layers, experts = 4, 8, 64
+    room = int(1.3 * layers * experts / devices)
+    both = np.zeros((2, devices, layers * experts), bool)
+    for resident in both:
+        owner = rng.permutation(layers * experts) % devices
+        resident[owner, np.arange(layers * experts)] = True
+        for own in resident:
+            own[rng.choice(np.flatnonzero(~own), room - own.sum(), replace=False)] = True
+    cluster = cluster_of([10 * room] * devices, load_bandwidth="1B/s")
+    old, new = (place(resident.reshape(devices, layers, experts), cluster, 10) for resident in both)
+    found = diff(old, new, cluster)
+    assert len(found.moves) > 300
+    assert not any(step.staged for step in found.rounds)
+    assert len(found.rounds) <= 5
+
+
 @given(instances(), st.floats(0, 50), st.floats(0, 50))
 @quick
 def test_the_papers_rule_is_a_special_case(instance, now, after):
