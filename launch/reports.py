@@ -51,7 +51,8 @@ class Reporter:
         self._sample: Sample | None = None
         engine.sampler = sampler
         self._news, self._ended = threading.Event(), False
-        threading.Thread(target=self._tell, name="reporter", daemon=True).start()
+        self._thread = threading.Thread(target=self._tell, name="reporter", daemon=True)
+        self._thread.start()
 
     def between(self) -> None:
         """Take the totals if it is time."""
@@ -65,9 +66,10 @@ class Reporter:
             self._news.set()
 
     def end(self) -> None:
-        """Tell nothing more."""
+        """Tell nothing more; waits until nothing is on its way."""
         self._ended = True
         self._news.set()
+        self._thread.join()
 
     def _tell(self) -> None:
         while self._news.wait() and not self._ended:
@@ -85,7 +87,7 @@ def gather(channel: Channel, empty: Counted) -> Counted:
     """The totals of all processes, as they last told them; steps are everybody's."""
     counts, steps, fed = empty.counts.copy(), empty.steps.copy(), empty.fed.copy()
     for process in range(jax.process_count()):
-        data = channel.get(f"counted/{process}", 0.001)
+        data = channel.look(f"counted/{process}")
         if data is not None:
             with np.load(io.BytesIO(data), allow_pickle=False) as found:
                 counts += found["counts"]

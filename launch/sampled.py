@@ -77,7 +77,7 @@ def gather_sample(channel: Channel, processes: int, shape: tuple[int, int, int])
     layers, experts, top_k = shape
     found = [_empty(0, layers, experts, top_k)]
     for process in range(processes):
-        data = channel.get(f"sampled/{process}", 0.001)
+        data = channel.look(f"sampled/{process}")
         if data is not None:
             with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
                 found.append(Sample(*(arrays[name] for name in Sample._fields)))

@@ -1,11 +1,16 @@
 """Samples of tokens: what is kept, by age; and on their way to the one that plans."""
 
+import io
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 
 from launch.channel import OwnChannel
+from launch.join import free_port
+from launch.reports import Counted, gather
 from launch.sampled import Sampler, gather_sample, tell
 
 SHAPE = (3, 8, 2)
@@ -27,6 +32,43 @@ def test_few_tokens_are_all_kept_and_arrive(rng):
     assert sample.server.tolist() == [1] * 5 + [2] * 7
     assert sample.ids.dtype == np.uint8
     assert (abs(sample.at - time.time()) < 60).all()
+
+
+def test_what_has_been_told_is_found_however_slow_the_store_is(rng):
+    """A look waits for no deadline that a busy machine would miss: what it does not find looks like users who have left."""
+
+    class Slow(OwnChannel):
+        def get(self, name, seconds):
+            return super().get(name, seconds) if seconds > 0.5 else None
+
+    channel, sampler = Slow(), Sampler(SHAPE, 60.0)
+    sampler.add(0, tokens(rng, 5))
+    tell(channel, 0, sampler.take())
+    assert len(gather_sample(channel, 1, SHAPE).ids) == 5
+    buffer = io.BytesIO()
+    np.savez(buffer, counts=np.full((1, 3, 8), 4), steps=np.array([1, 2]), fed=np.array([3, 4]))
+    channel.put("counted/0", buffer.getvalue())
+    found = gather(channel, Counted(np.zeros((1, 3, 8), np.int64), np.zeros(2, np.int64), np.zeros(2, np.int64)))
+    assert found.counts.sum() == 96
+    assert (found.steps.tolist(), found.fed.tolist()) == ([1, 2], [3, 4])
+
+
+def test_a_store_says_what_is_there_now():
+    program = """
+import jax
+jax.distributed.initialize(f"127.0.0.1:{PORT}", 1, 0)
+from launch.channel import ClusterChannel
+channel = ClusterChannel("test/")
+assert channel.look("x") is None
+channel.put("x", b"1")
+channel.put("x", b"2" * 3_000_000)
+assert channel.look("x") == b"2" * 3_000_000
+channel.drop("x")
+assert channel.look("x") is None
+jax.distributed.shutdown()
+"""
+    program = program.replace("{PORT}", str(free_port()))
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 def test_a_token_counts_half_after_a_half_life(rng, monkeypatch):
