@@ -42,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gap", type=float, default=10.0, help="mean seconds between requests of a server, Poisson (10)")
     add("--duration", type=float, default=150.0, help="seconds of arrivals (150)")
     add("--shift-at", type=float, metavar="S", help="when users change (after half of the duration)")
-    add("--interval", default="10s", metavar="T", help="between revisions of the placement (10s)")
+    add("--interval", default="5s", metavar="T", help="between revisions of the placement (5s)")
+    add("--half-life", default="10s", metavar="T", help="after which an activation counts half (10s)")
     add("--horizon", default="300s", metavar="T", help="over which a migration has to pay (300s)")
     add(
         "--strategy",
@@ -69,10 +70,12 @@ def run(args: argparse.Namespace) -> None:
     for flag in ("copies", "gap", "duration", "rounds", "window", "sequences", "chunk", "hidden_size", "expert_bytes"):
         if not getattr(args, flag) > 0:
             raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be greater than 0")
-    interval, horizon = (parse_seconds(getattr(args, flag), f"--{flag}") for flag in ("interval", "horizon"))
-    for flag, value in (("interval", interval), ("horizon", horizon)):
-        if not value > 0:
-            raise InputError(f"--{flag} {getattr(args, flag)}: must be greater than 0s")
+    times = {}
+    for flag in ("interval", "half_life", "horizon"):
+        name, given = f"--{flag.replace('_', '-')}", getattr(args, flag)
+        times[flag] = parse_seconds(given, name)
+        if not times[flag] > 0:
+            raise InputError(f"{name} {given}: must be greater than 0s")
     if args.plot and not args.plot.parent.is_dir():
         raise InputError(f"--plot {args.plot}: its folder does not exist")
     rate, storage = 8 * parse_rate(args.rate, "--rate"), parse_rate(args.load_bandwidth, "--load-bandwidth", "1GB/s")
@@ -92,8 +95,7 @@ def run(args: argparse.Namespace) -> None:
     planned = placement.plan(profile, cluster, args.strategy).resident
     plans = plan_arrays(args.strategy, planned, profile, cluster)
     policy = {
-        "strategy": args.strategy, "interval": interval, "half_life": interval, "horizon": horizon,
-        "staging_bytes": staging,
+        "strategy": args.strategy, "staging_bytes": staging, **times,
     }  # fmt: skip
     order = [name for number in range(args.rounds) for name in _RUNS[:: 1 - 2 * (number % 2)]]
     job = {

@@ -11,15 +11,16 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 import placement
 from launch.channel import Channel
+from launch.decision import Decision, Policy, describe, limited, pace, with_limits
 from launch.hosting import Loaded, fitted
 from launch.mover import Mover, Outcome
 from launch.priority import give_way
@@ -27,58 +28,11 @@ from launch.record import NAME, placement_hash, write_record
 from launch.reports import Counted, gather
 from launch.sampled import gather_sample, sampled_shape
 from placement import Cluster, DecayingCounts, Diff, InputError, Placement, Profile, Workload, should_migrate
-from placement.units import format_bytes
+from placement.adapt import adapt
 
 DECISIONS = "decisions.jsonl"
-
-
-@dataclasses.dataclass(frozen=True)
-class Policy:
-    """When and how the placement is revised.
-
-    Attributes:
-        strategy: of `placement.STRATEGIES`.
-        interval: seconds between revisions, 0 for none; half_life: seconds after which an activation counts half.
-        horizon: seconds over which a migration has to pay.
-        margin: by how much more than its cost, and which share of the expected step time it has to save at least.
-        confirm: intervals that a plan has to pay in: that of which it was made, and those after it.
-        interference: seconds that serving loses for each second of staging; stall: for each round.
-        bandwidth: bytes a second that each server stages at most.
-    """
-
-    strategy: str = "latency"
-    interval: float = 60.0
-    half_life: float = 60.0
-    horizon: float = 300.0
-    margin: float = 0.05
-    confirm: int = 2
-    interference: float = 0.1
-    stall: float = 0.01
-    bandwidth: float | None = None
-    staging_bytes: int = 2**30
-
-
-@dataclasses.dataclass
-class Decision:
-    """A revision and what came of it. Seconds; `saving_s` and `cost_s` over the horizon."""
-
-    at: float
-    reason: str
-    verdict: str = "kept"
-    why: str = ""
-    epoch: int = 0
-    tokens: float = 0.0
-    step_s: float | None = None
-    planned_step_s: float | None = None
-    remote_share: float | None = None
-    planned_remote_share: float | None = None
-    saving_s: float | None = None
-    cost_s: float | None = None
-    transfer_s: float | None = None
-    bytes: int = 0
-    copies: int = 0
-    rounds: int = 0
-    outcome: dict[str, Any] | None = None
+_END_S = 5.0  # for a revision to end, when serving does
+T = TypeVar("T")
 
 
 class Controller:
@@ -100,11 +54,14 @@ class Controller:
         self.last: Decision | None = None
         shape = loaded.profile.counts.shape
         self._empty = Counted(np.zeros(shape, np.int64), np.zeros(2, np.int64), np.zeros(2, np.int64))
-        self._before, self._observed_at = self._empty, time.monotonic()
-        self._window = DecayingCounts(policy.half_life, self._empty.counts, time.monotonic())
+        self._before, self._began = self._empty, time.monotonic()
+        self._window = DecayingCounts(policy.half_life, self._empty.counts, self._began)
+        self._pace = DecayingCounts(
+            policy.half_life, np.zeros(5), self._began
+        )  # steps and tokens of both kinds, seconds
         self._channel = channel
         self._latest: Profile | None = None  # what the last interval counted
-        self._observed_wall = time.time()
+        self._observed_at = time.time()
         self._candidate: Placement | None = None  # a plan that would pay by the counts that it was made from
         self._candidate_cost, self._paid = 0.0, 0  # its seconds; in how many intervals since it has paid
         self._workload, self._chunks = Workload(), 0.0
@@ -112,46 +69,41 @@ class Controller:
         self._moving: int | None = None
         self._thread = threading.Thread(target=self._revise, name="controller", daemon=True)
 
-    def start(self) -> None:
-        """Record what is in force, and revise it from now on."""
-        self._record("start")
+    def start(self, reason: str = "start") -> None:
+        """Record what is in force and why, and revise it from now on."""
+        self._record(reason)
         if self.policy.interval:
             self._thread.start()
 
     def end(self) -> None:
+        """Revise no more, and have the thread out of the channel, which may end with the program."""
         self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join(_END_S)
 
     def _revise(self) -> None:
         give_way()
         while not self._ended.wait(self.policy.interval):
             with self._busy:
+                if self._ended.is_set():
+                    return
                 try:
                     self.observe()
                     self._decide(Decision(time.time(), "interval"))
                 except InputError as error:
-                    self._note(Decision(time.time(), "interval", why=str(error)))
+                    self.note(Decision(time.time(), "interval", why=str(error)))
 
     # ---- what has been seen ----
 
     def observe(self) -> None:
         """Take what the servers have counted since the last time into the window."""
-        now, before = time.monotonic(), self._observed_at
-        counted = gather(self._channel, self._empty)
-        if (counted.counts < self._before.counts).any():
-            return
+        now, counted = time.monotonic(), gather(self._channel, self._empty)
         new = counted.counts - self._before.counts
-        steps, fed = counted.steps - self._before.steps, counted.fed - self._before.fed
         self._window, self._before = self._window.observe(counted.counts, now), counted
-        self._latest = self.profile(new, since=self._observed_wall)
-        self._observed_at, self._observed_wall = now, time.time()
-        if steps.any() and now > before:
-            chunk = max(1, round(float(fed[0] / max(steps[0], 1)))) if steps[0] else 0
-            decodes = round(float(steps[1] / max(steps[0], 1)))
-            active = max(1, round(float(fed[1] / max(steps[1], 1))))
-            self._workload = Workload(active, chunk, decodes if chunk else max(1, decodes))
-            self._chunks = max(int(steps[0]), 1) / (now - before)
-        else:
-            self._chunks = 0.0
+        self._latest = self.profile(new, since=self._observed_at)
+        self._observed_at = time.time()
+        self._pace = self._pace.observe(np.array([*counted.steps, *counted.fed, now - self._began]), now)
+        self._workload, self._chunks = pace(self._pace.counts)
 
     def profile(self, counts: np.ndarray, since: float = 0.0) -> Profile:
         """Counts with the sizes of the model, and the tokens that have been sampled since then (seconds since 1970)."""
@@ -183,7 +135,7 @@ class Controller:
         if not seen.counts.any():
             if not asked and not unfit:
                 decision.why = "no tokens in the window"
-                return self._note(decision, dry)
+                return self.note(decision, dry)
             seen = self.loaded.profile
         proven = False
         if target is None:
@@ -213,8 +165,8 @@ class Controller:
             decision.verdict, decision.why = "adopted", unfit or "asked for"
         elif not verdict or verdict.saving_seconds < (1 + policy.margin) * verdict.cost_seconds:
             decision.why = "does not pay"
-        elif new["step_seconds"] > (1 - policy.margin) * old["step_seconds"]:
-            decision.why = f"saves less than {100 * policy.margin:g} % of a step"
+        elif new["step_seconds"] > (1 - policy.least) * old["step_seconds"]:
+            decision.why = f"saves less than {100 * policy.least:g} % of a step"
         elif not proven and policy.confirm > 1:
             decision.why = "has yet to pay in an interval that it was not planned from"
             if not dry and self._candidate is None:
@@ -225,7 +177,7 @@ class Controller:
             self._candidate = None
         if decision.verdict == "adopted" and not dry:
             self._migrate(decision, target, seen)
-        return self._note(decision, dry)
+        return self.note(decision, dry)
 
     def _costs(self, seen: Profile, plan: Placement) -> dict[str, Any]:
         return placement.evaluate(seen, self.loaded.cluster, plan, workload=self._workload)
@@ -248,17 +200,17 @@ class Controller:
         """Whether the candidate has paid in as many intervals after it was planned as the policy asks for.
 
         A plan looks best on the counts that it was made from, the more so the fewer they are; what it saves shows in others.
+        An interval in which nobody was served says nothing.
         """
-        candidate, margin = self._candidate, self.policy.margin
+        candidate, policy = self._candidate, self.policy
         if candidate is None or self._latest is None:
             return False
         latest, self._latest = self._latest, None
-        paid = False
-        if latest.counts.any():
-            old, new = (self._costs(latest, plan) for plan in (present, candidate))
-            paid = self._saving(old, new) > (1 + margin) * self._candidate_cost
-            paid &= new["step_seconds"] <= (1 - margin) * old["step_seconds"]
-        if not paid:
+        if not latest.counts.any():
+            return False
+        old, new = (self._costs(latest, plan) for plan in (present, candidate))
+        paid = self._saving(old, new) > (1 + policy.margin) * self._candidate_cost
+        if not paid or new["step_seconds"] > (1 - policy.least) * old["step_seconds"]:
             self._candidate = None
             return False
         self._paid += 1
@@ -292,7 +244,7 @@ class Controller:
                 f"placement: no more migrations, the placement cannot be recorded: {error}", file=sys.stderr, flush=True
             )
 
-    def _note(self, decision: Decision, dry: bool = False) -> Decision:
+    def note(self, decision: Decision, dry: bool = False) -> Decision:
         if dry:
             return decision
         self.last, self.decisions = decision, self.decisions + 1
@@ -305,6 +257,41 @@ class Controller:
                 f"placement: {self.state / DECISIONS}: cannot be written: {error.strerror}", file=sys.stderr, flush=True
             )
         return decision
+
+    # ---- other servers ----
+
+    def grown(self, cluster: Cluster, names: str) -> tuple[Decision, Placement]:
+        """A plan for a cluster with more servers, and the figures of it; users there are taken to be like all others.
+
+        Raises:
+            InputError: no plan fits.
+        """
+        self._peek()
+        decision = Decision(time.time(), "migrate add", "adopted", f"{names} added", self.mover.epoch)
+        seen = self.profile(self._window.counts)
+        seen = seen if seen.counts.any() else self.loaded.profile
+        more = len(cluster.names) - len(seen.servers)
+        counts = np.concatenate([seen.counts, np.tile(seen.counts.mean(0).round().astype(np.int64), (more, 1, 1))])
+        seen = dataclasses.replace(seen, counts=counts, servers=cluster.names)
+        usable, policy = limited(cluster, self.limits), self.policy
+        present = adapt(self.mover.placement, usable)
+        target = placement.plan(seen, usable, policy.strategy, previous=present, workload=self._workload)
+        target = fitted(target, dataclasses.replace(self.loaded.profile, counts=counts, servers=cluster.names), cluster)
+        moves = placement.diff(present, target, cluster, staging_bytes=policy.staging_bytes)
+        old, new = (placement.evaluate(seen, cluster, plan, workload=self._workload) for plan in (present, target))
+        decision.step_s, decision.planned_step_s = old["step_seconds"], new["step_seconds"]
+        decision.remote_share, decision.planned_remote_share = old["remote_share"], new["remote_share"]
+        decision.copies, decision.bytes, decision.rounds = len(moves.moves), moves.bytes, 1
+        decision.saving_s = self._saving(old, new)
+        return decision, target
+
+    def undisturbed(self, act: Callable[[], T]) -> T:
+        """Do something while no placement is revised; waits for a migration that is under way."""
+        with self._busy:
+            return act()
+
+    def wait_for_end(self) -> None:
+        self._ended.wait()
 
     # ---- what the command `migrate` asks for ----
 
@@ -337,7 +324,7 @@ class Controller:
             target = Placement.from_dict(asked["placement"], str(asked["source"]))
         elif what == "memory":
             self._candidate = None
-            self.limits = _with_limits(self.loaded, self.limits, asked["memory"])
+            self.limits = with_limits(self.loaded, self.limits, asked["memory"])
         elif what != "plan":
             raise InputError(f"{what!r} is unknown; known are status, plan, to, memory, abort")
         try:
@@ -357,8 +344,7 @@ class Controller:
     def _peek(self) -> None:
         """Have the window hold the newest counts, without ending an interval."""
         counted = gather(self._channel, self._empty)
-        if (counted.counts >= self._window.total).all():
-            self._window = self._window.observe(counted.counts, time.monotonic())
+        self._window = self._window.observe(counted.counts, time.monotonic())
 
     def status(self) -> dict[str, Any]:
         """How things stand."""
@@ -370,59 +356,3 @@ class Controller:
             "record": str(self.state / NAME), "decisions": self.decisions,
             "last": dataclasses.asdict(self.last) if self.last else None, "pid": os.getpid(),
         }  # fmt: skip
-
-
-def describe(decision: Decision) -> str:
-    """A decision as a line."""
-    words = [f"placement: epoch {decision.epoch}: {decision.verdict}, {decision.why}"]
-    if decision.step_s is not None and decision.planned_step_s is not None:
-        words.append(
-            f"a chunk and its steps {1e3 * decision.step_s:.1f} ms, planned {1e3 * decision.planned_step_s:.1f} ms"
-        )
-        words.append(
-            f"remote {100 * (decision.remote_share or 0):.1f} %, planned {100 * (decision.planned_remote_share or 0):.1f} %"
-        )
-        words.append(f"{decision.copies} copies, {format_bytes(decision.bytes)}, {decision.rounds} rounds")
-        words.append(f"saves {decision.saving_s or 0:.2f} s for {decision.cost_s or 0:.2f} s")
-    if decision.outcome:
-        words.append(
-            f"moved in {decision.outcome['seconds']:.2f} s, longest stall {1e3 * decision.outcome['longest_stall_s']:.1f} ms"
-        )
-    return "; ".join(words)
-
-
-def limited(cluster: Cluster, limits: Mapping[str, int]) -> Cluster:
-    """A cluster whose devices have at most so much memory."""
-    servers = tuple(
-        dataclasses.replace(
-            server,
-            devices=tuple(
-                dataclasses.replace(
-                    device, memory=min(device.memory, limits.get(f"{server.name}/{index}", device.memory))
-                )
-                for index, device in enumerate(server.devices)
-            ),
-        )
-        for server in cluster.servers
-    )
-    return dataclasses.replace(cluster, servers=servers)
-
-
-def _with_limits(loaded: Loaded, limits: Mapping[str, int], asked: Mapping[str, int | None]) -> dict[str, int]:
-    """Limits after a change: bytes for a device or all of a server, or None for as much as the cluster file says."""
-    cluster, result = loaded.cluster, dict(limits)
-    least = int(np.max(np.asarray(loaded.profile.reserved_bytes)))
-    for name, size in asked.items():
-        devices = [
-            f"{server}/{index}" for server, index in cluster.device_names if name in (server, f"{server}/{index}")
-        ]
-        if not devices:
-            raise InputError(f"{name}: no such server or device; known are {', '.join(cluster.names)}")
-        for device in devices:
-            if size is None:
-                result.pop(device, None)
-            elif size == 0 or size >= least:
-                result[device] = max(size, least)
-            else:
-                raise InputError(f"{name}: {size} bytes are less than the {least} that a device needs beside experts")
-    return result

@@ -24,7 +24,7 @@ from launch.choose import choose
 from launch.sampled import Sampler
 
 # What a device wishes, and how far its process has come with a migration, as the columns of a step's notes.
-PREFILL, DECODE, DONE, STOP, ORDER, STAGE, GIVEN_UP = range(7)
+PREFILL, DECODE, DONE, STOP, REGROUP, ORDER, STAGE, GIVEN_UP = range(8)
 
 
 @dataclasses.dataclass(eq=False)
@@ -54,6 +54,7 @@ class Request:
     routed: tuple[np.ndarray, np.ndarray] | None = None
     output: list[int] = dataclasses.field(default_factory=list)
     done: int = 0  # prompt tokens in the cache
+    kept: int = 0  # tokens of the answer that count as prompt, as the cache that held them is gone
     finished_s: float | None = None
     reason: str = ""
     cancelled: bool = False
@@ -62,6 +63,19 @@ class Request:
     @property
     def greedy(self) -> bool:
         return self.params.temperature == 0 and self.params.repetition_penalty == 1
+
+    @property
+    def prefix(self) -> list[int]:
+        """Tokens to prefill."""
+        return self.prompt + self.output[: self.kept] if self.kept else self.prompt
+
+    @property
+    def prefilled(self) -> bool:
+        return self.done == len(self.prompt) + self.kept
+
+    def restart(self) -> None:
+        """Begin anew in an engine that knows nothing of it, with what has been answered so far."""
+        self.done, self.kept = 0, len(self.output)
 
 
 @dataclasses.dataclass
@@ -95,8 +109,9 @@ class Engine:
 
     Attributes:
         done, stop: this process has no more requests to come, or wants all to end now; told to all with the next step.
+        regroup: this process is ready to leave for another program, in which all requests go on; told like those.
         progress: order, stage and given-up order of a migration (launch.mover); told to all with the next step.
-        heard: what all devices said with the last step, int32 [devices, 7].
+        heard: what all devices said with the last step, int32 [devices, 8].
         steps: taken since the start, by kind; fed: tokens of this process's requests in them.
         sampler: is told the experts of every token that entered here; None asks no step for them.
     """
@@ -112,9 +127,9 @@ class Engine:
         self.epoch = 0
         self.waiting: list[deque[Request]] = [deque() for _ in range(int(self.device_server.max()) + 1)]
         self.running: list[list[Request | None]] = [[None] * sequences for _ in self.device_server]
-        self.done = self.stop = False
+        self.done = self.stop = self.regroup = False
         self.progress: tuple[int, int, int] = (0, 0, 0)
-        self.heard = np.zeros((mesh.size, 7), np.int32)
+        self.heard = np.zeros((mesh.size, 8), np.int32)
         self.steps, self.fed = {"prefill": 0, "decode": 0}, {"prefill": 0, "decode": 0}
         self.sampler: Sampler | None = None
         self._next: int | None = None
@@ -159,6 +174,11 @@ class Engine:
 
     @property
     def leaving(self) -> bool:
+        """Whether all have agreed to end, or to leave for another program."""
+        return self.ended or bool(self.heard[:, REGROUP].all())
+
+    @property
+    def ended(self) -> bool:
         """Whether all have agreed to end."""
         return bool(self.heard[:, STOP].any() or self.heard[:, DONE].all())
 
@@ -170,6 +190,10 @@ class Engine:
         """Take new weights (pool and tables of another placement) from the next step on."""
         self.weights = weights
         self.epoch += 1
+
+    def release(self) -> None:
+        """Give up what is on the devices; no step may follow."""
+        del self.weights, self.state, self.seen
 
     def counts(self) -> np.ndarray:
         """Assignments since the start of tokens that entered at this process's devices, by server: int64 [servers, layers,
@@ -233,16 +257,17 @@ class Engine:
             done: by request (id), prompt tokens in the cache after this step, where it changes that.
             given: requests (ids) that get a token from it.
         """
-        notes = np.zeros((len(self.running), 7), np.int32)
+        notes = np.zeros((len(self.running), 8), np.int32)
         for device in self.own:
             for request in filter(None, self.running[device]):
-                if done.get(id(request), request.done) < len(request.prompt):
+                if done.get(id(request), request.done) < len(request.prefix):
                     notes[device, PREFILL] = 1
                 elif len(request.output) + (id(request) in given) < request.max_tokens:
                     notes[device, DECODE] = 1
             if self.waiting[self.device_server[device]] and None in self.running[device]:
                 notes[device, PREFILL] = 1
             notes[device, DONE], notes[device, STOP] = self.done and self.idle, self.stop
+            notes[device, REGROUP] = self.regroup
             notes[device, ORDER:] = self.progress
         return notes
 
@@ -264,17 +289,17 @@ class Engine:
         sequence, start, length = np.zeros((3, devices, 1), np.int32)
         chosen: list[tuple[int, int, Request]] = []
         for device, row in enumerate(self.running):
-            due = [(i, r) for i, r in enumerate(row) if r is not None and r.done < len(r.prompt)]
+            due = [(i, r) for i, r in enumerate(row) if r is not None and not r.prefilled]
             if due:
                 place, request = min(due, key=lambda item: item[1].arrival_s)
-                part = request.prompt[request.done : request.done + self.chunk]
+                part = request.prefix[request.done : request.done + self.chunk]
                 tokens[device, 0, : len(part)] = part
                 sequence[device], start[device], length[device] = place, request.done, len(part)
                 chosen.append((device, place, request))
         self.steps["prefill"] += 1
         self.fed["prefill"] += int(length.sum())
         done = {id(request): request.done + int(length[device, 0]) for device, _, request in chosen}
-        ready = [(device, place, r) for device, place, r in chosen if done[id(r)] == len(r.prompt)]
+        ready = [(device, place, r) for device, place, r in chosen if done[id(r)] == len(r.prefix)]
         notes = self._notes(done, {id(request) for _, _, request in ready})
         inputs = (tokens, sequence, start, length, notes)
         routing = self._routing(self.chunk, [(d, 0, r, r.done, int(length[d, 0])) for d, _, r in chosen])
@@ -302,9 +327,9 @@ class Engine:
         chosen: list[tuple[int, int, Request]] = []
         for device, row in enumerate(self.running):
             for place, request in enumerate(row):
-                if request is not None and request.done == len(request.prompt):
+                if request is not None and request.prefilled:
                     tokens[device, place] = request.output[-1]
-                    positions[device, place] = request.done + len(request.output) - 1
+                    positions[device, place] = len(request.prompt) + len(request.output) - 1
                     active[device, place] = True
                     chosen.append((device, place, request))
         self.steps["decode"] += 1

@@ -27,7 +27,7 @@ from dancemoe_jax.pool import PoolLayout, fill_pool, pool_layout
 from dancemoe_jax.tables import Tables, assign_slots, routing_tables
 from launch.channel import open_channel
 from launch.cluster import model_profile, reserved_bytes, slots_per_device
-from launch.engine import DONE, ORDER, Engine, Request
+from launch.engine import DONE, ORDER, REGROUP, Engine, Request
 from placement import Cluster, InputError, Placement, Profile
 from placement.cost import serving_server
 from placement.exchange_time import likely_links
@@ -83,16 +83,16 @@ class Host:
     """
 
     def __init__(self, engine: Engine, server: int, name: str = "") -> None:
-        self.engine, self.server = engine, server
+        self.engine, self.server, self._name = engine, server, name
         self.channel = open_channel(name)
         self.between: Callable[[], bool] = lambda: False
         self._nap = 0
         self._streams: dict[int, Stream] = {}
         self._lock = threading.Lock()
-        self._over = False  # the loop has ended
+        self._looping = self._over = False  # takes steps; never will again
 
     def submit(self, request: Request) -> Stream:
-        """Queue a request, from any thread; one that comes after the loop has ended is cancelled.
+        """Queue a request, from any thread; one that comes after the loop has ended for good is cancelled.
 
         Raises:
             ModelError: its prompt does not fit the model.
@@ -103,12 +103,8 @@ class Host:
                 request.reason = "cancelled"
                 stream.close()
                 return stream
-            self._streams[id(request)] = stream
-        try:
             self.engine.submit(request)
-        except Exception:
-            self._forget(request)
-            raise
+            self._streams[id(request)] = stream
         self.ring()
         return stream
 
@@ -121,9 +117,11 @@ class Host:
         """End the loop everywhere after the next step, whatever is running."""
         self.engine.stop = True
 
-    def run(self) -> None:
-        """Take steps together with the others until all agree to end."""
-        engine = self.engine
+    def run(self) -> bool:
+        """Take steps together with the others until all agree to end, or to leave for another program (true): `move` goes
+        on there."""
+        engine, moves = self.engine, False
+        self._looping = True
         try:
             while not engine.leaving:
                 for request in engine.step():
@@ -132,12 +130,31 @@ class Host:
                 self.between()
                 if engine.asleep and not engine.leaving:
                     self._sleep()
+            moves = not engine.ended
         finally:
             with self._lock:
-                self._over, left = True, list(self._streams.values())
-            for stream in left:
-                stream.request.reason = stream.request.reason or "cancelled"
-                self._forget(stream.request)
+                self._looping = False
+            if not moves:
+                self.close()
+        return moves
+
+    def close(self) -> None:
+        """Serve no more: whatever is unanswered is cancelled."""
+        with self._lock:
+            self._over, left = True, list(self._streams.values())
+        for stream in left:
+            stream.request.reason = stream.request.reason or "cancelled"
+            self._forget(stream.request)
+
+    def move(self, engine: Engine) -> None:
+        """Go on with an engine of another program: whatever is unanswered begins anew there, with the tokens that it has."""
+        with self._lock:
+            engine.done, engine.stop = self.engine.done, self.engine.stop
+            for stream in self._streams.values():
+                stream.request.restart()
+                engine.submit(stream.request)
+            self.engine, self.channel, self._nap = engine, open_channel(self._name), 0
+            self.between = lambda: False
 
     def _sleep(self) -> None:
         while True:
@@ -156,13 +173,16 @@ class Host:
         """Whether there is something to tell the others."""
         engine = self.engine
         told = engine.heard[engine.own[0]]
-        news = (engine.done and not told[DONE]) or tuple(told[ORDER:]) != engine.progress
+        news = (
+            (engine.done and not told[DONE]) or engine.regroup > told[REGROUP] or tuple(told[ORDER:]) != engine.progress
+        )
         return not engine.idle or engine.stop or bool(news)
 
     def ring(self) -> None:
         """Have the loop look for what has changed, if it sleeps; from any thread."""
-        if self.engine.asleep:
-            self._wake_all()
+        with self._lock:
+            if self._looping and self.engine.asleep:
+                self._wake_all()
 
     def _wake_all(self) -> None:
         self.channel.put(f"nap/{self._nap}", b"over")
@@ -233,12 +253,14 @@ def load(
     sequences: int = 8,
     chunk: int = 64,
     placed: Placement | None = None,
+    read: Callable[[int, int], ExpertWeights] | None = None,
 ) -> Loaded:
     """Load this process's share of a model onto its devices. All processes call it with the same arguments.
 
     Args:
         devices: all devices of the cluster in mesh order.
         placed: what is where; default: planned for users who are all alike.
+        read: reads experts of this process where not straight from the checkpoint.
 
     Raises:
         InputError: a device has room for no expert, or the placement is for another model or cluster.
@@ -253,7 +275,7 @@ def load(
     placed = fitted(placed, profile, cluster)
     mesh = make_mesh(devices)
     slots = assign_slots(layout, placed.resident)
-    pool = fill_pool(mesh, layout, slots, file.read)
+    pool = fill_pool(mesh, layout, slots, read or file.read)
     weights = Weights(place_decoder(file.decoder(), mesh), pool, None)  # pyright: ignore[reportArgumentType]
     engine = Engine(config, layout, mesh, weights, cluster.device_server, sequences, chunk)
     loaded = Loaded(engine, cluster, placed, slots, profile, file.read)

@@ -56,17 +56,17 @@ def _receive(names: tuple[str, ...], port: int, facts: Mapping[str, str], timeou
                 guest, _ = listener.accept()
             except TimeoutError:
                 break
-            name, theirs = _hello(guest)
+            name, theirs = hello(guest)
             if name not in names[1:]:
-                _answer(guest, f"server {name}: no other server than {names[0]} has this name in its cluster file")
+                answer(guest, f"server {name}: no other server than {names[0]} has this name in its cluster file")
                 continue
             if name in guests:  # started again while we wait, or twice by mistake
-                _answer(guests[name], f"server {name}: another process has come as this server")
+                answer(guests[name], f"server {name}: another process has come as this server")
             guests[name], brought[name] = guest, theirs
-    problem = _difference(names[0], facts, brought) or _absence(names, guests, timeout, port)
+    problem = difference(names[0], facts, brought) or _absence(names, guests, timeout, port)
     if problem:
         for guest in guests.values():
-            _answer(guest, problem)
+            answer(guest, problem)
         raise InputError(problem)
     return guests
 
@@ -81,7 +81,8 @@ def _absence(names: tuple[str, ...], guests: Mapping[str, Any], timeout: float, 
     )
 
 
-def _difference(first: str, facts: Mapping[str, str], brought: Mapping[str, Mapping[str, str]]) -> str | None:
+def difference(first: str, facts: Mapping[str, str], brought: Mapping[str, Mapping[str, str]]) -> str | None:
+    """What servers bring that differs from the facts of the first one, as a line; None where nothing does."""
     for name, theirs in brought.items():
         for what in sorted({*facts, *theirs}):
             ours, other = facts.get(what, "none"), theirs.get(what, "none")
@@ -105,7 +106,7 @@ def _listen(server: str, port: int) -> socket.socket:
         ) from None
 
 
-def _hello(guest: socket.socket) -> tuple[str, dict[str, str]]:
+def hello(guest: socket.socket) -> tuple[str, dict[str, str]]:
     """Name and facts of who has connected; an empty name for whatever is no server."""
     guest.settimeout(_READ_SECONDS)
     try:
@@ -116,7 +117,8 @@ def _hello(guest: socket.socket) -> tuple[str, dict[str, str]]:
         return "", {}
 
 
-def _answer(guest: socket.socket, problem: str | None) -> None:
+def answer(guest: socket.socket, problem: str | None) -> None:
+    """Let a server go on, or tell it why not; the connection ends."""
     with suppress(OSError), guest:
         guest.sendall(json.dumps({"problem": problem}).encode() + b"\n")
 
@@ -128,7 +130,7 @@ def _tell_when_up(guests: Mapping[str, socket.socket], port: int, deadline: floa
             break
         time.sleep(0.01)
     for guest in guests.values():
-        _answer(guest, None)
+        answer(guest, None)
 
 
 def _report(server: str, first: str, host: str, port: int, facts: Mapping[str, str], timeout: float) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from launch.control import ask
-from launch.controller import Decision, describe
+from launch.decision import Decision, describe
 from placement import InputError, Placement
+from placement.types import parse_toml
 from placement.units import format_bytes, parse_bytes
 
 
@@ -23,7 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       help="give a device (edge-c/0) or each of a server (edge-c) less memory, or `all` it has")  # fmt: skip
     what.add_argument("--drain", action="append", metavar="SERVER", help="leave no expert on this server")
     what.add_argument("--undrain", action="append", metavar="SERVER", help="use all of its memory again")
-    what.add_argument("--abort", action="store_true", help="stop the migration under way where it is")
+    what.add_argument(
+        "--add", metavar="C.toml", help="take in the servers that this cluster file has beside those that serve"
+    )
+    what.add_argument(
+        "--abort", action="store_true", help="stop the migration under way where it is, or wait for no server"
+    )
     add("--dry-run", action="store_true", help="say what would be done, and do nothing")
     add("--json", action="store_true", help="print JSON")
 
@@ -37,8 +43,16 @@ def run(args: argparse.Namespace) -> None:
     reply = ask(args.state, question(args))
     if args.json:
         print(json.dumps(reply))
+    elif reply.get("aborted") == "growth":
+        print("aborted; no server is waited for any more")
     elif "aborted" in reply:
         print("aborted; the cluster stays with the last round that all have committed")
+    elif "waiting" in reply:
+        for name in reply["waiting"]:
+            print(
+                f"waiting for {name}; start there, with the flags of the others: python -m launch serve --cluster {args.add} "
+                f"--server {name} --state DIR --join {reply['address']}"
+            )
     elif "verdict" in reply:
         word = "would be " if args.dry_run and reply["verdict"] == "adopted" else ""
         decision = Decision(**reply)
@@ -54,6 +68,8 @@ def question(args: argparse.Namespace) -> dict[str, Any]:
         return {"what": "abort"}
     if args.to:
         return {"what": "to", "placement": Placement.load(args.to).to_dict(), "source": args.to, "dry": args.dry_run}
+    if args.add:
+        return {"what": "add", "cluster": parse_toml(args.add), "source": args.add, "dry": args.dry_run}
     memory: dict[str, int | None] = {}
     for given in args.memory or []:
         name, sign, size = given.rpartition("=")
@@ -70,6 +86,8 @@ def question(args: argparse.Namespace) -> dict[str, Any]:
 
 def _print_status(reply: Mapping[str, Any]) -> None:
     print(f"epoch {reply['epoch']}, {reply['strategy']}, {reply['hash'][:12]}; recorded in {reply['record']}")
+    if reply.get("growth"):
+        print(f"adding servers: {reply['growth']}")
     if reply["moving"]:
         print(f"migrating: {reply['stage']}, {format_bytes(reply['staged_bytes'])} staged")
     for name, size in reply["limits"].items():

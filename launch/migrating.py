@@ -12,7 +12,9 @@ import jax
 
 from launch.channel import open_channel
 from launch.control import ControlServer
-from launch.controller import Controller, Policy
+from launch.controller import Controller
+from launch.decision import Policy
+from launch.grow import Growth
 from launch.hosting import Host, Loaded, fitted
 from launch.mover import Mover
 from launch.peers import reading
@@ -73,10 +75,26 @@ def _fit(placement: Placement, profile: Profile, cluster: Cluster) -> Placement:
         return fitted(carried, profile, cluster)
 
 
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What migrations start from.
+
+    Attributes:
+        epoch: of the placement in force; reason: why it is.
+        limits: memory of devices in bytes, where less is to be used than the cluster file says.
+        facts: what a server that is added has to serve with too, and coordinator: where this program has met; servers can
+            be added only where they are given.
+    """
+
+    epoch: int = 0
+    reason: str = "start"
+    limits: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    facts: Mapping[str, str] | None = None
+    coordinator: str = ""
+
+
 @contextmanager
-def migrating(
-    host: Host, loaded: Loaded, policy: Policy, state: Path | None, *, epoch: int, limits: Mapping[str, int]
-) -> Iterator[Mover]:
+def migrating(host: Host, loaded: Loaded, policy: Policy, state: Path | None, start: Start) -> Iterator[Mover]:
     """Experts of this host migrate within the block.
 
     Args:
@@ -85,15 +103,18 @@ def migrating(
     with ExitStack() as stack:
         read = stack.enter_context(reading(loaded.cluster, host.server, host.channel, loaded.read))
         loaded = dataclasses.replace(loaded, read=read)
-        yield stack.enter_context(_migrating(host, loaded, policy, state, epoch, limits))
+        yield stack.enter_context(_migrating(host, loaded, policy, state, start))
 
 
 @contextmanager
-def _migrating(
-    host: Host, loaded: Loaded, policy: Policy, state: Path | None, epoch: int, limits: Mapping[str, int]
-) -> Iterator[Mover]:
+def _migrating(host: Host, loaded: Loaded, policy: Policy, state: Path | None, start: Start) -> Iterator[Mover]:
     mover = Mover(
-        loaded, host.channel, host.ring, staging_bytes=policy.staging_bytes, bandwidth=policy.bandwidth, epoch=epoch
+        loaded,
+        host.channel,
+        host.ring,
+        staging_bytes=policy.staging_bytes,
+        bandwidth=policy.bandwidth,
+        epoch=start.epoch,
     )
     period = policy.interval / 4 if policy.interval else 1.0
     sampler = Sampler(sampled_shape(loaded.profile), policy.half_life, host.server)
@@ -105,12 +126,17 @@ def _migrating(
 
     with ExitStack() as stack:
         if state is not None:
-            controller = Controller(loaded, mover, host.channel, state, policy, limits)
-            server = ControlServer(state, controller.answer)
+            controller = Controller(loaded, mover, host.channel, state, policy, start.limits)
+            answer = controller.answer
+            if start.facts is not None:
+                growth = Growth(controller, host, start.facts, start.coordinator)
+                stack.callback(growth.end)
+                answer = growth.answer
+            server = ControlServer(state, answer)
             stack.callback(server.close)
             clear_leftovers(state)  # the folder is ours from here on
             stack.callback(controller.end)
-            controller.start()
+            controller.start(start.reason)
         stack.callback(mover.end)
         stack.callback(reporter.end)
         host.between = between

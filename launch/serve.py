@@ -14,23 +14,22 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn
-
-import jax
+from typing import Any
 
 from dancemoe_jax.checkpoint import bundled_model
 from dancemoe_jax.config import ModelConfig, ModelError
 from dancemoe_jax.sampling import SamplingParams
 from dancemoe_jax.tokenizer import TextCodec, TextStream, load_codec
-from launch.controller import Policy
+from launch.decision import Policy
 from launch.engine import Request
 from launch.everywhere import run_everywhere
-from launch.hosting import Host, ending, load
-from launch.hosting import sizes as model_sizes
-from launch.join import coordinator_address, folder_fingerprint, from_environment, join
+from launch.hosting import Host
+from launch.join import coordinator_address, folder_fingerprint, from_environment
 from launch.local import DTYPES, read_shape
-from launch.migrating import migrating, open_state, resumed
+from launch.migrating import open_state
 from launch.record import read_record
+from launch.regroup import World
+from launch.serving import Server
 from placement import STRATEGIES, Cluster, InputError, Placement
 from placement.units import parse_bytes, parse_rate, parse_seconds
 
@@ -46,6 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--placement", metavar="X.json", help="what is where (default: planned for users who are all alike)")
     add("--requests", default="-", metavar="FILE", help="JSON lines; - for standard input (default)")
     add("--coordinator", metavar="HOST:PORT", help="where the servers meet (default: the first server's host)")
+    add(
+        "--join",
+        metavar="HOST:PORT",
+        help="come to a cluster that serves, where its `migrate --add` waits for this server",
+    )
     add("--timeout", type=float, default=60.0, metavar="S", help="seconds to wait for the other servers (60)")
     add("--sequences", type=int, default=8, metavar="N", help="sequences a device serves at once (8)")
     add("--chunk", type=int, default=64, metavar="N", help="prompt tokens of a step (64)")
@@ -58,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder for the record of the placement in force; lets experts migrate",
     )
     add("--interval", default="60s", metavar="T", help="between revisions of the placement (60s); 0s for none")
+    add("--half-life", metavar="T", help="after which an activation counts half (the interval, or 60s)")
     add("--horizon", default="300s", metavar="T", help="over which a migration has to pay (300s)")
     add("--strategy", default="latency", choices=sorted(STRATEGIES), help="of revised placements (latency)")
     add(
@@ -76,7 +81,9 @@ def run(args: argparse.Namespace) -> int:
     for flag in ("sequences", "chunk", "timeout"):
         if not getattr(args, flag) > 0:
             raise InputError(f"--{flag} {getattr(args, flag)}: must be greater than 0")
-    policy = _policy(args)
+    if args.join and not (args.server and args.state):
+        raise InputError("--join: give --server, and --state as the others were given it")
+    policy = policy_of(args)
     cluster = Cluster.from_toml(args.cluster)
     path = args.model or bundled_model()
     args.devices = 1
@@ -104,10 +111,14 @@ def _start_all(args: argparse.Namespace, cluster: Cluster) -> int:
         return run_everywhere("serve", cluster, given, args.coordinator)
 
 
-def _policy(args: argparse.Namespace) -> Policy:
+def policy_of(args: argparse.Namespace) -> Policy:
+    """When and how experts migrate, by the flags."""
     interval = parse_seconds(args.interval, "--interval")
+    half_life = parse_seconds(args.half_life, "--half-life") if args.half_life else interval or 60.0
+    if not half_life > 0:
+        raise InputError(f"--half-life {args.half_life}: must be greater than 0s")
     return Policy(
-        strategy=args.strategy, interval=interval, half_life=interval or 60.0,
+        strategy=args.strategy, interval=interval, half_life=half_life,
         horizon=parse_seconds(args.horizon, "--horizon"),
         bandwidth=parse_rate(args.staging_bandwidth, "--staging-bandwidth") if args.staging_bandwidth else None,
         staging_bytes=parse_bytes(args.staging_memory, "--staging-memory"),
@@ -124,46 +135,23 @@ def _serve(
     lines: Any,
 ) -> None:
     """Be one server."""
-    agree = {
-        "model": folder_fingerprint(path),
-        "flags": repr((args.sequences, args.chunk, args.dtype, args.int8, config, policy, bool(args.state))),
-    }
-    if args.placement:
-        agree["placement"] = folder_fingerprint(args.placement)
+    facts = facts_of(args, path, config, policy)
     codec = load_codec(path, config)
-    coordinator = args.coordinator or coordinator_address(cluster)
     state = open_state(args.state) if args.state and args.server == cluster.names[0] else None
     record = read_record(state) if state else None
-    with join(cluster, args.server, coordinator=coordinator, agree=agree, timeout=args.timeout) as devices:
-        begin = time.monotonic()
-        sizes = {"dtype": args.dtype, "int8": args.int8, "sequences": args.sequences}
-        if args.state:
-            placed, epoch = resumed(record, placed, model_sizes(path, config, cluster, **sizes), cluster)
-        loaded = load(path, config, cluster, devices, chunk=args.chunk, placed=placed, **sizes)
-        host = Host(loaded.engine, cluster.names.index(args.server))
-        feeder = Feeder(host, cluster, codec, config)
-        print(f"{args.server}: serving after {time.monotonic() - begin:.1f} s", file=sys.stderr, flush=True)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(ending(host))
-            if args.state:
-                limits = record.limits if record else {}
-                stack.enter_context(migrating(host, loaded, policy, state, epoch=epoch, limits=limits))
-            threading.Thread(target=feeder.feed, args=(lines,), daemon=True).start()
-            try:
-                host.run()
-            except jax.errors.JaxRuntimeError as error:
-                _lost(args.server, error)
-            feeder.finished.wait(10)
-
-
-def _lost(server: str, error: Exception) -> NoReturn:
-    """Leave because a step has failed. Said at once: JAX may abort this process while it cleans up behind itself."""
-    print(
-        f"launch serve: server {server}: a step has failed, most likely because another server has ended "
-        f"({' '.join(str(error).split())}); see which one and why, then start all again",
-        file=sys.stderr, flush=True,
+    feeder = Feeder(codec, config, lines, shares=not args.join)
+    server = Server(
+        args.server, path, config, {"dtype": args.dtype, "int8": args.int8, "sequences": args.sequences}, args.chunk, facts,
+        args.timeout, policy if args.state else None, state, feeder.start, feeder.take_in,
     )  # fmt: skip
-    raise SystemExit(1) from None
+    if args.join:
+        server.join_serving(args.join, cluster)
+    else:
+        coordinator = args.coordinator or coordinator_address(cluster)
+        given = folder_fingerprint(args.placement) if args.placement else "none"
+        limits = record.limits if record else {}
+        server.serve(World(cluster, coordinator, placed, limits=limits), given, record)
+    feeder.finished.wait(10)
 
 
 def _read(file: str) -> Any:
@@ -180,27 +168,48 @@ def _read(file: str) -> Any:
         raise InputError(f"--requests {file}: cannot be read ({error.strerror})") from None
 
 
-class Feeder:
-    """Requests from lines to a host, and their answers to standard output as they end."""
+def facts_of(args: argparse.Namespace, path: Path, config: ModelConfig, policy: Policy) -> dict[str, str]:
+    """What every server has to serve with too, fingerprints by what they are of."""
+    flags = (args.sequences, args.chunk, args.dtype, args.int8, config, policy, bool(args.state))
+    return {"model": folder_fingerprint(path), "flags": repr(flags)}
 
-    def __init__(self, host: Host, cluster: Cluster, codec: TextCodec, config: ModelConfig) -> None:
-        self.host, self.names, self.codec, self.config = host, cluster.names, codec, config
+
+class Feeder:
+    """Requests from lines to a host, and their answers to standard output as they end.
+
+    Args:
+        shares: takes a share of the lines that name no server; one that has come later does not.
+    """
+
+    def __init__(self, codec: TextCodec, config: ModelConfig, lines: Any, shares: bool) -> None:
+        self.codec, self.config = codec, config
         self.finished = threading.Event()
+        self._lines, self._shares = lines, shares
         self._print = threading.Lock()
 
-    def feed(self, lines: Any) -> None:
+    def start(self, host: Host, cluster: Cluster) -> None:
+        """Feed a host from now on."""
+        self.host = host
+        self.take_in(cluster)
+        threading.Thread(target=self._feed, args=(len(cluster.names),), daemon=True).start()
+
+    def take_in(self, cluster: Cluster) -> None:
+        """The cluster has other servers from now on."""
+        self.names = cluster.names
+
+    def _feed(self, servers: int) -> None:
         """Serve all lines that are this server's: those that name it, and its share of those that name none."""
         name = self.names[self.host.server]
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             unnamed = 0
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(self._lines, 1):
                 if not line.strip():
                     continue
                 given = self._parse(line)
                 if isinstance(given, dict) and "server" in given:
                     mine = given["server"] == name or (given["server"] not in self.names and self.host.server == 0)
                 else:
-                    mine, unnamed = unnamed % len(self.names) == self.host.server, unnamed + 1
+                    mine, unnamed = self._shares and unnamed % servers == self.host.server, unnamed + 1
                 if mine:
                     pool.submit(self._answer, number, given)
         self.host.finish()

@@ -24,11 +24,12 @@ from dancemoe_jax.experts import ExpertWeights
 from dancemoe_jax.generate import Weights
 from dancemoe_jax.pool import pool_layout
 from dancemoe_jax.tables import assign_slots
-from launch.controller import DECISIONS, Policy
+from launch.controller import DECISIONS
+from launch.decision import Policy
 from launch.engine import Engine, Request
 from launch.hosting import Host, Loaded, fitted
 from launch.join import join
-from launch.migrating import migrating
+from launch.migrating import Start, migrating
 from launch.replay_server import VOCABULARY, WIRE, replay_config, small_decoder, small_expert
 from launch.trace import ReplayRequest, Trace
 from placement import Cluster, Placement, Profile
@@ -151,7 +152,7 @@ class Server:
             if run["policy"]:
                 if self.index == 0:
                     state = Path(stack.enter_context(_folder()))
-                stack.enter_context(migrating(host, loaded, Policy(**run["policy"]), state, epoch=0, limits={}))
+                stack.enter_context(migrating(host, loaded, Policy(**run["policy"]), state, Start()))
             feeder.watch(self.job["window_s"])
             thread = threading.Thread(target=feeder.feed, daemon=True)
             thread.start()

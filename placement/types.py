@@ -99,12 +99,7 @@ class Cluster:
         Raises:
             InputError: the file is missing, is no TOML, or does not describe a cluster.
         """
-        try:
-            parsed = tomllib.loads(read_bytes(path).decode())
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            problem = " ".join(str(error).split())
-            raise InputError(f"{path}: not valid TOML: {problem}") from None
-        return cls.from_dict(parsed, source=str(path))
+        return cls.from_dict(parse_toml(path), source=str(path))
 
     @classmethod
     def from_dict(cls, parsed: Mapping[str, Any], source: str = "cluster") -> "Cluster":
@@ -126,6 +121,19 @@ class Cluster:
             index[server.name] = i
         bandwidth, latency = _links(parsed, index, source)
         return cls(servers, bandwidth, latency, source)
+
+
+def parse_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a TOML file holds.
+
+    Raises:
+        InputError: the file is missing or is no TOML.
+    """
+    try:
+        return tomllib.loads(read_bytes(path).decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        problem = " ".join(str(error).split())
+        raise InputError(f"{path}: not valid TOML: {problem}") from None
 
 
 def _check_keys(table: Any, known: set[str], where: str) -> None:

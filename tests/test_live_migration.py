@@ -14,8 +14,10 @@ from cluster_of_devices import CAPACITY, PROMPTS, Small, random_resident
 from dancemoe_jax.config import ModelError
 from dancemoe_jax.generate import decode_step, prefill
 from launch.__main__ import main
+from launch.channel import OwnChannel
 from launch.control import ControlServer, ask
-from launch.controller import Controller, Decision, Policy
+from launch.controller import Controller
+from launch.decision import Decision, Policy
 from launch.engine import Engine, Request
 from launch.hosting import Host, Loaded
 from launch.mover import Mover, Order
@@ -247,12 +249,11 @@ def used(layers, experts, favourites, times):
 
 
 def decided(one, counts):
-    """One interval of the controller in which so much more has been counted."""
+    """One interval of the controller in which so much more has been counted, whatever steps there were."""
+    told = one.controller._channel = OwnChannel()
     one.total = getattr(one, "total", 0) + counts
     one.steps = getattr(one, "steps", 0) + 1
-    one.host.channel.put(
-        "counted/0", seen(one.total, (50 * one.steps, 400 * one.steps), (200 * one.steps, 800 * one.steps))
-    )
+    told.put("counted/0", seen(one.total, (50 * one.steps, 400 * one.steps), (200 * one.steps, 800 * one.steps)))
     time.sleep(0.05)
     one.controller.observe()
     return one.controller._decide(Decision(time.time(), "interval"))
