@@ -78,7 +78,11 @@ class ExpertFile:
         return quantise(weights) if self._int8 else weights
 
     def _cast(self, field: str, part: np.ndarray | None) -> np.ndarray | None:
-        return part if part is None or part.dtype == np.int8 or field.startswith("s_") else part.astype(self._dtype)
+        return (
+            part
+            if part is None or part.dtype == np.int8 or field.startswith("s_")
+            else part.astype(self._dtype, copy=False)
+        )
 
     def read_all(self) -> ExpertWeights:
         """All experts, axes [MoE layers, experts] in front."""

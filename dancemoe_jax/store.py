@@ -147,7 +147,7 @@ class StoreWriter:
         self.path = Path(path)
         if self.path.exists() and not is_store(self.path) and not (self.path.is_dir() and not any(self.path.iterdir())):
             raise ModelError(f"{self.path}: exists and is not a model store; choose another directory or remove it")
-        self._part = self.path.with_name(f".{self.path.name}.unfinished")
+        self._part = self.path.absolute().with_name(f".{self.path.name}.unfinished")  # Orbax takes no relative path
         if _recipe(self._part) != recipe:
             shutil.rmtree(self._part, ignore_errors=True)
             self._part.mkdir(parents=True)

@@ -67,7 +67,7 @@ def _measure(folder: Path, repeats: int) -> dict[str, Any]:
     found: dict[str, list[dict[str, Any]]] = {"start": [], "read": [], "drop": [], "load": []}
     for _ in range(repeats):
         for kind, results in found.items():
-            _forget(folder)
+            forget(folder)
             command = [sys.executable, "-m", "launch", "bench", "load", "--child", kind, "--folder", str(folder)]
             results.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
     kept, largest = found["load"][0]["kept_bytes"], found["load"][0]["largest_bytes"]
@@ -130,9 +130,9 @@ def _read(file: Path, count: int, keep: bool) -> tuple[int, np.ndarray]:
     return done, data
 
 
-def _forget(folder: Path) -> None:
-    """Drop the files from the page cache, so that every measurement reads them anew."""
-    for file in folder.glob("*.safetensors"):
+def forget(folder: Path) -> None:
+    """Drop the files below a folder from the page cache, so that every measurement reads them anew."""
+    for file in filter(Path.is_file, folder.rglob("*")):
         descriptor = os.open(file, os.O_RDONLY)
         try:
             os.fsync(descriptor)

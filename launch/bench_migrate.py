@@ -13,9 +13,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -23,13 +25,14 @@ from rich.table import Table
 from dancemoe_jax.checkpoint import bundled_model
 from dancemoe_jax.generate import decode_step, prefill
 from dancemoe_jax.pool import read_ahead
+from launch.bench_load import forget
 from launch.channel import Channel
 from launch.cluster import cluster_devices, demo_cluster, reserved_bytes
 from launch.engine import Request
 from launch.everywhere import of_first, run_everywhere
 from launch.hosting import Host, Loaded, load
 from launch.join import join
-from launch.local import read_shape
+from launch.local import DTYPES, read_shape
 from launch.mover import Mover
 from placement import InputError, Placement
 from placement.units import parse_bytes, parse_rate
@@ -44,6 +47,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--migrations", type=int, default=10, metavar="N", help="in each of the two runs with migrations (10)")
     add("--staging-memory", default="5MB", metavar="SIZE", help="host memory for experts on their way (5MB)")
     add("--staging-bandwidth", metavar="RATE", help="at which they are read at most, such as 50MB/s (no limit)")
+    add("--model", type=Path, metavar="DIR", help="model directory or store (default: the bundled model)")
+    add("--dtype", choices=DTYPES, default="float32", help="of weights and activations (float32)")
+    add(
+        "--cold",
+        action="store_true",
+        help="read the model from the disk itself, not from the page cache",
+    )
+    add(
+        "--think",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="seconds from an answer to the next request in its place (0)",
+    )
     add("--processes", action="store_true", help="one process for each server (default: one for all)")
     add("--server", metavar="NAME", help=argparse.SUPPRESS)  # be this one's process
     add("--coordinator", metavar="HOST:PORT", help=argparse.SUPPRESS)
@@ -61,10 +78,13 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--migrations {args.migrations}: must be at least 1")
     staging = parse_bytes(args.staging_memory, "--staging-memory")
     most = parse_rate(args.staging_bandwidth, "--staging-bandwidth") if args.staging_bandwidth else None
-    args.context, args.devices, args.model = 128, 4, None
-    path = bundled_model()
+    if not args.think >= 0:
+        raise InputError(f"--think {args.think}: must be at least 0")
+    args.context, args.devices = 128, 4
+    path = args.model or bundled_model()
     config = read_shape(path, args)
-    cluster = demo_cluster(config, reserved_bytes(config, SEQUENCES))
+    itemsize = jnp.dtype(args.dtype).itemsize
+    cluster = demo_cluster(config, reserved_bytes(config, SEQUENCES, itemsize), itemsize=itemsize)
     if args.processes and not args.server:
         return run_everywhere("bench", cluster, sys.argv[2:], None, of_first(cluster))
     with contextlib.ExitStack() as stack:
@@ -73,15 +93,15 @@ def run(args: argparse.Namespace) -> int:
             devices = stack.enter_context(join(cluster, args.server, coordinator=args.coordinator))
         else:
             index, devices = 0, list(cluster_devices(len(cluster.devices)))[: len(cluster.devices)]
-        loaded = load(path, config, cluster, devices, sequences=SEQUENCES, chunk=CHUNK)
-        result = _serve(args, loaded, index, staging, most)
+        loaded = load(path, config, cluster, devices, dtype=args.dtype, sequences=SEQUENCES, chunk=CHUNK)
+        result = _serve(args, loaded, index, staging, most, lambda: forget(path) if args.cold else None)
     if result is not None:
         print(json.dumps(result)) if args.json else _print(result)
     return 0
 
 
 def _serve(
-    args: argparse.Namespace, loaded: Loaded, index: int, staging: int, most: float | None
+    args: argparse.Namespace, loaded: Loaded, index: int, staging: int, most: float | None, before: Callable[[], None]
 ) -> dict[str, Any] | None:
     """Be one server, or all; what was measured on all of them, in the first process."""
     host = Host(loaded.engine, index)
@@ -91,14 +111,14 @@ def _serve(
     loop = threading.Thread(target=host.run, daemon=True)
     loop.start()
     rng = np.random.default_rng([args.seed, index])
-    phases = _Phases(host.channel, _Load(host, rng, loaded.engine.config.vocab_size), index == 0)
+    phases = _Phases(host.channel, _Load(host, rng, loaded.engine.config.vocab_size, args.think), index == 0)
     moves: list[dict[str, float]] = []
     phases.take(lambda: time.sleep(3))  # compiles
     compiled = _compiled()
     calm, moving, seconds = _Gaps(), _Gaps(), 0.0
     for _ in range(_ROUNDS):
         begin = time.monotonic()
-        moving += phases.take(lambda: moves.extend(_migrations(mover, loaded, rng, args.migrations)))
+        moving += phases.take(lambda: moves.extend(_migrations(mover, loaded, rng, args.migrations, before)))
         seconds = time.monotonic() - begin
         calm += phases.take(lambda seconds=seconds: time.sleep(seconds))
     own = {
@@ -106,6 +126,8 @@ def _serve(
         "stall": max(stall for outcome in mover.outcomes for stall in outcome.stalls_s),
     }  # fmt: skip
     told = phases.exchange(index, own)
+    before()
+    phases.exchange(index, {})  # all begin at once
     alone = min(_read_alone(loaded, rng), most or np.inf)
     host.finish()
     loop.join()
@@ -131,8 +153,8 @@ _Gaps = list[float]
 class _Load:
     """Requests that keep every place of this process's devices busy, with the times of their tokens."""
 
-    def __init__(self, host: Host, rng: np.random.Generator, vocabulary: int) -> None:
-        self.host, self.rng, self.vocabulary = host, rng, vocabulary
+    def __init__(self, host: Host, rng: np.random.Generator, vocabulary: int, think_s: float) -> None:
+        self.host, self.rng, self.vocabulary, self.think_s = host, rng, vocabulary, think_s
         servers = host.engine.device_server[list(host.engine.own)]
         self.places = [int(server) for server in servers for _ in range(SEQUENCES)]
 
@@ -149,6 +171,7 @@ class _Load:
                     if before:
                         gaps.append(now - before)
                     before = now
+                ends.wait(self.think_s)
 
         threads = [threading.Thread(target=keep_asking, args=job) for job in zip(self.places, prompts, strict=True)]
         for thread in threads:
@@ -182,8 +205,9 @@ class _Phases:
 
     def exchange(self, process: int, own: dict[str, Any]) -> list[dict[str, Any]]:
         """What each process has to tell, by process."""
-        self.channel.put(f"bench/told/{process}", json.dumps(own).encode())
-        return [json.loads(self._hear(f"told/{other}")) for other in range(jax.process_count())]
+        number, self.number = self.number, self.number + 1
+        self.channel.put(f"bench/told/{number}/{process}", json.dumps(own).encode())
+        return [json.loads(self._hear(f"told/{number}/{other}")) for other in range(jax.process_count())]
 
     def _hear(self, name: str) -> bytes:
         data = self.channel.get(f"bench/{name}", _WAIT_S)
@@ -192,13 +216,16 @@ class _Phases:
         return data
 
 
-def _migrations(mover: Mover, loaded: Loaded, rng: np.random.Generator, number: int) -> list[dict[str, float]]:
+def _migrations(
+    mover: Mover, loaded: Loaded, rng: np.random.Generator, number: int, prepare: Callable[[], None]
+) -> list[dict[str, float]]:
     """Migrations one after the other, each to a placement that is drawn at random; figures of each."""
     done = []
     for _ in range(number):
         before, target = mover.placement, _scattered(mover.placement, loaded, rng)
         share = (target.resident & ~before.resident).sum() / before.resident.sum()
         likely = np.zeros((len(loaded.cluster.names), target.resident.shape[1], len(loaded.cluster.names)), bool)
+        prepare()
         outcome = mover.wait(mover.send(target, likely, "bench"), 600)
         if outcome is None or outcome.failed:
             raise RuntimeError(f"a migration failed: {outcome.failed if outcome else 'no end within 600 s'}")

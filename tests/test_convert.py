@@ -37,9 +37,10 @@ def test_there_and_back(tmp_path, name, capsys):
     assert "MB" in capsys.readouterr().out
 
 
-def test_the_bundled_model_keeps_its_tokenizer_and_its_bytes(tmp_path):
-    assert main(["convert", str(bundled_model()), str(tmp_path / "store")]) == 0
-    assert main(["convert", str(tmp_path / "store"), str(tmp_path / "back")]) == 0
+def test_the_bundled_model_keeps_its_tokenizer_and_its_bytes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", str(bundled_model()), "store"]) == 0
+    assert main(["convert", "store", "back"]) == 0
     first, second, third = (load_model(path) for path in (bundled_model(), tmp_path / "store", tmp_path / "back"))
     for other in (second, third):
         assert other.config == first.config

@@ -1,7 +1,9 @@
 """`python -m launch serve`: processes that serve together answer as one process does, stream, cancel, sleep and end."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import signal
 import statistics
 import subprocess
@@ -180,6 +182,54 @@ def test_what_cannot_be_served_is_refused_in_one_line(files, arguments, message)
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
+def test_a_full_disk_for_the_record_stops_migrations_not_serving(tmp_path, rng, capsys):
+    cluster, requests, state = tmp_path / "cluster.toml", tmp_path / "requests.jsonl", tmp_path / "state"
+    cluster.write_text('server = [{ name = "a", devices = [{ memory = "50MB" }, { memory = "64MB" }] }]')
+    given = {"prompt": "The import statement", "max_tokens": 40}
+    requests.write_text((json.dumps(given) + "\n") * 150)
+    state.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "small", state], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount: {mounted.stderr.decode().strip()}")
+    flags = ["--requests", requests, "--state", state, "--interval", "0s", "--server", "a"]
+    process = subprocess.Popen(command(cluster, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        answers = [json.loads(process.stdout.readline())]
+        before = read_record(state)
+        assert before is not None
+        with contextlib.suppress(OSError), open(state / "filler", "wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(4096))
+        replies = []
+        for _ in range(2):
+            resident = rng.random(before.placement.resident.shape) < 0.3
+            resident[rng.integers(2), ~resident.any(0)] = True
+            target = dataclasses.replace(before.placement, resident=resident)
+            replies.append(ask(state, {"what": "to", "placement": target.to_dict(), "source": "x.json"}))
+        assert [reply["verdict"] for reply in replies] == ["adopted", "kept"]
+        assert "No space left on device" in replies[1]["why"]
+        assert "No space left on device" in ask(state, {"what": "status"})["disabled"]
+        out, err = process.communicate(timeout=200)
+        assert process.returncode == 0
+        assert "no more migrations" in err
+        assert "Traceback" not in err
+        after = read_record(state)
+        assert after is not None
+        assert (after.epoch, after.hash) == (0, before.hash)  # whole, as it was
+        answers += [json.loads(line) for line in out.splitlines()]
+    finally:
+        process.kill()
+        process.wait()
+        subprocess.run(["umount", state], check=True)
+    assert len(answers) == 150
+    flags = [f"--prompt={given['prompt']}", f"--max-tokens={given['max_tokens']}"]
+    assert main(["generate", "--json", "--context", "96", *flags]) == 0
+    tokens = json.loads(capsys.readouterr().out)["tokens"]
+    assert all(answer["tokens"] == tokens for answer in answers)
 
 
 def test_experts_migrate_over_three_processes_and_a_restart_resumes(files, rng, capsys):
