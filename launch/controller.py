@@ -26,7 +26,7 @@ from launch.mover import Mover, Outcome
 from launch.priority import give_way
 from launch.record import NAME, placement_hash, write_record
 from launch.reports import Counted, gather
-from launch.sampled import gather_sample, sampled_shape
+from launch.sampled import Sample, gather_sample, sampled_shape
 from placement import Cluster, DecayingCounts, Diff, InputError, Placement, Profile, Workload, should_migrate
 from placement.adapt import adapt
 
@@ -56,10 +56,10 @@ class Controller:
         self._empty = Counted(np.zeros(shape, np.int64), np.zeros(2, np.int64), np.zeros(2, np.int64))
         self._before, self._began = self._empty, time.monotonic()
         self._window = DecayingCounts(policy.half_life, self._empty.counts, self._began)
-        self._pace = DecayingCounts(
-            policy.half_life, np.zeros(5), self._began
-        )  # steps and tokens of both kinds, seconds
+        # Steps and tokens of both kinds, and the seconds in which they were.
+        self._pace = DecayingCounts(policy.half_life, np.zeros(5), self._began)
         self._channel = channel
+        self._sample = self._gather_sample()
         self._latest: Profile | None = None  # what the last interval counted
         self._observed_at = time.time()
         self._candidate: Placement | None = None  # a plan that would pay by the counts that it was made from
@@ -97,9 +97,9 @@ class Controller:
 
     def observe(self) -> None:
         """Take what the servers have counted since the last time into the window."""
-        now, counted = time.monotonic(), gather(self._channel, self._empty)
+        now, counted = time.monotonic(), self._peek()
         new = counted.counts - self._before.counts
-        self._window, self._before = self._window.observe(counted.counts, now), counted
+        self._before = counted
         self._latest = self.profile(new, since=self._observed_at)
         self._observed_at = time.time()
         self._pace = self._pace.observe(np.array([*counted.steps, *counted.fed, now - self._began]), now)
@@ -107,7 +107,7 @@ class Controller:
 
     def profile(self, counts: np.ndarray, since: float = 0.0) -> Profile:
         """Counts with the sizes of the model, and the tokens that have been sampled since then (seconds since 1970)."""
-        sample = gather_sample(self._channel, jax.process_count(), sampled_shape(self.loaded.profile))
+        sample = self._sample
         new = sample.at >= since
         tokens = {"ids": sample.ids[new], "server": sample.server[new], "sequence": np.arange(new.sum())}
         return dataclasses.replace(
@@ -341,10 +341,15 @@ class Controller:
             self.limits = before
         return dataclasses.asdict(decision)
 
-    def _peek(self) -> None:
-        """Have the window hold the newest counts, without ending an interval."""
+    def _peek(self) -> Counted:
+        """Have the window hold the newest counts, and the sample the newest tokens, without ending an interval."""
         counted = gather(self._channel, self._empty)
         self._window = self._window.observe(counted.counts, time.monotonic())
+        self._sample = self._gather_sample()
+        return counted
+
+    def _gather_sample(self) -> Sample:
+        return gather_sample(self._channel, jax.process_count(), sampled_shape(self.loaded.profile))
 
     def status(self) -> dict[str, Any]:
         """How things stand."""

@@ -32,7 +32,7 @@ from placement import Cluster, InputError
 from placement.units import format_bytes
 
 _STAGE_S = 1800.0  # for a new server to read its experts
-_LOOK_S = 0.5
+_ABORT_S = 5.0  # for whatever is under way to end
 _LONGEST = 2**26  # of a line
 
 Read = Callable[[int, int], ExpertWeights]
@@ -55,6 +55,8 @@ class Growth:
         self._controller, self._host, self._facts, self._coordinator = controller, host, facts, coordinator
         self._address = own_address() if jax.process_count() > 1 else split_address(coordinator, "coordinator")[0]
         self._listener: socket.socket | None = None
+        self._guests: dict[str, socket.socket] = {}
+        self._thread: threading.Thread | None = None
         self._stage = ""
         self._lock = threading.Lock()
 
@@ -63,19 +65,24 @@ class Growth:
         what = asked.get("what")
         if what == "add":
             return self._add(asked["cluster"], str(asked["source"]), bool(asked.get("dry")))
-        if what == "abort" and self._stage == _WAITING:
+        if what == "abort" and self._stage:
+            if self._stage == _COMMITTING:
+                raise InputError("--abort: too late, all are about to become one program")
             self.end()
+            if self._thread is not None:
+                self._thread.join(_ABORT_S)
             return {"aborted": "growth"}
         reply = self._controller.answer(asked)
         return {**reply, "growth": self._stage} if what == "status" else reply
 
     def end(self) -> None:
-        """Take in nobody any more."""
+        """Take in nobody any more. Whoever waits at one of the sockets finds it at its end."""
         with self._lock:
             listener, self._listener = self._listener, None
+            for waiting in [*self._guests.values(), *([listener] if listener else [])]:
+                with suppress(OSError):
+                    waiting.shutdown(socket.SHUT_RDWR)
         if listener is not None:
-            with suppress(OSError):
-                listener.shutdown(socket.SHUT_RDWR)  # a thread that waits in accept would keep the port open
             listener.close()
 
     def _add(self, file: Mapping[str, Any], source: str, dry: bool) -> dict[str, Any]:
@@ -94,30 +101,31 @@ class Growth:
             planned, _ = self._controller.undisturbed(lambda: self._controller.grown(cluster, ", ".join(new)))
             return dataclasses.asdict(planned)
         with self._lock:
-            if self._listener is not None:
+            if self._thread is not None and self._thread.is_alive():
                 raise InputError(f"servers are being added already ({self._stage}); --abort that first")
             self._listener = listener = socket.create_server((self._address, 0))
-            self._stage = _WAITING
+            self._stage, arguments = _WAITING, (file, cluster, new, listener)
+            self._thread = threading.Thread(target=self._grow, args=arguments, name="growth", daemon=True)
+            self._thread.start()
         address = join_address(*listener.getsockname()[:2])
-        threading.Thread(target=self._grow, args=(file, cluster, new, listener), name="growth", daemon=True).start()
         return {"waiting": list(new), "address": address}
 
     def _grow(self, file: Mapping[str, Any], cluster: Cluster, new: tuple[str, ...], listener: socket.socket) -> None:
-        guests: dict[str, socket.socket] = {}
+        guests = self._guests
         try:
             self._receive(listener, cluster, new, guests)
-            if len(guests) == len(new):
-                self._controller.undisturbed(lambda: self._commit(file, cluster, guests))
+            self._controller.undisturbed(lambda: self._commit(file, cluster, guests))
         except (InputError, OSError) as error:
             problem = " ".join(str(error).split())
             print(f"placement: {', '.join(new)} not added: {problem}", file=sys.stderr, flush=True)
             for guest in guests.values():
                 answer(guest, problem)
         finally:
+            self.end()
             for guest in guests.values():
                 guest.close()
+            guests.clear()
             self._stage = ""
-            self.end()
 
     def _receive(
         self, listener: socket.socket, cluster: Cluster, new: tuple[str, ...], guests: dict[str, socket.socket]
@@ -159,7 +167,7 @@ class Growth:
         for name, guest in guests.items():
             _staged(name, guest)
         self._controller.note(decision)
-        self._stage = f"{names}: committing"
+        self._stage = _COMMITTING
         order(self._host, world)
         for guest in guests.values():
             answer(guest, None)
@@ -170,7 +178,7 @@ class Growth:
         return self._controller.loaded.cluster.names[0]
 
 
-_WAITING = "waiting for new servers"
+_WAITING, _COMMITTING = "waiting for new servers", "all become one program"
 
 
 def _staged(name: str, guest: socket.socket) -> None:

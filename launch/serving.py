@@ -105,7 +105,7 @@ class Server:
         cluster, first = world.cluster, self.host is None and read is None
         with contextlib.ExitStack() as stack:
             try:
-                timeout = self.timeout if first else _REGROUP_S
+                timeout = self.timeout if self.host is None else _REGROUP_S
                 facts = {**self.facts, **(also or {})}
                 joined = join(cluster, self.name, coordinator=world.coordinator, agree=facts, timeout=timeout)
                 devices = stack.enter_context(joined)

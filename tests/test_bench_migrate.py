@@ -6,6 +6,21 @@ import sys
 
 import pytest
 
+from launch.__main__ import main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--migrations", "0"], "--migrations 0: must be at least 1"),
+        (["--think", "-1"], "--think -1.0: must be at least 0"),
+        (["--model", "absent"], "absent"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_line(arguments, message, capsys):
+    assert main(["bench", "migrate", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 3])

@@ -39,6 +39,7 @@ def trace(tmp_path, rng):
         (["--trace", "T", "--interval", "10"], "--interval"),
         (["--trace", "T", "--load-bandwidth", "fast"], "--load-bandwidth"),
         (["--trace", "T", "--duration", "0.1"], "--duration 0.1: no request comes before the shift"),
+        (["--trace", "T", "--half-life", "0s"], "--half-life 0s: must be greater than 0s"),
         (
             ["--trace", "T", "--shift-at", "200"],
             "--shift-at 200: must be greater than 0 and less than the duration of 150",

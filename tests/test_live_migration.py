@@ -17,14 +17,14 @@ from launch.__main__ import main
 from launch.channel import OwnChannel
 from launch.control import ControlServer, ask
 from launch.controller import Controller
-from launch.decision import Decision, Policy
+from launch.decision import Decision, Policy, pace
 from launch.engine import Engine, Request
 from launch.hosting import Host, Loaded
 from launch.mover import Mover, Order
 from launch.record import NAME, read_record, write_record
 from launch.reports import Reporter
 from launch.sampled import Sampler, sampled_shape
-from placement import Cluster, InputError, Placement, Profile
+from placement import Cluster, InputError, Placement, Profile, Workload
 from placement.adapt import adapt
 
 EXPERT = 1000
@@ -286,6 +286,27 @@ def test_a_workload_that_alternates_moves_nothing_once_the_plan_is_for_both(serv
     assert verdicts[:2] == ["kept", "kept"]  # a plan for the one does not pay with the other
     assert verdicts.count("adopted") <= 1
     assert set(verdicts[3:]) == {"kept"}
+
+
+def test_an_interval_in_which_nobody_was_served_says_nothing(serving):
+    one = serving()
+    counts = used(3, 8, A, 5)
+    verdicts = [decided(one, given).verdict for given in (counts, 0 * counts, counts)]
+    assert verdicts == ["kept", "kept", "adopted"]  # what the first promised, the third has kept
+
+
+@pytest.mark.parametrize(
+    ("seen", "workload", "chunks"),
+    [
+        ([10, 40, 640, 80, 5], Workload(active=2, prefill_tokens=64, decode_steps=4), 2.0),
+        ([5, 20, 320, 40, 2.5], Workload(active=2, prefill_tokens=64, decode_steps=4), 2.0),  # decayed by half
+        ([0, 40, 0, 120, 8], Workload(active=3, prefill_tokens=0, decode_steps=40), 0.125),
+        ([3, 0, 90, 0, 6], Workload(active=1, prefill_tokens=30, decode_steps=0), 0.5),
+        ([0, 0, 0, 0, 60], Workload(), 0.0),
+    ],
+)
+def test_the_pace_of_a_workload(seen, workload, chunks):
+    assert pace(np.array(seen)) == (workload, chunks)
 
 
 def test_plans_are_made_from_the_tokens_that_were_served(serving):

@@ -171,6 +171,12 @@ def test_a_ring_wakes_all_servers_within_10_ms():
         (["--server", "edge-x"], "server edge-x: not in"),
         (["--requests", "absent.jsonl"], "--requests absent.jsonl: cannot be read"),
         (["--sequences", "0"], "--sequences 0: must be greater than 0"),
+        (["--half-life", "0s"], "--half-life 0s: must be greater than 0s"),
+        (["--join", "10.0.0.1:99"], "--join: give --server, and --state"),
+        (
+            ["--join", "127.0.0.1:9", "--server", "edge-c", "--state", "d"],
+            "--join 127.0.0.1:9: nobody takes in servers",
+        ),
         (["--server", "edge-b", "--timeout", "1"], "edge-a"),
     ],
 )
