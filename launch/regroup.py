@@ -29,7 +29,7 @@ class World:
     """A program of servers.
 
     Attributes:
-        cluster: its servers; file: the cluster file as it was parsed.
+        cluster: its servers.
         coordinator: host:port where they meet.
         placement: what is where at its start, None if that has yet to be planned; epoch: of it; reason: why it is.
         limits: memory of devices in bytes, where less is to be used than the cluster file says.

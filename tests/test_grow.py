@@ -197,6 +197,8 @@ def test_a_server_that_cannot_read_or_does_not_come_leaves_all_as_it_was(files, 
     state = tmp_path / "state"
     cluster = Cluster.from_toml(three)
     facts = facts_by_flags(two, state)
+    lines = [{"id": f"{i % 2}/{i}", "prompt": prompts[i % 2], "max_tokens": 30} for i in range(300)]
+    requests.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with serving(two, requests, state) as (process, answers, errors):
         question = {"what": "add", "cluster": parse_toml(three), "source": "three.toml"}
         address = ask(state, question)["address"]
@@ -210,6 +212,31 @@ def test_a_server_that_cannot_read_or_does_not_come_leaves_all_as_it_was(files, 
             guest.sendall(json.dumps(said).encode() + b"\n")
             assert b"edge-c" in guest.recv(100_000)
 
+        def slowly(layer, expert):
+            time.sleep(0.1)
+            return weights
+
+        # One that is given up while it stages.
+        while ask(state, {"what": "status"})["growth"]:
+            time.sleep(0.1)
+        weights, refused = Small.make().read(0, 0), []
+        address = ask(state, question)["address"]
+
+        def come():
+            try:
+                report(address, cluster, "edge-c", facts, slowly, 0, 5.0)
+            except InputError as error:
+                refused.append(str(error))
+
+        guest = threading.Thread(target=come)
+        guest.start()
+        while "staging" not in ask(state, {"what": "status"})["growth"]:
+            time.sleep(0.1)
+        assert ask(state, {"what": "abort"}) == {"aborted": "growth"}
+        assert ask(state, {"what": "status"})["growth"] == ""
+        guest.join(60)
+        assert "takes in nobody any more" in refused[0]
+
         def lacking(layer, expert):
             raise ModelError(f"layer {layer} expert {expert}: absent")
 
@@ -222,7 +249,6 @@ def test_a_server_that_cannot_read_or_does_not_come_leaves_all_as_it_was(files, 
         while ask(state, {"what": "status"})["growth"]:
             time.sleep(0.1)
         address = ask(state, question)["address"]
-        weights = Small.make().read(0, 0)
         world, _ = report(address, cluster, "edge-c", facts, lambda *_: weights, 0, 5.0)
         assert world.epoch == 1
         assert process.wait(240) == 0, errors
