@@ -18,16 +18,16 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-import placement
 from launch.channel import Channel
-from launch.decision import Decision, Policy, describe, limited, pace, with_limits
-from launch.hosting import Loaded, fitted
+from launch.decision import Decision, Figures, Policy, describe, limited, pace, with_limits
+from launch.hosting import Loaded
 from launch.mover import Mover, Outcome
-from launch.priority import give_way
+from launch.planning import Planning
 from launch.record import NAME, placement_hash, write_record
 from launch.reports import Counted, gather
+from launch.revision import Revision
 from launch.sampled import Sample, gather_sample, sampled_shape
-from placement import Cluster, DecayingCounts, Diff, InputError, Placement, Profile, Workload, should_migrate
+from placement import Cluster, DecayingCounts, InputError, Placement, Profile, Workload
 from placement.adapt import adapt
 
 DECISIONS = "decisions.jsonl"
@@ -60,13 +60,14 @@ class Controller:
         self._pace = DecayingCounts(policy.half_life, np.zeros(5), self._began)
         self._channel = channel
         self._sample = self._gather_sample()
-        self._latest: Profile | None = None  # what the last interval counted
+        self._latest: Profile | None = None  # what the last interval counted, if a request began in it
         self._observed_at = time.time()
         self._candidate: Placement | None = None  # a plan that would pay by the counts that it was made from
-        self._candidate_cost, self._paid = 0.0, 0  # its seconds; in how many intervals since it has paid
+        self._paid = 0  # in how many intervals since it has
         self._workload, self._chunks = Workload(), 0.0
         self._busy, self._ended = threading.Lock(), threading.Event()
         self._moving: int | None = None
+        self._planning = Planning()
         self._thread = threading.Thread(target=self._revise, name="controller", daemon=True)
 
     def start(self, reason: str = "start") -> None:
@@ -78,11 +79,11 @@ class Controller:
     def end(self) -> None:
         """Revise no more, and have the thread out of the channel, which may end with the program."""
         self._ended.set()
+        self._planning.end()
         if self._thread.is_alive():
             self._thread.join(_END_S)
 
     def _revise(self) -> None:
-        give_way()
         while not self._ended.wait(self.policy.interval):
             with self._busy:
                 if self._ended.is_set():
@@ -91,7 +92,8 @@ class Controller:
                     self.observe()
                     self._decide(Decision(time.time(), "interval"))
                 except InputError as error:
-                    self.note(Decision(time.time(), "interval", why=str(error)))
+                    if not self._ended.is_set():
+                        self.note(Decision(time.time(), "interval", why=str(error)))
 
     # ---- what has been seen ----
 
@@ -99,8 +101,9 @@ class Controller:
         """Take what the servers have counted since the last time into the window."""
         now, counted = time.monotonic(), self._peek()
         new = counted.counts - self._before.counts
+        began = counted.fed[0] > self._before.fed[0] and new.any()
         self._before = counted
-        self._latest = self.profile(new, since=self._observed_at)
+        self._latest = self.profile(new, since=self._observed_at) if began else None
         self._observed_at = time.time()
         self._pace = self._pace.observe(np.array([*counted.steps, *counted.fed, now - self._began]), now)
         self._workload, self._chunks = pace(self._pace.counts)
@@ -123,12 +126,12 @@ class Controller:
 
     def _decide(self, decision: Decision, target: Placement | None = None, *, dry: bool = False) -> Decision:
         """Weigh a plan from the window, or a given target, against what is in force; migrate unless dry."""
-        present, cluster, policy = self.mover.placement, self.cluster, self.policy
+        present, usable, policy = self.mover.placement, self.cluster, self.policy
         decision.epoch, asked = self.mover.epoch, target is not None
         decision.tokens = float(self._window.counts.sum()) / (present.model["top_k"] * present.resident.shape[1])
         unfit = ""
         try:
-            present.validate(cluster)
+            present.validate(usable)
         except InputError as error:
             unfit = str(error)
         seen = self.profile(self._window.counts)
@@ -137,40 +140,22 @@ class Controller:
                 decision.why = "no tokens in the window"
                 return self.note(decision, dry)
             seen = self.loaded.profile
-        proven = False
-        if target is None:
-            proven = not unfit and not dry and self._proven(present)
-            target = self._candidate if proven else None
-        if target is None:
-            target = placement.plan(
-                seen, cluster, policy.strategy, previous=None if unfit else present, workload=self._workload
-            )
-        target = fitted(target, self.loaded.profile, cluster)
-        moves = placement.diff(present, target, self.loaded.cluster, staging_bytes=policy.staging_bytes)
-        old, new = (self._costs(seen, plan) for plan in (present, target))
-        decision.step_s, decision.planned_step_s = old["step_seconds"], new["step_seconds"]
-        decision.remote_share, decision.planned_remote_share = old["remote_share"], new["remote_share"]
-        decision.transfer_s, decision.bytes = self._transfer(moves), moves.bytes
-        decision.copies, decision.rounds = len(moves.moves), len(moves.rounds)
-        verdict = should_migrate(
-            moves, self._saving(old, new), horizon=policy.horizon, interference=policy.interference,
-            stall_seconds=policy.stall * len(moves.rounds), transfer_seconds=decision.transfer_s,
-        )  # fmt: skip
-        decision.saving_s, decision.cost_s = verdict.saving_seconds, verdict.cost_seconds
-        if not moves.rounds:
+        proven = not asked and not unfit and not dry and self._proven(present)
+        target, figures = self._weigh(seen, present, self._candidate if proven else target, unfit=bool(unfit))
+        decision.take(figures)
+        objection = figures.objection(policy)
+        if not figures.rounds:
             decision.why = "nothing to move"
         elif self.disabled:
             decision.why = f"migrations have stopped: {self.disabled}"
         elif unfit or asked:
             decision.verdict, decision.why = "adopted", unfit or "asked for"
-        elif not verdict or verdict.saving_seconds < (1 + policy.margin) * verdict.cost_seconds:
-            decision.why = "does not pay"
-        elif new["step_seconds"] > (1 - policy.least) * old["step_seconds"]:
-            decision.why = f"saves less than {100 * policy.least:g} % of a step"
+        elif objection:
+            decision.why = objection
         elif not proven and policy.confirm > 1:
             decision.why = "has yet to pay in an interval that it was not planned from"
             if not dry and self._candidate is None:
-                self._candidate, self._candidate_cost, self._paid = target, verdict.cost_seconds, 0
+                self._candidate, self._paid = target, 0
         else:
             decision.verdict, decision.why = "adopted", "pays"
         if proven and decision.verdict != "adopted":
@@ -179,42 +164,29 @@ class Controller:
             self._migrate(decision, target, seen)
         return self.note(decision, dry)
 
-    def _costs(self, seen: Profile, plan: Placement) -> dict[str, Any]:
-        return placement.evaluate(seen, self.loaded.cluster, plan, workload=self._workload)
-
-    def _saving(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> float:
-        """Seconds of stepping that a placement would save over the horizon."""
-        return self.policy.horizon * self._chunks * (old["step_seconds"] - new["step_seconds"])
-
-    def _transfer(self, moves: Diff) -> float:
-        """Seconds of staging: each device reads from its server's storage, no server faster than it may."""
-        cluster = self.loaded.cluster
-        by_device = np.zeros(len(cluster.devices))
-        for move in moves.moves:
-            by_device[move.device] += move.bytes
-        by_server = np.bincount(cluster.device_server, by_device, len(cluster.names))
-        capped = by_server.max() / self.policy.bandwidth if self.policy.bandwidth else 0.0
-        return float(max((by_device / cluster.load_bandwidth).max(), capped))
+    def _weigh(
+        self, seen: Profile, present: Placement, target: Placement | None, *, unfit: bool = False
+    ) -> tuple[Placement, Figures]:
+        cluster, policy = self.loaded.cluster, self.policy
+        return self._planning.weigh(
+            Revision(seen, cluster, self.cluster, present, policy, unfit, target, self._workload, self._chunks)
+        )
 
     def _proven(self, present: Placement) -> bool:
         """Whether the candidate has paid in as many intervals after it was planned as the policy asks for.
 
-        A plan looks best on the counts that it was made from, the more so the fewer they are; what it saves shows in others.
-        An interval in which nobody was served says nothing.
+        A plan looks best on the counts that it was made from, the more so the fewer they are; what it saves shows in
+        others. An interval in which no request began says nothing: whoever was served in it, the plan may be made from.
         """
         candidate, policy = self._candidate, self.policy
         if candidate is None or self._latest is None:
             return False
         latest, self._latest = self._latest, None
-        if not latest.counts.any():
-            return False
-        old, new = (self._costs(latest, plan) for plan in (present, candidate))
-        paid = self._saving(old, new) > (1 + policy.margin) * self._candidate_cost
-        if not paid or new["step_seconds"] > (1 - policy.least) * old["step_seconds"]:
+        if self._weigh(latest, present, candidate)[1].objection(policy):
             self._candidate = None
             return False
         self._paid += 1
-        return self._paid >= self.policy.confirm - 1
+        return self._paid >= policy.confirm - 1
 
     def _migrate(self, decision: Decision, target: Placement, seen: Profile) -> None:
         self._candidate = None
@@ -273,16 +245,14 @@ class Controller:
         more = len(cluster.names) - len(seen.servers)
         counts = np.concatenate([seen.counts, np.tile(seen.counts.mean(0).round().astype(np.int64), (more, 1, 1))])
         seen = dataclasses.replace(seen, counts=counts, servers=cluster.names)
-        usable, policy = limited(cluster, self.limits), self.policy
+        usable = limited(cluster, self.limits)
         present = adapt(self.mover.placement, usable)
-        target = placement.plan(seen, usable, policy.strategy, previous=present, workload=self._workload)
-        target = fitted(target, dataclasses.replace(self.loaded.profile, counts=counts, servers=cluster.names), cluster)
-        moves = placement.diff(present, target, cluster, staging_bytes=policy.staging_bytes)
-        old, new = (placement.evaluate(seen, cluster, plan, workload=self._workload) for plan in (present, target))
-        decision.step_s, decision.planned_step_s = old["step_seconds"], new["step_seconds"]
-        decision.remote_share, decision.planned_remote_share = old["remote_share"], new["remote_share"]
-        decision.copies, decision.bytes, decision.rounds = len(moves.moves), moves.bytes, 1
-        decision.saving_s = self._saving(old, new)
+        target, figures = self._planning.weigh(
+            Revision(seen, cluster, usable, present, self.policy, workload=self._workload, chunks=self._chunks)
+        )
+        decision.take(
+            dataclasses.replace(figures, rounds=1)
+        )  # new servers stage all theirs, and then all change at once
         return decision, target
 
     def undisturbed(self, act: Callable[[], T]) -> T:
@@ -324,7 +294,7 @@ class Controller:
             target = Placement.from_dict(asked["placement"], str(asked["source"]))
         elif what == "memory":
             self._candidate = None
-            self.limits = with_limits(self.loaded, self.limits, asked["memory"])
+            self.limits = with_limits(self.loaded.profile, self.loaded.cluster, self.limits, asked["memory"])
         elif what != "plan":
             raise InputError(f"{what!r} is unknown; known are status, plan, to, memory, abort")
         try:

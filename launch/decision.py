@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from launch.hosting import Loaded
-from placement import Cluster, InputError, Workload
+from placement import Cluster, InputError, Profile, Workload
 from placement.units import format_bytes
 
 
@@ -38,9 +37,33 @@ class Policy:
     staging_bytes: int = 2**30
 
 
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """What speaks for a plan. Seconds; `saving_s` and `cost_s` over the horizon."""
+
+    step_s: float
+    planned_step_s: float
+    remote_share: float
+    planned_remote_share: float
+    saving_s: float
+    cost_s: float
+    transfer_s: float
+    bytes: int
+    copies: int
+    rounds: int
+
+    def objection(self, policy: Policy) -> str:
+        """Why not to migrate, or ""."""
+        if not self.saving_s > (1 + policy.margin) * self.cost_s:
+            return "does not pay"
+        if self.planned_step_s > (1 - policy.least) * self.step_s:
+            return f"saves less than {100 * policy.least:g} % of a step"
+        return ""
+
+
 @dataclasses.dataclass
 class Decision:
-    """A revision and what came of it. Seconds; `saving_s` and `cost_s` over the horizon."""
+    """A revision and what came of it: with the `Figures` of its plan where there was one."""
 
     at: float
     reason: str
@@ -59,6 +82,9 @@ class Decision:
     copies: int = 0
     rounds: int = 0
     outcome: dict[str, Any] | None = None
+
+    def take(self, figures: Figures) -> None:
+        vars(self).update(vars(figures))
 
 
 def pace(seen: np.ndarray) -> tuple[Workload, float]:
@@ -113,10 +139,11 @@ def limited(cluster: Cluster, limits: Mapping[str, int]) -> Cluster:
     return dataclasses.replace(cluster, servers=servers)
 
 
-def with_limits(loaded: Loaded, limits: Mapping[str, int], asked: Mapping[str, int | None]) -> dict[str, int]:
+def with_limits(
+    profile: Profile, cluster: Cluster, limits: Mapping[str, int], asked: Mapping[str, int | None]
+) -> dict[str, int]:
     """Limits after a change: bytes for a device or all of a server, or None for as much as the cluster file says."""
-    cluster, result = loaded.cluster, dict(limits)
-    least = int(np.max(np.asarray(loaded.profile.reserved_bytes)))
+    result, least = dict(limits), int(np.max(np.asarray(profile.reserved_bytes)))
     for name, size in asked.items():
         devices = [
             f"{server}/{index}" for server, index in cluster.device_names if name in (server, f"{server}/{index}")

@@ -28,7 +28,8 @@ from dancemoe_jax.tables import Tables, assign_slots, routing_tables
 from launch.channel import open_channel
 from launch.cluster import model_profile, reserved_bytes, slots_per_device
 from launch.engine import DONE, ORDER, REGROUP, Engine, Request
-from placement import Cluster, InputError, Placement, Profile
+from placement import Cluster, Placement, Profile
+from placement.adapt import fitted
 from placement.cost import serving_server
 from placement.exchange_time import likely_links
 from placement.problem import Problem
@@ -292,23 +293,3 @@ def sizes(
     alike = np.ones((len(cluster.names), config.num_moe_layers, config.num_experts), np.int64)
     profile = model_profile(config, cluster, alike, name=path.name, reserved=reserved, itemsize=itemsize)
     return dataclasses.replace(profile, expert_bytes=config.expert_bytes(itemsize, int8))
-
-
-def fitted(placed: Placement, profile: Profile, cluster: Cluster) -> Placement:
-    """A placement with the sizes of the model that is to run by it, whatever engine it was planned for.
-
-    Raises:
-        InputError: it is for another model or other devices, leaves out an expert, or needs more memory than there is.
-    """
-    _, layers, experts = profile.counts.shape
-    model = {"name": profile.model, "layers": layers, "experts": experts, "top_k": profile.top_k}
-    for key in ("layers", "experts", "top_k"):
-        if placed.model[key] != model[key]:
-            raise InputError(
-                f"{placed.source}: model.{key} = {placed.model[key]}, but {profile.model} has {model[key]}; plan it for this "
-                "model"
-            )
-    sizes = {"expert_bytes": profile.expert_bytes, "reserved_bytes": profile.reserved_bytes}
-    placed = dataclasses.replace(placed, model={**model, **sizes})
-    placed.validate(cluster)
-    return placed

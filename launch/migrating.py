@@ -15,14 +15,14 @@ from launch.control import ControlServer
 from launch.controller import Controller
 from launch.decision import Policy
 from launch.grow import Growth
-from launch.hosting import Host, Loaded, fitted
+from launch.hosting import Host, Loaded
 from launch.mover import Mover
 from launch.peers import reading
 from launch.record import NAME, Record, clear_leftovers
 from launch.reports import Reporter
 from launch.sampled import Sampler, sampled_shape
 from placement import Cluster, InputError, Placement, Profile
-from placement.adapt import adapt
+from placement.adapt import adapt, fitted
 
 _START_S = 120.0  # until the first server has told what is in force
 

@@ -27,12 +27,13 @@ from dancemoe_jax.tables import assign_slots
 from launch.controller import DECISIONS
 from launch.decision import Policy
 from launch.engine import Engine, Request
-from launch.hosting import Host, Loaded, fitted
+from launch.hosting import Host, Loaded
 from launch.join import join
 from launch.migrating import Start, migrating
 from launch.replay_server import VOCABULARY, WIRE, replay_config, small_decoder, small_expert
 from launch.trace import ReplayRequest, Trace
 from placement import Cluster, Placement, Profile
+from placement.adapt import fitted
 from placement.arrivals import Arrivals
 
 _WAIT_S = 300.0  # for the others, once this server is ready

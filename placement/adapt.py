@@ -1,9 +1,12 @@
-"""A placement carried over to a cluster that has changed: devices that came or left, and other memory."""
+"""A placement carried over to another model's sizes, or to a cluster that has changed: other devices, other memory."""
+
+import dataclasses
 
 import numpy as np
 
 from placement.files import InputError
 from placement.placement import Placement
+from placement.profile import Profile
 from placement.types import Cluster
 
 
@@ -59,3 +62,23 @@ def adapt(placement: Placement, cluster: Cluster) -> Placement:
     resident.setflags(write=False)
     model = {**placement.model, "reserved_bytes": int(np.max(np.asarray(reserved)))}
     return Placement(resident, cluster.device_names, placement.strategy, model, source=placement.source)
+
+
+def fitted(placed: Placement, profile: Profile, cluster: Cluster) -> Placement:
+    """A placement with the sizes of the model that is to run by it, whatever engine it was planned for.
+
+    Raises:
+        InputError: it is for another model or other devices, leaves out an expert, or needs more memory than there is.
+    """
+    _, layers, experts = profile.counts.shape
+    model = {"name": profile.model, "layers": layers, "experts": experts, "top_k": profile.top_k}
+    for key in ("layers", "experts", "top_k"):
+        if placed.model[key] != model[key]:
+            raise InputError(
+                f"{placed.source}: model.{key} = {placed.model[key]}, but {profile.model} has {model[key]}; plan it for this "
+                "model"
+            )
+    sizes = {"expert_bytes": profile.expert_bytes, "reserved_bytes": profile.reserved_bytes}
+    placed = dataclasses.replace(placed, model={**model, **sizes})
+    placed.validate(cluster)
+    return placed

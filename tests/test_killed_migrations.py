@@ -27,11 +27,12 @@ from launch import serve
 from launch.__main__ import main
 from launch.cluster import reserved_bytes
 from launch.control import ask
-from launch.hosting import fitted, sizes
+from launch.hosting import sizes
 from launch.join import free_port
 from launch.local import read_shape
 from launch.record import NAME, Record, clear_leftovers, read_record, write_record
 from placement import Cluster, InputError
+from placement.adapt import fitted
 
 MODEL = ModelConfig(
     vocab_size=257, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, num_experts=16, top_k=2,

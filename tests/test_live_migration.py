@@ -4,9 +4,11 @@ import dataclasses
 import io
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,6 +87,7 @@ class Serving:
     def stop(self):
         self.host.finish()
         self.loop.join(60)
+        self.controller.end()
         self.mover.end()
         self.reporter.end()
         assert not self.loop.is_alive()
@@ -249,12 +252,13 @@ def used(layers, experts, favourites, times):
     return counts * times
 
 
-def decided(one, counts):
+def decided(one, counts, began=True):
     """One interval of the controller in which so much more has been counted, whatever steps there were."""
     told = one.controller._channel = OwnChannel()
     one.total = getattr(one, "total", 0) + counts
     one.steps = getattr(one, "steps", 0) + 1
-    told.put("counted/0", seen(one.total, (50 * one.steps, 400 * one.steps), (200 * one.steps, 800 * one.steps)))
+    one.began = getattr(one, "began", 0) + began
+    told.put("counted/0", seen(one.total, (50 * one.began, 400 * one.steps), (200 * one.began, 800 * one.steps)))
     time.sleep(0.05)
     one.controller.observe()
     return one.controller._decide(Decision(time.time(), "interval"))
@@ -295,6 +299,49 @@ def test_an_interval_in_which_nobody_was_served_says_nothing(serving):
     counts = used(3, 8, A, 5)
     verdicts = [decided(one, given).verdict for given in (counts, counts, 0 * counts, counts)]
     assert verdicts == ["kept", "kept", "kept", "adopted"]  # of the first, proven in the second and the fourth
+
+
+def test_a_plan_is_proven_by_other_requests(serving):
+    one = serving()
+    counts = used(3, 8, A, 5)
+    verdicts = [decided(one, counts, began=began).verdict for began in (True, False, False, True)]
+    assert verdicts == ["kept", "kept", "kept", "adopted"]
+
+
+def test_plans_are_made_in_another_process(serving, capfd):
+    one = serving()
+    counts = used(3, 8, A, 5)
+    assert decided(one, counts).why.startswith("has yet to pay")
+    first = one.controller._planning._process
+    assert os.getpriority(os.PRIO_PROCESS, first.pid) > os.getpriority(os.PRIO_PROCESS, os.getpid())
+    first.kill()
+    with pytest.raises(InputError, match="process that plans has gone"):
+        decided(one, counts)
+    assert decided(one, counts).verdict == "adopted"  # in the next one; the plan itself was not lost
+    second = one.controller._planning._process
+    assert second is not first
+    one.controller.end()
+    assert second.returncode is not None
+    with pytest.raises(InputError, match="serving ends"):
+        decided(one, counts)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_the_planning_process_ends_with_whoever_started_it():
+    code = (
+        "import os, signal, launch.planning as p; child = p._start(); print(child.pid, flush=True); "
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    started = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=False)
+    assert started.returncode == -9
+    child, until = Path(f"/proc/{int(started.stdout)}/stat"), time.monotonic() + 30
+
+    def runs():
+        return child.exists() and child.read_text().rsplit(") ", 1)[1][0] != "Z"
+
+    while runs() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not runs()
 
 
 @pytest.mark.parametrize(
