@@ -6,9 +6,9 @@
     experts/00003/00016 …             experts 16 and following of MoE layer 3, a dictionary of arrays for each
 
 Every numbered directory is an Orbax checkpoint of its own of at most `BUNDLE` bytes (or one expert or tensor), so that
-writing needs little memory and an interrupted write goes on where it stopped. Single experts are read by tensorstore,
-which Orbax stores arrays with: Orbax's own loading is an operation of all processes together and takes 10 ms a call,
-while here a process stages experts for itself.
+writing needs little memory and an interrupted write goes on where it stopped. Single experts are read from where they lie
+in the checkpoint's files (extents.py), or else by tensorstore, which Orbax stores arrays with: Orbax's own loading is an
+operation of all processes together and takes 10 ms a call, while here a process stages experts for itself.
 """
 
 import json
@@ -24,6 +24,7 @@ import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
 from dancemoe_jax.config import ModelError
+from dancemoe_jax.extents import Extent, find_extents, read_extent
 
 FORMAT = "dancemoe.model/1"
 MANIFEST, CONFIG, RECIPE = "model.json", "config.json", "recipe.json"
@@ -62,6 +63,7 @@ class ExpertStore:
             self._arrays: dict[str, dict[str, Any]] = experts["arrays"]
             self._crc32: list[list[int]] = experts["crc32"]
             self.num_layers, self.num_experts = len(self._crc32), len(self._crc32[0])
+            self._extents: dict[str, dict[str, Extent]] = {}
             self.decoder = DecoderTensors(self.path, manifest["decoder"])
         except (KeyError, TypeError, IndexError) as error:
             raise ModelError(f"{self.path / MANIFEST}: not a store's contents ({error!r}); convert again") from None
@@ -83,9 +85,25 @@ class ExpertStore:
         checksum = self._crc32[layer][expert]
         bundle = _expert_bundle(layer, expert - expert % self._per_bundle)
         where = f"{self.path / bundle}: expert {expert} of MoE layer {layer}"
+        arrays = self._read_extents(bundle, expert)
+        if arrays is not None and _checksum(arrays) == checksum:
+            return arrays
         return _read_checked(
             self.path / bundle, {name: f"{expert:05}.{name}" for name in self._arrays}, checksum, where
         )
+
+    def _read_extents(self, bundle: str, expert: int) -> Arrays | None:
+        """An expert's arrays from where they lie, unchecked; None where they are stored in another way, or not to be read."""
+        try:
+            if bundle not in self._extents:
+                self._extents[bundle] = find_extents(self.path / bundle / _ORBAX_STATE)
+            extents = self._extents[bundle]
+            return {
+                name: read_extent(extents[f"{expert:05}.{name}"], shape, dtype)
+                for name, (shape, dtype) in self.expert_arrays().items()
+            }
+        except (OSError, ValueError, KeyError, TypeError, IndexError):  # tensorstore says more exactly what it is
+            return None
 
     def decoder_tensors(self) -> Arrays:
         """All tensors that are not routed experts, by their Hugging Face names."""

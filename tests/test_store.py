@@ -7,10 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 import ml_dtypes
 import numpy as np
 import pytest
+import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
 import dancemoe_jax.store
 from dancemoe_jax.config import ModelError
+from dancemoe_jax.extents import find_extents, read_extent
 from dancemoe_jax.store import ExpertStore, StoreWriter, is_store
 
 LAYERS, EXPERTS, HIDDEN, INNER = 2, 5, 32, 24
@@ -23,9 +25,9 @@ def small_bundles(monkeypatch):
     monkeypatch.setattr(dancemoe_jax.store, "BUNDLE", 10_000)
 
 
-@pytest.fixture
-def model(rng):
-    """Decoder tensors and experts of a tiny model."""
+@pytest.fixture(params=["biases", "weights only"])
+def model(rng, request):
+    """Decoder tensors and experts of a tiny model. Its biases are so small that they do not lie in a file by themselves."""
 
     def normal(*shape):
         return rng.standard_normal(shape).astype(ml_dtypes.bfloat16)
@@ -33,7 +35,8 @@ def model(rng):
     decoder = {"model.embed.weight": normal(30, HIDDEN), "a.norm": rng.standard_normal(HIDDEN), "a/b": normal(100, 60)}
     experts = [
         [
-            {"w_in": normal(HIDDEN, 2 * INNER), "w_out": normal(INNER, HIDDEN), "b_in": normal(2 * INNER)}
+            {"w_in": normal(HIDDEN, 2 * INNER), "w_out": normal(INNER, HIDDEN)}
+            | ({"b_in": normal(2 * INNER)} if request.param == "biases" else {})
             for _ in range(5)
         ]
         for _ in range(LAYERS)
@@ -85,6 +88,55 @@ def test_everything_comes_back_bit_by_bit(tmp_path, model):
             assert same(read, experts[layer][expert])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["store"]
     assert not (tmp_path / "store" / "recipe.json").exists()
+
+
+@pytest.mark.parametrize("model", ["weights only"], indirect=True)
+def test_experts_are_read_from_where_they_lie(tmp_path, model, monkeypatch):
+    write(tmp_path / "store", model)
+    store = ExpertStore(tmp_path / "store")
+    monkeypatch.setattr(dancemoe_jax.store.ts, "open", None)
+    for layer, expert in np.ndindex(LAYERS, EXPERTS):
+        assert same(store.read(layer, expert), model[1][layer][expert])
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_what_orbax_compresses_lies_nowhere(tmp_path, rng, compressed):
+    tree = {"a": rng.standard_normal((64, 32)), "zero": np.zeros((64, 32)), "tiny": np.ones(3)}
+    context = ocp.Context()
+    context.array.saving.use_compression = compressed
+    with context:
+        ocp.save(str(tmp_path / "x"), tree)
+    extents = find_extents(tmp_path / "x" / "state")
+    assert set(extents) == (set() if compressed else {"a", "zero"})
+    for name, extent in extents.items():
+        np.testing.assert_array_equal(read_extent(extent, (64, 32), np.dtype("f8")), tree[name])
+
+
+@pytest.mark.parametrize(
+    ("chunk", "codecs", "lies"),
+    [
+        ([64, 32], [{"name": "bytes", "configuration": {"endian": "little"}}], True),
+        ([64, 16], [{"name": "bytes", "configuration": {"endian": "little"}}], False),
+        ([64, 32], [{"name": "bytes", "configuration": {"endian": "big"}}], False),
+        ([64, 32], [{"name": "transpose", "configuration": {"order": [1, 0]}}, {"name": "bytes"}], False),
+    ],
+)
+def test_what_is_stored_in_another_way_lies_nowhere(tmp_path, rng, chunk, codecs, lies):
+    array = rng.standard_normal((64, 32))
+    metadata = {"shape": [64, 32], "data_type": "float64", "codecs": codecs}
+    metadata["chunk_grid"] = {"name": "regular", "configuration": {"chunk_shape": chunk}}
+    kvstore = {
+        "driver": "ocdbt",
+        "base": f"file://{tmp_path}/",
+        "path": "a/",
+        "config": {"max_inline_value_bytes": 1024},
+    }
+    stored = ts.open({"driver": "zarr3", "kvstore": kvstore, "metadata": metadata}, create=True).result()
+    stored.write(array).result()
+    extents = find_extents(tmp_path)
+    assert set(extents) == ({"a"} if lies else set())
+    if lies:
+        np.testing.assert_array_equal(read_extent(extents["a"], (64, 32), np.dtype("f8")), array)
 
 
 def test_checkpoints_are_orbax_checkpoints(tmp_path, model):
