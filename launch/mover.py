@@ -30,7 +30,7 @@ from dancemoe_jax.tables import Tables
 from launch.channel import Channel
 from launch.engine import GIVEN_UP, ORDER, STAGE, Engine
 from launch.hosting import Loaded
-from launch.priority import give_way
+from launch.priority import STAGING, give_way
 from placement import Placement, diff
 from placement.migration import Round
 
@@ -278,7 +278,7 @@ class Mover:
             nonlocal total
             if self._ended or self._given_up >= number:
                 raise _Stopped
-            give_way()  # one of the threads that stage
+            give_way(STAGING)  # one of the threads that stage
             weights = self._loaded.read(layer, expert)
             with lock:
                 total += sum(part.nbytes for part in jax.tree.leaves(weights))

@@ -16,7 +16,7 @@ import threading
 from contextlib import suppress
 
 from launch.decision import Figures
-from launch.priority import give_way
+from launch.priority import PLANNING, give_way
 from launch.revision import Revision, weigh
 from placement import InputError, Placement
 
@@ -75,7 +75,7 @@ def _start() -> subprocess.Popen[bytes]:
 
 
 def main() -> None:
-    give_way()
+    give_way(PLANNING)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     with suppress(EOFError, BrokenPipeError):
