@@ -20,12 +20,13 @@ from launch.__main__ import main
 from launch.channel import OwnChannel
 from launch.control import ControlServer, ask
 from launch.controller import Controller
-from launch.decision import Decision, Policy, pace
+from launch.decision import Decision, Figures, Policy, pace
 from launch.engine import Engine, Request
 from launch.hosting import Host, Loaded
 from launch.mover import Mover, Order
 from launch.record import NAME, read_record, write_record
 from launch.reports import Reporter
+from launch.revision import Revision, weigh
 from launch.sampled import Sampler, sampled_shape
 from placement import Cluster, InputError, Placement, Profile, Workload
 from placement.adapt import adapt
@@ -299,6 +300,42 @@ def test_an_interval_in_which_nobody_was_served_says_nothing(serving):
     counts = used(3, 8, A, 5)
     verdicts = [decided(one, given).verdict for given in (counts, counts, 0 * counts, counts)]
     assert verdicts == ["kept", "kept", "kept", "adopted"]  # of the first, proven in the second and the fourth
+
+
+@pytest.mark.parametrize(
+    ("saving", "cost", "step", "planned", "says"),
+    [
+        (1.06, 1.0, 1.0, 0.9, ""),
+        (1.04, 1.0, 1.0, 0.9, "does not pay"),
+        (0.0, 0.0, 1.0, 1.0, "does not pay"),
+        (9.0, 1.0, 1.0, 0.98, "saves less than 3 % of a step"),
+        (9.0, 1.0, 1.0, 0.96, ""),
+    ],
+)
+def test_what_speaks_against_a_plan(saving, cost, step, planned, says):
+    figures = Figures(step, planned, 0.5, 0.1, saving, cost, 1.0, 100, 1, 1)
+    assert figures.objection(Policy(margin=0.05, least=0.03)) == says
+
+
+def test_staging_takes_as_long_as_the_slowest_server(rng):
+    before, after = placement_of(random_resident(rng)), placement_of(random_resident(rng))
+    new = (after.resident & ~before.resident).sum((1, 2)) * EXPERT
+    disk = Cluster.from_dict({
+        "server": [
+            {"name": "a", "devices": [{"memory": CAPACITY[0] * EXPERT, "load_bandwidth": "1KB/s"}]},
+            {"name": "b", "devices": [{"memory": CAPACITY[1] * EXPERT, "load_bandwidth": "4KB/s"}]},
+            {"name": "c", "devices": [{"memory": size * EXPERT, "load_bandwidth": "2KB/s"} for size in CAPACITY[2:]]},
+        ],
+        "network": {"bandwidth": "500Mbps", "latency": "1ms"},
+    })  # fmt: skip
+    seen = Profile(used(3, 8, A, 1), disk.names, model="small", top_k=3, hidden_size=32, expert_bytes=EXPERT)
+    for bandwidth, expected in (
+        (None, max(new / [1e3, 4e3, 2e3, 2e3])),
+        (100.0, max(new[0], new[1], sum(new[2:])) / 100),
+    ):
+        _, figures = weigh(Revision(seen, disk, disk, before, Policy(bandwidth=bandwidth), target=after, chunks=1.0))
+        assert figures.transfer_s == pytest.approx(expected)
+        assert figures.copies == (after.resident & ~before.resident).sum()
 
 
 def test_a_plan_is_proven_by_other_requests(serving):

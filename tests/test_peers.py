@@ -1,5 +1,8 @@
 """Experts from another server: the same bytes, over one connection or several, and what happens when it fails."""
 
+import subprocess
+import sys
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -7,6 +10,7 @@ import pytest
 from dancemoe_jax import ModelError
 from dancemoe_jax.experts import ExpertWeights, quantise
 from launch.peers import ExpertServer, PeerReader, quickest
+from launch.testbed import Testbed, inside, missing
 from placement import Cluster
 
 
@@ -68,3 +72,52 @@ def test_experts_arrive_as_they_are_and_failures_fall_back():
     assert PeerReader(server.address, weights)(0, 1).w_in.shape == (40, 60)
     with pytest.raises(ModelError, match="expert 1 of layer 0 is damaged"):
         PeerReader(server.address, refuse)(0, 1)
+
+
+ANSWER = """
+import sys, time, numpy as np
+from dancemoe_jax.experts import ExpertWeights
+from launch.peers import ExpertServer
+weights = ExpertWeights(np.ones((1024, 1536), np.float32), np.ones((768, 1024), np.float32))
+print(ExpertServer(lambda layer, expert: weights, sys.argv[1]).address[1], flush=True)
+time.sleep(600)
+"""
+ASK = """
+import sys, time
+from dancemoe_jax.pool import read_ahead
+from launch.peers import PeerReader
+host, port, experts = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+def own(layer, expert):
+    raise SystemExit("not from there")
+reader = PeerReader((host, port), own)
+reader(0, 0)
+begin, size = time.monotonic(), 0
+for weights in read_ahead(reader, [(0, expert) for expert in range(experts)], threads=2):
+    size += weights.w_in.nbytes + weights.w_out.nbytes
+print(8 * size / (time.monotonic() - begin))
+"""
+
+
+@pytest.mark.skipif(missing() is not None, reason=str(missing()))
+def test_staging_from_another_server_fills_the_link():
+    with Testbed(["edge-a", "edge-b"], 500e6) as bed:
+        here, there = (inside(bed.namespaces[name]) for name in ("edge-a", "edge-b"))
+        answering = [*there, sys.executable, "-c", ANSWER, bed.addresses["edge-b"]]
+        with subprocess.Popen(answering, stdout=subprocess.PIPE, text=True) as server:
+            try:
+                assert server.stdout is not None
+                asking = [
+                    *here,
+                    sys.executable,
+                    "-c",
+                    ASK,
+                    bed.addresses["edge-b"],
+                    server.stdout.readline().strip(),
+                    "20",
+                ]
+                staged = float(subprocess.run(asking, stdout=subprocess.PIPE, text=True, check=True).stdout)
+                link, _ = bed.measure("edge-b", "edge-a", 50_000_000)
+            finally:
+                server.kill()
+    print(f"staging {staged / 1e6:.0f} Mbit/s, one connection {link / 1e6:.0f} Mbit/s")
+    assert staged >= 0.8 * link
