@@ -36,8 +36,8 @@ def test_package_imports_nothing_it_must_not(package, forbidden):
         assert not imported(file) & forbidden, file
 
 
-@pytest.mark.parametrize("statement", ["import placement", "import placement.__main__"])
-def test_importing_placement_loads_no_jax(statement):
+@pytest.mark.parametrize("statement", ["import placement", "import placement.__main__", "import launch.planning"])
+def test_importing_what_plans_loads_no_jax(statement):
     code = f"{statement}, sys; sys.exit(any(m.split('.')[0] in ('jax', 'flax', 'scipy') for m in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
