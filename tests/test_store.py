@@ -99,6 +99,15 @@ def test_experts_are_read_from_where_they_lie(tmp_path, model, monkeypatch):
         assert same(store.read(layer, expert), model[1][layer][expert])
 
 
+@pytest.mark.parametrize("model", ["biases"], indirect=True)
+def test_an_expert_that_lies_there_in_part_is_read_once(tmp_path, model, monkeypatch):
+    write(tmp_path / "store", model)
+    read = []
+    monkeypatch.setattr(dancemoe_jax.store, "read_extent", lambda *at: read.append(at))
+    assert same(ExpertStore(tmp_path / "store").read(1, 3), model[1][1][3])
+    assert not read
+
+
 @pytest.mark.parametrize("compressed", [False, True])
 def test_what_orbax_compresses_lies_nowhere(tmp_path, rng, compressed):
     tree = {"a": rng.standard_normal((64, 32)), "zero": np.zeros((64, 32)), "tiny": np.ones(3)}
