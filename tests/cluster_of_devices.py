@@ -20,6 +20,7 @@ from dancemoe_jax import (
     routing_tables,
 )
 from dancemoe_jax.model import Decoder, Experts, forward
+from placement import Cluster, Placement
 
 CONFIG = ModelConfig(
     vocab_size=64, hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, num_experts=8, top_k=3,
@@ -28,6 +29,15 @@ CONFIG = ModelConfig(
 DEVICE_SERVER = np.array([0, 1, 2, 2])
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8], [4, 6], [60, 2, 8, 1, 33, 12, 7, 7, 7]]
 CAPACITY = (7, 10, 8, 16)
+EXPERT = 1000
+CLUSTER = Cluster.from_dict({
+    "server": [
+        {"name": "a", "devices": [{"memory": CAPACITY[0] * EXPERT}]},
+        {"name": "b", "devices": [{"memory": CAPACITY[1] * EXPERT}]},
+        {"name": "c", "devices": [{"memory": CAPACITY[2] * EXPERT}, {"memory": CAPACITY[3] * EXPERT}]},
+    ],
+    "network": {"bandwidth": "500Mbps", "latency": "1ms"},
+})  # fmt: skip
 
 
 def random_resident(rng, capacity=CAPACITY, config=CONFIG) -> np.ndarray:
@@ -41,6 +51,20 @@ def random_resident(rng, capacity=CAPACITY, config=CONFIG) -> np.ndarray:
         free = rng.permutation(np.argwhere(~resident[device]))[: most - int(resident[device].sum())]
         resident[device][tuple(free.T)] = True
     return resident
+
+
+def placement_of(resident, source="test") -> Placement:
+    """On the devices of `CLUSTER`."""
+    layers, experts = resident.shape[1:]
+    model = {
+        "name": "small",
+        "layers": layers,
+        "experts": experts,
+        "top_k": 3,
+        "expert_bytes": EXPERT,
+        "reserved_bytes": 0,
+    }
+    return Placement(resident, CLUSTER.device_names, "random", model, source=source)
 
 
 @dataclasses.dataclass
