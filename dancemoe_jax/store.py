@@ -97,7 +97,9 @@ class ExpertStore:
         try:
             if bundle not in self._extents:
                 self._extents[bundle] = find_extents(self.path / bundle / _ORBAX_STATE)
-            extents = [self._extents[bundle][f"{expert:05}.{name}"] for name in self._arrays]  # all of them, or none is read
+            extents = [
+                self._extents[bundle][f"{expert:05}.{name}"] for name in self._arrays
+            ]  # all of them, or none is read
             return {
                 name: read_extent(extent, shape, dtype)
                 for extent, (name, (shape, dtype)) in zip(extents, self.expert_arrays().items(), strict=True)
