@@ -5,6 +5,7 @@ parameter is families.py's business, how its bytes are stored tensors.py's. Rout
 at a time straight from the file, because which device gets which expert is not decided here.
 """
 
+import functools
 import importlib.resources
 import json
 import math
@@ -21,6 +22,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
+from dancemoe_jax.arena import Arena
 from dancemoe_jax.config import ModelConfig, ModelError
 from dancemoe_jax.experts import ExpertWeights, dequantise, quantise
 from dancemoe_jax.families import Source, expert_sources, fields_of, layer_sources, stored_dtype, whole_sources
@@ -66,10 +68,15 @@ class ExpertFile:
         self._tensors = TensorFiles(path) if self._store is None else self._store.decoder
         _check(Path(path), self.config, self._tensors, self._store)
 
-    def read(self, layer: int, expert: int) -> ExpertWeights:
-        """One logical expert; `layer` counts MoE layers. Safe from several threads at once."""
+    def read(self, layer: int, expert: int, arena: Arena | None = None) -> ExpertWeights:
+        """One logical expert; `layer` counts MoE layers. Safe from several threads at once.
+
+        Args:
+            arena: where its large arrays go if they lie in the file as they are to be; for threads beside others that
+                compute (`extents.read_extent`).
+        """
         if self._store is not None:
-            stored = ExpertWeights(**self._store.read(layer, expert))
+            stored = ExpertWeights(**self._store.read(layer, expert, arena if self._as_stored else None))
             weights = ExpertWeights(**{f: self._cast(f, part) for f, part in stored._asdict().items()})
             return quantise(weights) if self._int8 and weights.s_in is None else weights
         shapes = _expert_shapes(self.config)
@@ -77,12 +84,19 @@ class ExpertFile:
         weights = ExpertWeights(**{field: self._read(source, shapes[field]) for field, source in sources.items()})
         return quantise(weights) if self._int8 else weights
 
+    @functools.cached_property
+    def _as_stored(self) -> bool:
+        """Whether a store's arrays are what is to be read, as they are."""
+        kinds = {field: dtype for field, (_, dtype) in self._store.expert_arrays().items()} if self._store else {}
+        same = all(self._kind(field, dtype) == dtype for field, dtype in kinds.items())
+        return same and ("s_in" in kinds or not self._int8)
+
     def _cast(self, field: str, part: np.ndarray | None) -> np.ndarray | None:
-        return (
-            part
-            if part is None or part.dtype == np.int8 or field.startswith("s_")
-            else part.astype(self._dtype, copy=False)
-        )
+        return part if part is None else part.astype(self._kind(field, part.dtype), copy=False)
+
+    def _kind(self, field: str, stored: np.dtype) -> np.dtype:
+        """The type that an expert's array is to have."""
+        return stored if stored == np.int8 or field.startswith("s_") else self._dtype
 
     def read_all(self) -> ExpertWeights:
         """All experts, axes [MoE layers, experts] in front."""

@@ -6,7 +6,10 @@ time of opening, reading and decoding it with tensorstore, time that serving doe
 stored in any other way has no extent; tensorstore reads it.
 """
 
+import ctypes
 import json
+import mmap
+import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorstore as ts
 
+from dancemoe_jax.arena import LARGE, Arena
+
+_CACHESTAT = 451  # on every architecture
+_syscall = ctypes.CDLL(None).syscall
 _INDEX = 20  # bytes at the end of a shard of one chunk: where the chunk is, its size, and a checksum of both
 
 
@@ -66,18 +73,54 @@ def _extent(database: Path, value: str, array: dict[str, Any]) -> Extent | None:
     return Extent(database / folder / file, int(offset), size)
 
 
-def read_extent(extent: Extent, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def read_extent(extent: Extent, shape: tuple[int, ...], dtype: np.dtype, arena: Arena | None = None) -> np.ndarray:
     """The array that lies there.
+
+    Args:
+        arena: where large arrays go. They are read past the page cache unless they are in it: that takes half the
+            processor time, which somebody may need who computes meanwhile. Such an array may not be aligned to its type.
 
     Raises:
         OSError: it cannot be read.
     """
-    array = np.empty(shape, dtype)
-    room = array.reshape(-1).view(np.uint8).data
+    lead = extent.offset % mmap.PAGESIZE  # past the cache only whole pages are read
+    if arena is None or extent.size < LARGE:
+        array = np.empty(extent.size, np.uint8)
+        _read(extent, array.data)
+    else:
+        pages = arena.take(lead + extent.size)
+        array = pages[lead : lead + extent.size]
+        if _is_cached(extent) or not _read_past_cache(extent, pages):
+            _read(extent, array.data)
+    return array.view(dtype).reshape(shape)
+
+
+def _read(extent: Extent, room: memoryview) -> None:
     with open(extent.file, "rb", buffering=0) as file:
         file.seek(extent.offset)
         while len(room) and (got := file.readinto(room)):
             room = room[got:]
     if len(room):
         raise OSError(f"{extent.file}: ends early")
-    return array
+
+
+def _read_past_cache(extent: Extent, pages: np.ndarray) -> bool:
+    """Read the pages that it lies in; whether the system and the file's can do that."""
+    lead = extent.offset % mmap.PAGESIZE
+    try:
+        file = os.open(extent.file, os.O_RDONLY | os.O_DIRECT)
+        try:
+            return os.preadv(file, [pages.data], extent.offset - lead) >= lead + extent.size
+        finally:
+            os.close(file)
+    except (OSError, AttributeError):  # AttributeError: only some systems have O_DIRECT
+        return False
+
+
+def _is_cached(extent: Extent) -> bool:
+    """Whether most of it is in the page cache; so too where the system does not tell (Linux does from 6.5 on)."""
+    found = (ctypes.c_uint64 * 5)()  # pages that are cached, dirty, in writeback, evicted, recently evicted
+    with open(extent.file, "rb") as file:
+        part = (ctypes.c_uint64 * 2)(extent.offset, extent.size)
+        told = _syscall(_CACHESTAT, file.fileno(), part, found, 0) if sys.platform == "linux" else -1
+    return told != 0 or found[0] * mmap.PAGESIZE > extent.size / 2

@@ -5,6 +5,8 @@ slots of experts that stay are not touched, shapes never change and no step is c
 """
 
 from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import jax
@@ -12,8 +14,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dancemoe_jax.experts import ExpertWeights
-from dancemoe_jax.pool import ExpertPool, PoolLayout, local_devices, read_ahead, write_experts
+from dancemoe_jax.pool import ExpertPool, PoolLayout, local_devices, write_experts
 from dancemoe_jax.tables import assign_slots
+
+STAGING_THREADS = 8  # where all cores compute, one that has waited for the disk waits again for a core
 
 
 class Staged(NamedTuple):
@@ -34,28 +38,34 @@ class Staged(NamedTuple):
 
 
 def stage(
-    layout: PoolLayout, mesh: Mesh, slots: np.ndarray, resident: np.ndarray, read: Callable[[int, int], ExpertWeights]
+    layout: PoolLayout,
+    mesh: Mesh,
+    slots: np.ndarray,
+    resident: np.ndarray,
+    read: Callable[[int, int], ExpertWeights],
+    threads: Executor | None = None,
 ) -> Staged:
-    """Read every expert that `resident` adds on a device of this process, once for each device that gets it.
-
-    Two threads read, so that one waits for the disk while the other checks and transposes.
+    """Read every expert that `resident` adds on devices of this process, once, for however many of them.
 
     Args:
         slots: the assignment in force, int [devices, layers, experts].
         resident: the new placement, bool [devices, layers, experts].
         read: (layer, expert) -> its weights on the host, in the pool's types; what it raises ends staging.
+        threads: call it; default: as many new ones.
 
     Raises:
         ModelError: the placement does not fit the pool or leaves an expert uncovered; nothing has changed then.
     """
     new = assign_slots(layout, resident, previous=slots)
-    writes = {}
-    for device in local_devices(mesh):
-        added = np.argwhere((new[device] >= 0) & (slots[device] < 0))
-        places = new[device][tuple(added.T)].tolist()
-        writes[device] = list(
-            zip(places, read_ahead(read, ((layer, e) for layer, e in added.tolist()), threads=2), strict=True)
-        )
+    own = local_devices(mesh)
+    added = (new >= 0) & (slots < 0)
+    experts = [(layer, expert) for layer, expert in np.argwhere(added[own].any(axis=0)).tolist()]
+    writes: dict[int, list[tuple[int, ExpertWeights]]] = {device: [] for device in own}
+    with nullcontext(threads) if threads else ThreadPoolExecutor(STAGING_THREADS) as readers:
+        for (layer, expert), weights in zip(experts, readers.map(lambda at: read(*at), experts), strict=True):
+            for device in own:
+                if added[device, layer, expert]:
+                    writes[device].append((int(new[device, layer, expert]), weights))
     return Staged(new, writes)
 
 

@@ -23,6 +23,7 @@ import numpy as np
 import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
+from dancemoe_jax.arena import Arena
 from dancemoe_jax.config import ModelError
 from dancemoe_jax.extents import Extent, find_extents, read_extent
 
@@ -72,8 +73,11 @@ class ExpertStore:
         """Shape and type of each of an expert's arrays."""
         return {name: (tuple(a["shape"]), np.dtype(a["dtype"])) for name, a in self._arrays.items()}
 
-    def read(self, layer: int, expert: int) -> Arrays:
+    def read(self, layer: int, expert: int, arena: Arena | None = None) -> Arrays:
         """The arrays of one expert; `layer` counts MoE layers.
+
+        Args:
+            arena: where large arrays go if they can, see `extents.read_extent`.
 
         Returns:
             `w_in` [hidden, 2 * inner] (gate, then up) and `w_out` [inner, hidden]; where the model has them biases `b_in`
@@ -85,14 +89,14 @@ class ExpertStore:
         checksum = self._crc32[layer][expert]
         bundle = _expert_bundle(layer, expert - expert % self._per_bundle)
         where = f"{self.path / bundle}: expert {expert} of MoE layer {layer}"
-        arrays = self._read_extents(bundle, expert)
+        arrays = self._read_extents(bundle, expert, arena)
         if arrays is not None and _checksum(arrays) == checksum:
             return arrays
         return _read_checked(
             self.path / bundle, {name: f"{expert:05}.{name}" for name in self._arrays}, checksum, where
         )
 
-    def _read_extents(self, bundle: str, expert: int) -> Arrays | None:
+    def _read_extents(self, bundle: str, expert: int, arena: Arena | None) -> Arrays | None:
         """An expert's arrays from where they lie, unchecked; None where they are stored in another way, or not to be read."""
         try:
             if bundle not in self._extents:
@@ -101,7 +105,7 @@ class ExpertStore:
                 self._extents[bundle][f"{expert:05}.{name}"] for name in self._arrays
             ]  # all of them, or none is read
             return {
-                name: read_extent(extent, shape, dtype)
+                name: read_extent(extent, shape, dtype, arena)
                 for extent, (name, (shape, dtype)) in zip(extents, self.expert_arrays().items(), strict=True)
             }
         except (OSError, ValueError, KeyError, TypeError, IndexError):  # tensorstore says more exactly what it is

@@ -230,7 +230,7 @@ def _migrations(
         if outcome is None or outcome.failed:
             raise RuntimeError(f"a migration failed: {outcome.failed if outcome else 'no end within 600 s'}")
         done.append({
-            "share": float(share), "bytes": outcome.bytes, "stage_s": outcome.stage_s, "rounds": outcome.rounds,
+            "share": float(share), "bytes": outcome.staged, "stage_s": outcome.stage_s, "rounds": outcome.rounds,
             "seconds": outcome.seconds,
         })  # fmt: skip
         time.sleep(0.2)
@@ -252,7 +252,7 @@ def _scattered(present: Placement, loaded: Loaded, rng: np.random.Generator) -> 
 
 
 def _read_alone(loaded: Loaded, rng: np.random.Generator) -> float:
-    """Bytes a second that reading experts gives while nothing else runs, with as many threads as staging has."""
+    """Bytes a second that reading experts through the page cache gives while nothing else runs."""
     grid = np.argwhere(np.ones(loaded.profile.counts.shape[1:], bool))
     experts = [(int(layer), int(expert)) for layer, expert in rng.permutation(grid)]
     begin, total = time.monotonic(), 0

@@ -219,7 +219,7 @@ class Loaded:
     Attributes:
         placement: what is where; slots: int32 [devices, layers, experts], where in the pool.
         profile: the model's sizes, with users who are all alike.
-        read: (layer, expert) -> its weights on the host.
+        read: (layer, expert, arena = None) -> its weights on the host, as `ExpertFile.read`.
     """
 
     engine: Engine
@@ -227,7 +227,7 @@ class Loaded:
     placement: Placement
     slots: np.ndarray
     profile: Profile
-    read: Callable[[int, int], ExpertWeights]
+    read: Callable[..., ExpertWeights]
 
     def likely(self, resident: np.ndarray, profile: Profile) -> np.ndarray:
         """Which links' rows go unasked under a placement, where users are as the profile says: bool [servers, layers,

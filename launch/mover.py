@@ -18,13 +18,15 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import jax
 import numpy as np
 
+from dancemoe_jax.arena import Arena
 from dancemoe_jax.experts import ExpertWeights
-from dancemoe_jax.migrate import Staged, commit, rewrite, stage
+from dancemoe_jax.migrate import STAGING_THREADS, Staged, commit, rewrite, stage
 from dancemoe_jax.pool import WRITE_ROWS
 from dancemoe_jax.tables import Tables
 from launch.channel import Channel
@@ -81,7 +83,7 @@ class Outcome:
 
     Attributes:
         moved: copies written here, bytes: of them; rounds: committed.
-        stage_s: reading; seconds: in all.
+        staged: bytes that were read, once for all devices here; stage_s: for how long; seconds: in all.
         failed: why it ended before its placement was reached; "" if it was.
         stalls_s: what tables and each slice of writing took between two steps.
     """
@@ -89,6 +91,7 @@ class Outcome:
     number: int
     moved: int = 0
     bytes: int = 0
+    staged: int = 0
     rounds: int = 0
     stage_s: float = 0.0
     seconds: float = 0.0
@@ -170,6 +173,9 @@ class Mover:
         self._calls_at_once = 1  # of WRITE_ROWS experts, between two steps
         self._progress = threading.Lock()
         self._last = 0.0
+        # Both stay: new memory and new threads would cost the next round as much as reading does.
+        self._arena = Arena()
+        self._threads = ThreadPoolExecutor(STAGING_THREADS, "staging", lambda: give_way(STAGING))
         self._ended = False
         self._thread = threading.Thread(target=self._follow, name="mover", daemon=True)
 
@@ -185,6 +191,7 @@ class Mover:
         if self._job is not None:
             self._job.over.set()
         self._thread.join(5)
+        self._threads.shutdown(wait=False)
 
     def send(self, placement: Placement, likely: np.ndarray, reason: str) -> int:
         """Order all servers, this one included, to reach a placement; the order's number. One process sends, one at a time."""
@@ -231,6 +238,7 @@ class Mover:
         if self.placement is not before:
             self.epoch = order.epoch
         outcome.seconds = time.monotonic() - begin
+        self._arena.reset()
         with self.changed:
             self.stage_name, self.staged_bytes, self._job = "idle", 0, None
             self.outcomes.append(outcome)
@@ -248,9 +256,9 @@ class Mover:
             released = self._in_force(order, resident.copy(), slots)
         for move in step.moves:
             resident[move.device, move.layer, move.expert] = True
-        staged = stage(
-            self.engine.shapes["layout"], self.engine.mesh, slots, resident, self._reader(order.number, begin)
-        )
+        layout, mesh, read = self.engine.shapes["layout"], self.engine.mesh, self._reader(order.number, begin)
+        staged = stage(layout, mesh, slots, resident, read, self._threads)
+        self._outcome.staged += self.staged_bytes
         self._outcome.stage_s += time.monotonic() - begin
         committed = self._in_force(order, resident, staged.slots)
         job = _Job(order.number, 2 * index + 1, released, committed, step.staged, list(self._calls(staged)))
@@ -259,6 +267,7 @@ class Mover:
         self._report(job)
         job.over.wait()
         self._job = None
+        self._arena.reset()
         if job.step != "committed":
             raise _Stopped
         self._outcome.rounds += 1
@@ -278,8 +287,7 @@ class Mover:
             nonlocal total
             if self._ended or self._given_up >= number:
                 raise _Stopped
-            give_way(STAGING)  # one of the threads that stage
-            weights = self._loaded.read(layer, expert)
+            weights = self._loaded.read(layer, expert, self._arena)
             with lock:
                 total += sum(part.nbytes for part in jax.tree.leaves(weights))
                 self.staged_bytes = total

@@ -5,6 +5,7 @@ describes the arrays, then their bytes. Which server to ask follows from the clu
 """
 
 import json
+import math
 import queue
 import socket
 import sys
@@ -16,13 +17,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from dancemoe_jax.arena import Arena, room
 from dancemoe_jax.config import ModelError
 from dancemoe_jax.experts import ExpertWeights
 from launch.channel import Channel
 from launch.join import own_address
+from launch.priority import STAGING, give_way
 from placement import Cluster
 
-Read = Callable[[int, int], ExpertWeights]
+Read = Callable[..., ExpertWeights]  # (layer, expert, arena for large arrays = None)
 _LONGEST = 2**16  # of a line
 _START_S, _ANSWER_S = 120.0, 60.0
 
@@ -91,11 +94,14 @@ class ExpertServer:
             threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
 
     def _answer(self, connection: socket.socket) -> None:
+        give_way(STAGING)
+        arena = Arena()
         with connection, suppress(OSError), connection.makefile("rwb") as stream:
             while line := stream.readline(_LONGEST):
+                arena.reset()
                 try:
                     layer, expert = (int(number) for number in json.loads(line))
-                    arrays = [None if a is None else np.ascontiguousarray(a) for a in self._read(layer, expert)]
+                    arrays = [None if a is None else np.ascontiguousarray(a) for a in self._read(layer, expert, arena)]
                 except (ModelError, ValueError, TypeError, IndexError) as error:
                     stream.write(json.dumps({"error": " ".join(str(error).split())}).encode() + b"\n")
                 else:
@@ -119,18 +125,18 @@ class PeerReader:
         self._address, self._own = address, own
         self._free: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
-    def __call__(self, layer: int, expert: int) -> ExpertWeights:
-        """Weights of an expert. Raises ModelError where neither server can read it."""
+    def __call__(self, layer: int, expert: int, arena: Arena | None = None) -> ExpertWeights:
+        """Weights of an expert, as `ExpertFile.read`. Raises ModelError where neither server can read it."""
         stream = None
         try:
             stream = self._connection()
-            weights = _ask(stream, layer, expert)
+            weights = _ask(stream, layer, expert, arena)
         except (OSError, ValueError, KeyError, TypeError):
             if stream is not None:
                 _close(stream)
-            return self._own(layer, expert)
+            return self._own(layer, expert, arena)
         self._free.put(stream)
-        return self._own(layer, expert) if weights is None else weights
+        return self._own(layer, expert, arena) if weights is None else weights
 
     def close(self) -> None:
         """End the connections; nobody may be reading."""
@@ -151,7 +157,7 @@ def _close(stream: Any) -> None:
         stream.close()
 
 
-def _ask(stream: Any, layer: int, expert: int) -> ExpertWeights | None:
+def _ask(stream: Any, layer: int, expert: int, arena: Arena | None) -> ExpertWeights | None:
     """The answer to one question; None where the server cannot read that expert."""
     stream.write(json.dumps([layer, expert]).encode() + b"\n")
     stream.flush()
@@ -163,9 +169,9 @@ def _ask(stream: Any, layer: int, expert: int) -> ExpertWeights | None:
         if about is None:
             arrays.append(None)
             continue
-        array = np.empty(about[1], np.dtype(about[0]))
-        room = array.view(np.uint8).reshape(-1).data
-        if stream.readinto(room) < len(room):
+        dtype, shape = np.dtype(about[0]), about[1]
+        array = room(dtype.itemsize * math.prod(shape), arena)
+        if stream.readinto(array.data) < len(array):
             raise OSError("the answer ends early")
-        arrays.append(array)
+        arrays.append(array.view(dtype).reshape(shape))
     return ExpertWeights(*arrays)

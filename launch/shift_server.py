@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from dancemoe_jax import fill_pool, make_mesh, place_decoder
+from dancemoe_jax.arena import Arena
 from dancemoe_jax.experts import ExpertWeights
 from dancemoe_jax.generate import Weights
 from dancemoe_jax.pool import pool_layout
@@ -43,15 +44,15 @@ _HEAD_START_S = 1.0  # from everybody ready to the first second of a run
 class Storage:
     """Reads experts as slowly as the traced model's are read from a server's storage, however many threads ask."""
 
-    def __init__(self, read: Callable[[int, int], ExpertWeights], seconds_each: float) -> None:
+    def __init__(self, read: Callable[..., ExpertWeights], seconds_each: float) -> None:
         self._read, self._each = read, seconds_each
         self._lock, self._free = threading.Lock(), 0.0
 
-    def __call__(self, layer: int, expert: int) -> ExpertWeights:
+    def __call__(self, layer: int, expert: int, arena: Arena | None = None) -> ExpertWeights:
         with self._lock:
             self._free = max(self._free, time.monotonic()) + self._each
             until = self._free
-        weights = self._read(layer, expert)
+        weights = self._read(layer, expert, arena)
         time.sleep(max(0.0, until - time.monotonic()))
         return weights
 

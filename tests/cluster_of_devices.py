@@ -93,7 +93,7 @@ class Small:
     def shapes(self):
         return {"config": self.config, "layout": self.layout, "mesh": self.mesh}
 
-    def read(self, layer, expert):
+    def read(self, layer, expert, arena=None):
         return jax.tree.map(lambda a: np.asarray(a[layer, expert]), self.experts.weights)
 
     def place(self, resident):

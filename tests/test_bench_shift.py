@@ -87,7 +87,7 @@ def test_storage_gives_experts_at_its_rate():
     import threading
     import time
 
-    storage = Storage(lambda layer, expert: (layer, expert), 0.05)
+    storage = Storage(lambda layer, expert, arena: (layer, expert), 0.05)
     begin = time.monotonic()
     threads = [threading.Thread(target=storage, args=(0, expert)) for expert in range(4)]
     for thread in threads:

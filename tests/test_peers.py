@@ -32,7 +32,7 @@ def test_another_server_is_asked_where_its_disk_and_the_link_are_faster(loads, b
     assert quickest(cluster(loads, bandwidth), 1) == expected
 
 
-def weights(layer, expert):
+def weights(layer, expert, arena=None):
     rng = np.random.default_rng([layer, expert])
     plain = ExpertWeights(rng.normal(size=(40, 60)).astype(np.float32), rng.normal(size=(30, 40)).astype(np.float32))
     if layer == 1:
@@ -42,17 +42,17 @@ def weights(layer, expert):
     return plain
 
 
-def refuse(layer, expert):
+def refuse(layer, expert, arena=None):
     raise ModelError(f"expert {expert} of layer {layer} is damaged")
 
 
 def test_experts_arrive_as_they_are_and_failures_fall_back():
-    def read(layer, expert):
+    def read(layer, expert, arena):
         return refuse(layer, expert) if expert == 3 else weights(layer, expert)
 
     server, own = ExpertServer(read, "127.0.0.1"), []
 
-    def from_own(layer, expert):
+    def from_own(layer, expert, arena):
         own.append((layer, expert))
         return weights(layer, expert)
 
@@ -79,7 +79,7 @@ import sys, time, numpy as np
 from dancemoe_jax.experts import ExpertWeights
 from launch.peers import ExpertServer
 weights = ExpertWeights(np.ones((1024, 1536), np.float32), np.ones((768, 1024), np.float32))
-print(ExpertServer(lambda layer, expert: weights, sys.argv[1]).address[1], flush=True)
+print(ExpertServer(lambda layer, expert, arena: weights, sys.argv[1]).address[1], flush=True)
 time.sleep(600)
 """
 ASK = """
@@ -87,7 +87,7 @@ import sys, time
 from dancemoe_jax.pool import read_ahead
 from launch.peers import PeerReader
 host, port, experts = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-def own(layer, expert):
+def own(layer, expert, arena):
     raise SystemExit("not from there")
 reader = PeerReader((host, port), own)
 reader(0, 0)

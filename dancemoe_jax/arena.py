@@ -1,0 +1,42 @@
+"""Memory that is used again: what experts are staged into, round after round."""
+
+import mmap
+import threading
+
+import numpy as np
+
+LARGE = 2**19  # bytes from which on a piece of its own is worth while
+
+
+class Arena:
+    """Pieces of memory, all free again at once. Safe from several threads.
+
+    A page that a process touches for the first time costs the system about as much as reading it from a disk does.
+    Pieces begin at a page and are filed by their size in pages, which for experts of one model is always the same.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._free: dict[int, list[np.ndarray]] = {}
+        self._taken: list[np.ndarray] = []
+
+    def take(self, size: int) -> np.ndarray:
+        """At least so many bytes, uint8 [whole pages], with anything in them."""
+        pages = -(-size // mmap.PAGESIZE)
+        with self._lock:
+            free = self._free.setdefault(pages, [])
+            piece = free.pop() if free else np.frombuffer(mmap.mmap(-1, pages * mmap.PAGESIZE), np.uint8)
+            self._taken.append(piece)
+        return piece
+
+    def reset(self) -> None:
+        """All that was taken is free; nothing that was read into it may still be in use."""
+        with self._lock:
+            for piece in self._taken:
+                self._free[len(piece) // mmap.PAGESIZE].append(piece)
+            self._taken = []
+
+
+def room(size: int, arena: Arena | None) -> np.ndarray:
+    """Memory for so many bytes, uint8 [size]: of the arena if they are many, and else new."""
+    return np.empty(size, np.uint8) if arena is None or size < LARGE else arena.take(size)[:size]
