@@ -17,7 +17,7 @@ from dancemoe_jax.experts import ExpertWeights
 from dancemoe_jax.pool import ExpertPool, PoolLayout, local_devices, write_experts
 from dancemoe_jax.tables import assign_slots
 
-STAGING_THREADS = 8  # where all cores compute, one that has waited for the disk waits again for a core
+STAGING_THREADS = 4  # where all cores compute, one that has waited for the disk waits again for a core
 
 
 class Staged(NamedTuple):

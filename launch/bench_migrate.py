@@ -126,9 +126,12 @@ def _serve(
         "stall": max(stall for outcome in mover.outcomes for stall in outcome.stalls_s),
     }  # fmt: skip
     told = phases.exchange(index, own)
-    before()
-    phases.exchange(index, {})  # all begin at once
-    alone = min(_read_alone(loaded, rng), most or np.inf)
+    alone = 0.0
+    for _ in range(_ROUNDS):
+        before()
+        phases.exchange(index, {})  # all begin at once
+        alone = max(alone, _read_alone(loaded, rng))
+    alone = min(alone, most or np.inf)
     host.finish()
     loop.join()
     mover.end()
