@@ -13,11 +13,19 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from dancemoe_jax.arena import LARGE
 from dancemoe_jax.experts import ExpertWeights
 from dancemoe_jax.pool import ExpertPool, PoolLayout, local_devices, write_experts
 from dancemoe_jax.tables import assign_slots
 
-STAGING_THREADS = 4  # where all cores compute, one that has waited for the disk waits again for a core
+
+def staging_threads(expert_bytes: int) -> int:
+    """How many threads had better stage experts of a size.
+
+    Large ones wait for the disk, and where all cores compute then again for a core, so more are under way. Small ones
+    wait for the interpreter, which more threads would only keep from serving.
+    """
+    return 8 if expert_bytes >= 2 * LARGE else 4
 
 
 class Staged(NamedTuple):
@@ -51,7 +59,7 @@ def stage(
         slots: the assignment in force, int [devices, layers, experts].
         resident: the new placement, bool [devices, layers, experts].
         read: (layer, expert) -> its weights on the host, in the pool's types; what it raises ends staging.
-        threads: call it; default: as many new ones.
+        threads: call it; default: four new ones.
 
     Raises:
         ModelError: the placement does not fit the pool or leaves an expert uncovered; nothing has changed then.
@@ -61,7 +69,7 @@ def stage(
     added = (new >= 0) & (slots < 0)
     experts = [(layer, expert) for layer, expert in np.argwhere(added[own].any(axis=0)).tolist()]
     writes: dict[int, list[tuple[int, ExpertWeights]]] = {device: [] for device in own}
-    with nullcontext(threads) if threads else ThreadPoolExecutor(STAGING_THREADS) as readers:
+    with nullcontext(threads) if threads else ThreadPoolExecutor(4) as readers:
         for (layer, expert), weights in zip(experts, readers.map(lambda at: read(*at), experts), strict=True):
             for device in own:
                 if added[device, layer, expert]:

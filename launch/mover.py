@@ -26,7 +26,7 @@ import numpy as np
 
 from dancemoe_jax.arena import Arena
 from dancemoe_jax.experts import ExpertWeights
-from dancemoe_jax.migrate import STAGING_THREADS, Staged, commit, rewrite, stage
+from dancemoe_jax.migrate import Staged, commit, rewrite, stage, staging_threads
 from dancemoe_jax.pool import WRITE_ROWS
 from dancemoe_jax.tables import Tables
 from launch.channel import Channel
@@ -175,7 +175,8 @@ class Mover:
         self._last = 0.0
         # Both stay: new memory and new threads would cost the next round as much as reading does.
         self._arena = Arena()
-        self._threads = ThreadPoolExecutor(STAGING_THREADS, "staging", lambda: give_way(STAGING))
+        number = staging_threads(int(np.max(loaded.profile.expert_bytes)))
+        self._threads = ThreadPoolExecutor(number, "staging", lambda: give_way(STAGING))
         self._ended = False
         self._thread = threading.Thread(target=self._follow, name="mover", daemon=True)
 
