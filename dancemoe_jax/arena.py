@@ -1,5 +1,6 @@
 """Memory that is used again: what experts are staged into, round after round."""
 
+import math
 import mmap
 import threading
 
@@ -12,29 +13,39 @@ class Arena:
     """Pieces of memory, all free again at once. Safe from several threads.
 
     A page that a process touches for the first time costs the system about as much as reading it from a disk does.
-    Pieces begin at a page and are filed by their size in pages, which for experts of one model is always the same.
+    Pieces begin at a page and are filed by their size in pages, which for experts of one model is mostly the same.
+
+    Args:
+        most: bytes from which on pieces that are free make room for those of another size.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: float = math.inf) -> None:
+        self._most, self._held = most, 0
         self._lock = threading.Lock()
         self._free: dict[int, list[np.ndarray]] = {}
         self._taken: list[np.ndarray] = []
 
     def take(self, size: int) -> np.ndarray:
         """At least so many bytes, uint8 [whole pages], with anything in them."""
-        pages = -(-size // mmap.PAGESIZE)
+        size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
         with self._lock:
-            free = self._free.setdefault(pages, [])
-            piece = free.pop() if free else np.frombuffer(mmap.mmap(-1, pages * mmap.PAGESIZE), np.uint8)
-            self._taken.append(piece)
-        return piece
+            free = self._free.setdefault(size, [])
+            self._taken.append(free.pop() if free else self._new(size))
+            return self._taken[-1]
 
     def reset(self) -> None:
         """All that was taken is free; nothing that was read into it may still be in use."""
         with self._lock:
             for piece in self._taken:
-                self._free[len(piece) // mmap.PAGESIZE].append(piece)
+                self._free[len(piece)].append(piece)
             self._taken = []
+
+    def _new(self, size: int) -> np.ndarray:
+        for pieces in self._free.values():
+            while pieces and self._held + size > self._most:
+                self._held -= len(pieces.pop())
+        self._held += size
+        return np.frombuffer(mmap.mmap(-1, size), np.uint8)
 
 
 def room(size: int, arena: Arena | None) -> np.ndarray:

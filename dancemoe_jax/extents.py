@@ -88,7 +88,7 @@ def read_extent(extent: Extent, shape: tuple[int, ...], dtype: np.dtype, arena: 
         array = np.empty(extent.size, np.uint8)
         _read(extent, array.data)
     else:
-        pages = arena.take(lead + extent.size)
+        pages = arena.take(mmap.PAGESIZE + extent.size)  # wherever in a page it begins, so that pieces are alike
         array = pages[lead : lead + extent.size]
         if _is_cached(extent) or not _read_past_cache(extent, pages):
             _read(extent, array.data)

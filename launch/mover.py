@@ -174,7 +174,7 @@ class Mover:
         self._progress = threading.Lock()
         self._last = 0.0
         # Both stay: new memory and new threads would cost the next round as much as reading does.
-        self._arena = Arena()
+        self._arena = Arena(most=staging_bytes)
         number = staging_threads(int(np.max(loaded.profile.expert_bytes)))
         self._threads = ThreadPoolExecutor(number, "staging", lambda: give_way(STAGING))
         self._ended = False

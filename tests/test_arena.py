@@ -59,6 +59,27 @@ def test_pieces_are_used_again_but_never_twice_at_once():
     assert address(arena.take(20_000)) not in seen
 
 
+def test_an_arena_holds_no_more_than_it_may_but_gives_what_is_asked():
+    arena = Arena(most=10 * mmap.PAGESIZE)
+
+    def held():
+        return sum(len(piece) for pieces in [*arena._free.values(), arena._taken] for piece in pieces)
+
+    for size, number in ((2, 5), (3, 3), (5, 2), (1, 10), (4, 4), (1, 1)):
+        pieces = [arena.take(size * mmap.PAGESIZE) for _ in range(number)]
+        assert len({address(piece) for piece in pieces}) == number
+        assert held() <= max(10, size * number) * mmap.PAGESIZE
+        arena.reset()
+
+
+def test_pieces_are_alike_wherever_in_a_page_arrays_begin(large, arrays):
+    arena = Arena()
+    for array, extent in arrays:
+        read_extent(extent, array.shape, array.dtype, arena)
+        arena.reset()
+    assert [len(pieces) for pieces in arena._free.values()] == [1]
+
+
 def test_only_much_memory_comes_from_an_arena(large):
     arena = Arena()
     taken = room(20_000, arena)
