@@ -5,7 +5,7 @@ slots of experts that stay are not touched, shapes never change and no step is c
 """
 
 from collections.abc import Callable
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -70,10 +70,14 @@ def stage(
     experts = [(layer, expert) for layer, expert in np.argwhere(added[own].any(axis=0)).tolist()]
     writes: dict[int, list[tuple[int, ExpertWeights]]] = {device: [] for device in own}
     with nullcontext(threads) if threads else ThreadPoolExecutor(4) as readers:
-        for (layer, expert), weights in zip(experts, readers.map(lambda at: read(*at), experts), strict=True):
-            for device in own:
-                if added[device, layer, expert]:
-                    writes[device].append((int(new[device, layer, expert]), weights))
+        reading = [readers.submit(read, layer, expert) for layer, expert in experts]
+        try:
+            for (layer, expert), weights in zip(experts, reading, strict=True):
+                for device in own:
+                    if added[device, layer, expert]:
+                        writes[device].append((int(new[device, layer, expert]), weights.result()))
+        finally:  # nobody reads any more, into whatever memory, once this has ended
+            wait([future for future in reading if not future.cancel()])
     return Staged(new, writes)
 
 

@@ -1,5 +1,9 @@
 """Migration: only what is new is written, where it belongs, in the memory that is there; a refusal changes nothing."""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import numpy as np
 import pytest
@@ -64,6 +68,30 @@ def test_staging_reads_just_what_is_new_and_that_once(rng):
     assert sorted(read) == [tuple(at) for at in np.argwhere(new.any(0)).tolist()]
     assert staged.nbytes == new.sum() * small.config.expert_params * 4
     assert stage(small.layout, small.mesh, slots, slots >= 0, small.read).nbytes == 0
+
+
+def test_staging_that_fails_leaves_nobody_reading(rng):
+    small = Small.make()
+    slots, _ = small.place(random_resident(rng))
+    after = random_resident(rng)
+    first = tuple(np.argwhere((after & (slots < 0)).any(0))[0])
+    slow, over = threading.Event(), []
+
+    def read(layer, expert):
+        if (layer, expert) == first:
+            slow.wait(10)
+            raise ModelError("damaged")
+        slow.set()
+        time.sleep(0.2)
+        over.append((layer, expert))
+        return small.read(layer, expert)
+
+    with ThreadPoolExecutor(3) as threads:
+        with pytest.raises(ModelError, match="damaged"):
+            stage(small.layout, small.mesh, slots, after, read, threads)
+        ended = len(over)
+        time.sleep(0.5)
+        assert len(over) == ended > 0
 
 
 def test_a_refused_placement_changes_nothing(rng):
