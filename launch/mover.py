@@ -27,7 +27,7 @@ import numpy as np
 from dancemoe_jax.arena import Arena
 from dancemoe_jax.experts import ExpertWeights
 from dancemoe_jax.migrate import Staged, commit, rewrite, stage, staging_threads
-from dancemoe_jax.pool import WRITE_ROWS
+from dancemoe_jax.pool import WRITE_ROWS, local_devices
 from dancemoe_jax.tables import Tables
 from launch.channel import Channel
 from launch.engine import GIVEN_UP, ORDER, STAGE, Engine
@@ -174,7 +174,9 @@ class Mover:
         self._progress = threading.Lock()
         self._last = 0.0
         # Both stay: new memory and new threads would cost the next round as much as reading does.
-        self._arena = Arena(most=staging_bytes)
+        layout = self.engine.shapes["layout"]
+        servers = {layout.server[device] for device in local_devices(self.engine.mesh)}
+        self._arena = Arena(most=len(servers) * staging_bytes)
         number = staging_threads(int(np.max(loaded.profile.expert_bytes)))
         self._threads = ThreadPoolExecutor(number, "staging", lambda: give_way(STAGING))
         self._ended = False
