@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -119,6 +120,19 @@ def test_what_is_not_cached_stays_so(large, arrays):
     assert not dancemoe_jax.extents._is_cached(extent)
     read_extent(extent, array.shape, array.dtype)
     assert dancemoe_jax.extents._is_cached(extent)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no other system is asked")
+@pytest.mark.parametrize(("told", "pages", "cached"), [(0, 0, False), (0, 6, False), (0, 7, True), (-1, 0, True)])
+def test_most_of_an_array_has_to_be_cached(arrays, monkeypatch, told, pages, cached):
+    def cachestat(number, file, part, found, flags):
+        assert (number, list(part)) == (451, [extent.offset, 50_000])
+        found[0] = pages
+        return told
+
+    extent = arrays[1][1]
+    monkeypatch.setattr(dancemoe_jax.extents, "_syscall", cachestat)
+    assert dancemoe_jax.extents._is_cached(extent) == cached
 
 
 def test_a_file_that_ends_early_is_no_array(large, arrays):
