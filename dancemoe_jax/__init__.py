@@ -5,13 +5,15 @@ else); what is in here runs it: `fill_pool` and `routing_tables` put it in force
 `migrate` changes it between two steps.
 """
 
-from dancemoe_jax.checkpoint import bundled_model, load_model
-from dancemoe_jax.config import ModelConfig, ModelError
-from dancemoe_jax.generate import Weights, decode_step, generate, init_state, place_decoder, place_tables, prefill
+from dancemoe_jax.checkpoint.reader import bundled_model, load_model
+from dancemoe_jax.errors import ModelError
+from dancemoe_jax.expert_parallel.migrate import commit, migrate, stage
+from dancemoe_jax.expert_parallel.pool import ExpertPool, fill_pool, pool_layout, resident_bytes
+from dancemoe_jax.expert_parallel.tables import assign_slots, routing_tables
+from dancemoe_jax.inference.generate import generate
+from dancemoe_jax.inference.steps import Weights, decode_step, init_state, place_decoder, place_tables, prefill
 from dancemoe_jax.mesh import make_mesh
-from dancemoe_jax.migrate import commit, migrate, stage
-from dancemoe_jax.pool import ExpertPool, fill_pool, pool_layout, resident_bytes
-from dancemoe_jax.tables import assign_slots, routing_tables
+from dancemoe_jax.model.config import ModelConfig
 
 __all__ = [
     "ExpertPool",

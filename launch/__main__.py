@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from dancemoe_jax.config import ModelError
+from dancemoe_jax.errors import ModelError
 from placement import InputError
 
 COMMANDS = {
@@ -22,6 +22,9 @@ COMMANDS = {
     "train": "train a small mixture of experts on text by domain",
     "evaluate": "quality of a model on held-out text, and how its routing differs by domain",
 }
+
+
+_MODULES = {"demo": "launch.demo.run", "bench": "launch.bench.run"}  # the others are in launch/commands
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, what in COMMANDS.items():
         command = commands.add_parser(name, help=what, description=what)
         if argv[:1] == [name]:  # importing jax takes seconds: only for the command that is run
-            module = importlib.import_module(f"launch.{name}")
+            module = importlib.import_module(_MODULES.get(name, f"launch.commands.{name}"))
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     arguments = parser.parse_args(argv)

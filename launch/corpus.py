@@ -6,6 +6,7 @@ belongs to the training or to the held-out part by a hash of its name, so that n
 Python version reads them; arithmetic holds out a tenth of all pairs of two-digit numbers.
 """
 
+import argparse
 import ast
 import dataclasses
 import hashlib
@@ -198,3 +199,39 @@ def _arithmetic(seed: int, documents: int, *, held_out: bool) -> tuple[str, ...]
                 lines.append(f"{a} + {b} = {a + b}" if kind < 5 else f"{a + b} - {b} = {a}")
         result.append("\n".join(lines) + "\n")
     return tuple(result)
+
+
+EOS = 256  # ids 0 to 255 are the bytes
+
+
+def encode(documents: tuple[str, ...]) -> np.ndarray:
+    """Documents as bytes, each closed by the end-of-text token; uint16 [tokens]."""
+    parts = []
+    for text in documents:
+        parts += [np.frombuffer(text.encode(), np.uint8).astype(np.uint16), np.array([EOS], np.uint16)]
+    return np.concatenate(parts)
+
+
+def add_domain_argument(parser: argparse.ArgumentParser) -> None:
+    text = "text file or directory; repeat for several; default: code, prose, arithmetic"
+    parser.add_argument("--domain", action="append", default=[], metavar="NAME=PATH", help=text)
+
+
+def read_domains(specifications: list[str], seed: int) -> list[Domain]:
+    """The domains of `--domain` flags, or the built-in ones where there is none.
+
+    Raises:
+        InputError: a flag is not NAME=PATH, repeats a name, or its text cannot be used.
+    """
+    if not specifications:
+        built_in = load_domains(seed)
+        return [built_in[name] for name in DOMAINS]
+    domains = []
+    for specification in specifications:
+        name, equals, path = specification.partition("=")
+        if not equals or not name:
+            raise InputError(f"--domain {specification!r}: write NAME=PATH")
+        if name in [domain.name for domain in domains]:
+            raise InputError(f"--domain {specification!r}: the name {name!r} is taken; give every domain its own")
+        domains.append(read_domain(name, Path(path)))
+    return domains

@@ -1,15 +1,16 @@
 """Where copies of experts should live: planning for servers of unequal memory, with numpy alone."""
 
+from placement.data.cluster import Cluster, Device, Server
+from placement.data.model_shapes import ModelShape
+from placement.data.placement import Placement
+from placement.data.problem import Problem
+from placement.data.profile import Profile
+from placement.data.statistics import DecayingCounts, drift, shrink
+from placement.data.workload import Workload
 from placement.files import InputError
-from placement.migration import Diff, Move, Round, Verdict, diff, should_migrate
-from placement.model_shapes import ModelShape
-from placement.placement import Placement
+from placement.migration.decide import Verdict, should_migrate
+from placement.migration.diff import Diff, Move, Round, diff
 from placement.planner import STRATEGIES, evaluate, optimum, plan
-from placement.problem import Problem
-from placement.profile import Profile
-from placement.statistics import DecayingCounts, drift, shrink
-from placement.types import Cluster, Device, Server
-from placement.workload import Workload
 
 __all__ = [
     "STRATEGIES",

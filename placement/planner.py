@@ -6,22 +6,22 @@ from typing import Any
 
 import numpy as np
 
-from placement import cost
-from placement.baselines import redundance, smartmoe, uniform
-from placement.dance import dance
-from placement.eplb import eplb, eplb_nodup
-from placement.equal_slots import project, restricted, slots_per_device
-from placement.exact import exact, gap, least_remote
+from placement.costs import summary as cost
+from placement.costs.step_time import predict
+from placement.data.cluster import Cluster
+from placement.data.placement import Placement
+from placement.data.problem import Problem
+from placement.data.profile import Profile
+from placement.data.statistics import shrink
+from placement.data.workload import Workload
 from placement.files import InputError, show
-from placement.latency import latency
-from placement.placement import Placement
-from placement.problem import Problem
-from placement.profile import Profile
-from placement.statistics import shrink
-from placement.step_time import predict
-from placement.swift import swift
-from placement.types import Cluster
-from placement.workload import Workload
+from placement.strategies.baselines import redundance, smartmoe, uniform
+from placement.strategies.dance import dance
+from placement.strategies.eplb import eplb, eplb_nodup
+from placement.strategies.equal_slots import project, restricted, slots_per_device
+from placement.strategies.exact.optimum import exact, gap, least_remote
+from placement.strategies.latency.plan import latency
+from placement.strategies.swift import swift
 
 # strategy(problem, *, previous: bool [D, L, E] | None, seed: int) -> bool [D, L, E]; pure.
 STRATEGIES: dict[str, Callable[..., np.ndarray]] = {
@@ -57,7 +57,7 @@ def plan(
         strategy: a key of `STRATEGIES`.
         previous: the placement in force; among equally good plans the one that moves least wins.
         seed: for strategies that draw at random.
-        equal_slots: the same number of slots per layer on every device (`placement.equal_slots`), for engines that need
+        equal_slots: the same number of slots per layer on every device (strategies/equal_slots.py), for engines that need
             it; `predicted["equal_slots"]` says what that costs.
         prior: pseudo-assignments with which thin statistics are drawn towards the other servers' (`statistics.shrink`).
         optimum: what `placement.optimum` found for these inputs and prior; `predicted["gap"]` is then the plan's.

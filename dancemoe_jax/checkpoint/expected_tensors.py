@@ -1,0 +1,56 @@
+"""Which tensors a model directory must hold for a configuration, and their shapes. Reads no file."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+from flax import nnx
+
+from dancemoe_jax.checkpoint.families import Source, expert_sources, layer_sources, whole_sources
+from dancemoe_jax.model.config import ModelConfig
+from dancemoe_jax.model.decoder import Decoder
+
+
+def expected_tensors(config: ModelConfig, experts: bool = True) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Tensor names and stored shapes of a whole model, or of all of it but the routed experts."""
+    decoder = abstract_decoder(config)
+    for field, source in whole_sources(config).items():
+        yield from _stored_shapes(source, getattr(decoder, field).shape, config)
+    for (start, stop), layers in zip(config.runs, decoder.runs, strict=True):
+        for index in range(start, stop):
+            sources = layer_sources(config, index)
+            for field in present(layers, sources):
+                yield from _stored_shapes(sources[field], getattr(layers, field).shape[1:], config)
+    shapes = expert_shapes(config)
+    for layer, expert in np.ndindex(config.num_moe_layers, config.num_experts if experts else 0):
+        for field, source in expert_sources(config, layer, expert).items():
+            yield from _stored_shapes(source, shapes[field], config)
+
+
+def _stored_shapes(
+    source: Source, shape: tuple[int, ...], config: ModelConfig
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    width = source.span[2] if source.span else shape[-1] // len(source.names)
+    shape = (*shape[:-1], width)
+    if source.inputs is not None:
+        outputs, inputs = math.prod(shape[source.inputs :]), math.prod(shape[: source.inputs])
+        shape = (outputs, inputs) if source.inputs else (outputs,)
+    if source.row is not None:
+        shape = (config.num_experts, *shape)
+    for name in source.names:
+        yield name, shape
+
+
+def expert_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    hidden, inner = config.hidden_size, config.expert_size
+    return {"w_in": (hidden, 2 * inner), "w_out": (inner, hidden), "b_in": (2 * inner,), "b_out": (hidden,)}
+
+
+def abstract_decoder(config: ModelConfig) -> Decoder:
+    """The decoder's structure and shapes without its memory."""
+    return nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0)))
+
+
+def present(module: nnx.Module, sources: dict[str, Source]) -> list[str]:
+    """The fields that this module really has (a tied model has no head)."""
+    return [field for field in sources if getattr(module, field, None) is not None]

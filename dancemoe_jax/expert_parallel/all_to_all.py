@@ -1,0 +1,62 @@
+"""Rows by a plain all_to_all, in buffers of one size for every pair of devices: for devices of one process.
+
+It is also the reference for the two-stage exchange over slow links (two_stage.py).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from dancemoe_jax.mesh import AXIS
+
+
+def size_classes(tokens: int, most: int = 4) -> list[int]:
+    """Rows per pair of devices that an exchange may be sized for: all tokens of the step, half of them, a quarter …"""
+    return sorted({-(-tokens // 2**i) for i in range(most)})
+
+
+def exchange_all_to_all(compute, server, need, x, topk_weights, device, slot, fixed, wire):
+    """Buffers of one size for every pair of devices: the smallest of a few that holds the busiest pair, agreed by all."""
+    me, devices = jax.lax.axis_index(AXIS), server.size
+    out = compute(x, jnp.where(device == me, slot, -1), topk_weights)
+    needs = (device[:, :, None] == jnp.arange(devices)).any(1) & (jnp.arange(devices) != me)
+    away = (server != server[me]).sum()
+
+    def exchange(size: int):
+        def branch(x, topk_weights):
+            with jax.named_scope(f"exchange_{size}"):
+                return _exchange(compute, x, topk_weights, device, slot, needs, size, wire), size * away
+
+        return branch
+
+    def stay(x, topk_weights):
+        return jnp.zeros_like(x), 0 * away
+
+    sizes = [x.shape[0]] if fixed else size_classes(x.shape[0])
+
+    def agree():
+        busiest = jax.lax.pmax(needs.sum(0).max(), AXIS)
+        return jnp.where(busiest > 0, 1 + jnp.searchsorted(jnp.array(sizes), busiest), 0)
+
+    # Known to be local everywhere: not even the question is asked.
+    choice = 1 if fixed else jax.lax.cond(need, agree, lambda: jnp.zeros((), jnp.int32))
+    there, rows = jax.lax.switch(choice, [stay, *map(exchange, sizes)], x, topk_weights)
+    return out + there, rows
+
+
+def _exchange(compute, x, topk_weights, device, slot, needs, size, wire):
+    """Send each device the tokens that need it, compute what arrives, send the partial sums back."""
+    devices, k = needs.shape[1], slot.shape[1]
+    # The tokens that need a device, in order, first; `size` is enough for all of them.
+    token = jnp.argsort(~needs, axis=0, stable=True)[:size].T
+    sent = jnp.take_along_axis(needs.T, token, axis=1)
+    theirs = (device[token] == jnp.arange(devices)[:, None, None]) & sent[:, :, None]
+    parcel = {
+        "x": x[token].astype(wire),
+        "weights": topk_weights[token],
+        "slots": jnp.where(theirs, slot[token], -1),
+    }
+    parcel = jax.tree.map(lambda a: jax.lax.all_to_all(a, AXIS, 0, 0).reshape(devices * size, -1), parcel)
+    partial = compute(parcel["x"].astype(x.dtype), parcel["slots"].reshape(-1, k), parcel["weights"]).astype(wire)
+    partial = jax.lax.all_to_all(partial.reshape(devices, size, -1), AXIS, 0, 0).astype(x.dtype)
+    rows = jnp.where(sent, token, x.shape[0]).reshape(-1)
+    return jnp.zeros_like(x).at[rows].add(partial.reshape(devices * size, -1), mode="drop")

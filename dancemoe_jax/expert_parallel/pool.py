@@ -1,0 +1,249 @@
+"""Slots for expert weights: each device's flat pool, shared by all layers and sized once, and computing out of it.
+
+A pool is a list of banks, the same list of shapes on every device, because one program runs on all. Where devices have
+unequal memory, the smaller ones pass a bank of theirs a second time in place of the banks that they have no memory for:
+one buffer, two names, no bytes. Which expert sits in which slot is tables.py's business, changing it is migrate.py's.
+"""
+
+import collections
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import NamedTuple, SupportsInt
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dancemoe_jax.errors import ModelError
+from dancemoe_jax.expert_parallel.links import Links, make_links
+from dancemoe_jax.mesh import sharded
+from dancemoe_jax.model.experts import ExpertWeights
+
+# Slots written by one call: the shape of a write, and so compiled once for each device and size of bank.
+WRITE_ROWS = 8
+
+# How bfloat16 weights lie in a pool on CPUs: as their bits. XLA has no bfloat16 arithmetic there, and would turn a whole
+# pool into float32 rather than the one expert that is sliced out of it.
+BFLOAT16_BITS = jnp.uint16
+
+
+class ExpertPool(NamedTuple):
+    """Expert weights of all devices, a pytree. Each bank's arrays have [devices * its slots] in front; uint16 is bfloat16."""
+
+    banks: tuple[ExpertWeights, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolLayout:
+    """The devices, and how the slots of each are cut into banks.
+
+    Attributes:
+        capacity: slots of each device.
+        banks: slots of each bank. A device owns a prefix of this list, so a slot's number is the same cut everywhere.
+        server: of each device.
+    """
+
+    capacity: tuple[int, ...]
+    banks: tuple[int, ...]
+    server: tuple[int, ...]
+
+    @cached_property
+    def links(self) -> Links:
+        """Who sends to whom in an exchange."""
+        return make_links(self.server, max(self.capacity))
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """First slot of each bank."""
+        return tuple(int(s) for s in np.cumsum((0, *self.banks[:-1])))
+
+    def owned(self, device: int) -> int:
+        """How many banks, from the first, the device has memory of its own for."""
+        return int(np.searchsorted(np.cumsum(self.banks), self.capacity[device], side="right"))
+
+    def buffer(self, device: int, bank: int) -> int:
+        """The bank whose buffer the device passes for `bank`: itself, or an owned one of the same size."""
+        return bank if bank < self.owned(device) else self.banks.index(self.banks[bank])
+
+    def locate(self, slot: int) -> tuple[int, int]:
+        """Bank of a slot and its place there."""
+        bank = int(np.searchsorted(self.starts, slot, side="right")) - 1
+        return bank, slot - self.starts[bank]
+
+
+def pool_layout(capacity: Sequence[int], server: Iterable[SupportsInt] | None = None) -> PoolLayout:
+    """Cut devices' slots into banks so that no slot is lost and every bank's size occurs among those all devices own.
+
+    The distinct capacities are levels; a step between two levels becomes one bank, and the smallest device's slots are
+    cut so that a bank of each step's size is among them. Steps too large for that are cut into equal parts.
+
+    Args:
+        capacity: slots of each device.
+        server: of each device, a number; default: all are on one.
+
+    Raises:
+        ModelError: a device has no slot at all, or there is not one server for each.
+    """
+    server = tuple(int(s) for s in server) if server is not None else (0,) * len(capacity)
+    if len(server) != len(capacity):
+        raise ModelError(f"pool: {len(capacity)} devices, but servers of {len(server)}")
+    if min(capacity) < 1:
+        raise ModelError(
+            f"device {int(np.argmin(capacity))} has room for no expert; give it more memory or leave it out"
+        )
+    levels = sorted(set(capacity))
+    steps = [b - a for a, b in itertools.pairwise(levels)]
+    if sum(set(steps)) > levels[0]:
+        part = max(1, levels[0] // (len(steps) + 1))
+        steps = [size for step in steps for size in [part] * (step // part) + [step % part] * (step % part > 0)]
+    shared = sorted(set(steps))
+    rest = levels[0] - sum(shared)
+    return PoolLayout(tuple(int(c) for c in capacity), (*([rest] if rest else []), *shared, *steps), server)
+
+
+def local_devices(mesh: Mesh) -> list[int]:
+    """Places in the mesh of this process's devices."""
+    return [i for i, device in enumerate(mesh.devices) if device.process_index == jax.process_index()]
+
+
+def assemble(mesh: Mesh, layout: PoolLayout, buffers: dict[int, list[ExpertWeights]]) -> ExpertPool:
+    """The pool over the buffers that this process's devices own: `buffers[device][bank]`, no copy."""
+
+    def bank(number: int) -> ExpertWeights:
+        parts = [own[layout.buffer(device, number)] for device, own in buffers.items()]
+
+        def joined(*arrays: jax.Array) -> jax.Array:
+            shape = (mesh.size * layout.banks[number], *arrays[0].shape[1:])
+            return jax.make_array_from_single_device_arrays(shape, sharded(mesh), list(arrays))
+
+        return jax.tree.map(joined, *parts)
+
+    return ExpertPool(tuple(bank(number) for number in range(len(layout.banks))))
+
+
+def buffers_of(layout: PoolLayout, pool: ExpertPool, mesh: Mesh) -> dict[int, list[ExpertWeights]]:
+    """The inverse of `assemble`: the bank buffers of each device of this process, in order."""
+
+    def local(array: jax.Array) -> dict:
+        return {shard.device: shard.data for shard in array.addressable_shards}
+
+    by_device = [jax.tree.map(local, bank) for bank in pool.banks]
+    return {
+        index: [
+            jax.tree.map(lambda shards, at=index: shards[mesh.devices[at]], bank, is_leaf=lambda x: isinstance(x, dict))
+            for bank in by_device[: layout.owned(index)]
+        ]
+        for index in local_devices(mesh)
+    }
+
+
+def fill_pool(
+    mesh: Mesh, layout: PoolLayout, slots: np.ndarray, read: Callable[[int, int], ExpertWeights]
+) -> ExpertPool:
+    """A pool with the experts that `slots` names; empty slots are zero. Each process fills its own devices.
+
+    Args:
+        slots: int [devices, layers, experts], slot of each resident expert or -1 (tables.assign_slots).
+        read: (layer, expert) -> its weights on the host, in the pool's types. Called once for each copy, from several
+            threads; a few experts are in host memory at a time.
+    """
+    example = read(0, 0)
+
+    def empty(device: int) -> list[ExpertWeights]:
+        def zeros(array: np.ndarray, count: int) -> jax.Array:
+            on = mesh.devices[device]
+            as_bits = on.platform == "cpu" and array.dtype == jnp.bfloat16
+            return jnp.zeros((count, *array.shape), BFLOAT16_BITS if as_bits else array.dtype, device=on)
+
+        owned = layout.banks[: layout.owned(device)]
+        return [jax.tree.map(functools.partial(zeros, count=count), example) for count in owned]
+
+    def experts_of(device: int) -> Iterator[tuple[int, ExpertWeights]]:
+        held = np.argwhere(slots[device] >= 0)
+        return zip(
+            slots[device][tuple(held.T)].tolist(),
+            read_ahead(read, [(layer, index) for layer, index in held.tolist()]),
+            strict=True,
+        )
+
+    pool = assemble(mesh, layout, {device: empty(device) for device in local_devices(mesh)})
+    return write_experts(pool, layout, mesh, {device: experts_of(device) for device in local_devices(mesh)})
+
+
+def read_ahead(
+    read: Callable[[int, int], ExpertWeights], experts: Iterable[tuple[int, int]], threads: int = 4
+) -> Iterator[ExpertWeights]:
+    """Weights of (layer, expert) pairs in order, read by several threads: one waits for the disk, another transposes."""
+    with ThreadPoolExecutor(threads) as pool:
+        coming: collections.deque = collections.deque()
+        for layer, index in experts:
+            coming.append(pool.submit(read, layer, index))
+            if len(coming) > threads:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
+
+
+def write_experts(
+    pool: ExpertPool,
+    layout: PoolLayout,
+    mesh: Mesh,
+    writes: Mapping[int, Iterable[tuple[int, ExpertWeights]]],
+) -> ExpertPool:
+    """Put experts into slots, in the pool's own memory. The pool passed in must not be used afterwards.
+
+    Args:
+        writes: device -> (slot, weights) of what is new there, taken a few at a time; this process's devices only.
+    """
+    buffers = buffers_of(layout, pool, mesh)
+
+    def flush(device: int, bank: int, rows: list[tuple[int, ExpertWeights]]) -> None:
+        rows = rows + [rows[-1]] * (WRITE_ROWS - len(rows))
+        places = np.array([place for place, _ in rows], np.int32)
+        own = buffers[device]
+        weights = jax.tree.map(_stacked, own[bank], *(one for _, one in rows))
+        own[bank] = _write(own[bank], *jax.device_put((places, weights), mesh.devices[device]))
+
+    for device, own_writes in writes.items():
+        pending: dict[int, list] = {}
+        for slot, weights in own_writes:
+            bank, place = layout.locate(slot)
+            pending.setdefault(bank, []).append((place, weights))
+            if len(pending[bank]) == WRITE_ROWS:
+                flush(device, bank, pending.pop(bank))
+        for bank, rows in pending.items():
+            flush(device, bank, rows)
+    return assemble(mesh, layout, buffers)
+
+
+def _stacked(array: jax.Array, *parts: np.ndarray) -> np.ndarray:
+    """Parts in a row, as they lie in an array of the pool."""
+    stacked = np.stack(parts).astype(jnp.bfloat16 if array.dtype == BFLOAT16_BITS else array.dtype, copy=False)
+    return stacked.view(array.dtype)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write(bank, places, values):
+    """bank[places[i]] = values[i] in place; a place named twice has the same value twice."""
+
+    def put(array, rows):
+        for i in range(WRITE_ROWS):
+            array = jax.lax.dynamic_update_index_in_dim(array, rows[i], places[i], axis=0)
+        return array
+
+    return jax.tree.map(put, bank, values)
+
+
+def resident_bytes(pool: ExpertPool, mesh: Mesh) -> np.ndarray:
+    """Bytes of pool memory on each device, int64 [devices], from the arrays: a buffer passed twice counts once."""
+    sizes: list[dict[int, int]] = [{} for _ in mesh.devices]
+    index = {device: i for i, device in enumerate(mesh.devices)}
+    for bank in jax.tree.leaves(pool):
+        for shard in bank.addressable_shards:
+            sizes[index[shard.device]][shard.data.unsafe_buffer_pointer()] = shard.data.nbytes
+    return np.array([sum(buffers.values()) for buffers in sizes], np.int64)

@@ -1,0 +1,287 @@
+"""Serving steps: prefill and decode as free jitted functions over explicit state, and greedy generation on top of them.
+
+Each device serves the sequences that entered at it: their cache and attention are its own, experts are wherever the
+tables say. Nothing in a step depends on a placement's shape, so a new placement never compiles anything.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Int
+
+from dancemoe_jax.expert_parallel.dispatch import Traffic, Transport, default_transport, dispatch
+from dancemoe_jax.expert_parallel.pool import ExpertPool, PoolLayout
+from dancemoe_jax.expert_parallel.slot_experts import slot_experts
+from dancemoe_jax.expert_parallel.tables import Tables
+from dancemoe_jax.mesh import AXIS, put, replicated, sharded
+from dancemoe_jax.model.config import ModelConfig
+from dancemoe_jax.model.decoder import Decoder, decoder_layer, head_logits, scan_layers
+
+DECODE_TILE, PREFILL_TILE = 8, 32
+
+
+class Weights(NamedTuple):
+    """All that a step reads and does not change."""
+
+    decoder: Decoder
+    pool: ExpertPool
+    tables: Tables
+
+
+class State(NamedTuple):
+    """What steps carry on. S: sequences a device has room for.
+
+    Attributes:
+        k, v: cache [layers, devices * S, max_position, kv_heads, head_dim], dealt over devices. With latent attention k is
+            the narrow vector and the shared key, [layers, devices * S, max_position, 1, kv_rank + rope_dim], v is None.
+        counts: int32 [devices, MoE layers, experts], assignments of the tokens that entered at each device, since the start.
+    """
+
+    k: jax.Array
+    v: jax.Array | None
+    counts: jax.Array
+
+
+class StepResult(NamedTuple):
+    """What a step found.
+
+    Attributes:
+        tokens: int32 [devices, rows], the greedy next token of every row.
+        logits: float32 [devices, rows, vocab] they come from; with `all_logits` [devices, rows, chunk, vocab].
+        traffic: int32 [devices, MoE layers] each.
+        notes: int32 [devices, n], what was passed in, of all devices on all of them.
+        routed: int32 [devices, tokens, MoE layers, k], experts of every row's tokens, empty rows included.
+    """
+
+    tokens: jax.Array
+    logits: jax.Array
+    traffic: Traffic
+    notes: jax.Array
+    routed: jax.Array
+
+
+class GivenRouting(NamedTuple):
+    """Experts of each token that are known beforehand, from a trace: they take the place of the router's choice.
+
+    Attributes:
+        ids: int32 [devices, tokens, MoE layers, k], tokens in the order of the step's rows.
+        weights: float of the same shape.
+    """
+
+    ids: jax.Array
+    weights: jax.Array
+
+
+def init_state(config: ModelConfig, mesh: Mesh, sequences: int, dtype=jnp.float32) -> State:
+    """Empty caches for `sequences` sequences on each device, and zero counts."""
+    heads = config.num_kv_heads if config.latent is None else 1
+    shape = (config.num_layers, mesh.size * sequences, config.max_position, heads)
+
+    def cache(width: int) -> jax.Array:
+        return jnp.zeros((*shape, width // heads), dtype, device=sharded(mesh, 1))
+
+    counts = jnp.zeros((mesh.size, config.num_moe_layers, config.num_experts), jnp.int32, device=sharded(mesh))
+    key_width, value_width = config.cache_widths
+    return State(cache(key_width), cache(value_width) if value_width else None, counts)
+
+
+def place_decoder(decoder: Decoder, mesh: Mesh) -> Decoder:
+    """Everything but the routed experts, on every device."""
+    return put(decoder, replicated(mesh))
+
+
+def place_tables(tables: Tables, mesh: Mesh) -> Tables:
+    """Tables where the steps read them."""
+    by_source: Any = sharded(mesh)
+    everywhere: Any = replicated(mesh)
+    return put(tables, Tables(by_source, by_source, everywhere, everywhere))
+
+
+_SHAPES = ("config", "layout", "mesh", "transport", "wire_dtype")
+
+
+@functools.partial(jax.jit, static_argnames=_SHAPES, donate_argnames=("state",))
+def decode_step(
+    weights: Weights,
+    state: State,
+    tokens: Int[ArrayLike, "devices sequences"],
+    positions: Int[ArrayLike, "devices sequences"],
+    active: Bool[ArrayLike, "devices sequences"],
+    notes: Int[ArrayLike, "devices n"] | None = None,
+    routing: GivenRouting | None = None,
+    *,
+    config: ModelConfig,
+    layout: PoolLayout,
+    mesh: Mesh,
+    transport: Transport | None = None,
+    wire_dtype: Any = None,
+) -> tuple[State, StepResult]:
+    """One token for every active sequence: token and its position in, the next token out.
+
+    Args:
+        notes: numbers of each device that all are to hear, at no cost beyond the step's own.
+        routing: takes the place of the router's.
+        transport: how rows travel; default: as fits the mesh (dispatch.default_transport).
+        wire_dtype: what rows between servers are rounded to, for less traffic than the activations' own type makes.
+    """
+
+    def local(weights, state, tokens, positions, active, *rest):
+        rows = jnp.where(active[0], positions[0], config.max_position)[:, None]
+        step = _Step(config, layout, transport or default_transport(mesh), wire_dtype, DECODE_TILE, *rest)
+        return _run(step, weights, state, tokens[0][:, None], rows, None)
+
+    return _over_devices(local, mesh)(weights, state, tokens, positions, active, _notes(mesh, notes), routing)
+
+
+@functools.partial(jax.jit, static_argnames=(*_SHAPES, "all_logits"), donate_argnames=("state",))
+def prefill(
+    weights: Weights,
+    state: State,
+    tokens: Int[ArrayLike, "devices rows chunk"],
+    sequences: Int[ArrayLike, "devices rows"],
+    starts: Int[ArrayLike, "devices rows"],
+    lengths: Int[ArrayLike, "devices rows"],
+    notes: Int[ArrayLike, "devices n"] | None = None,
+    routing: GivenRouting | None = None,
+    *,
+    config: ModelConfig,
+    layout: PoolLayout,
+    mesh: Mesh,
+    transport: Transport | None = None,
+    wire_dtype: Any = None,
+    all_logits: bool = False,
+) -> tuple[State, StepResult]:
+    """A chunk of prompt for `rows` sequences of each device.
+
+    Args:
+        sequences: which of the device's sequences each row belongs to; rows of one step belong to different ones.
+        starts: position of each chunk's first token.
+        lengths: tokens of the chunk that count; 0 for a row without work.
+        notes, routing, transport, wire_dtype: as in `decode_step`.
+        all_logits: give the logits at every position of the chunk, not only at its last token.
+
+    Returns:
+        State, and of each row the token that follows the chunk's last one.
+    """
+
+    def local(weights, state, tokens, sequences, starts, lengths, *rest):
+        index = jnp.arange(tokens.shape[2])
+        positions = jnp.where(index < lengths[0][:, None], starts[0][:, None] + index, config.max_position)
+        step = _Step(config, layout, transport or default_transport(mesh), wire_dtype, PREFILL_TILE, *rest)
+        return _run(step, weights, state, tokens[0], positions, sequences[0], all_logits)
+
+    notes = _notes(mesh, notes)
+    return _over_devices(local, mesh)(weights, state, tokens, sequences, starts, lengths, notes, routing)
+
+
+def _notes(mesh, notes):
+    return jnp.zeros((mesh.size, 0), jnp.int32) if notes is None else notes
+
+
+def _over_devices(local, mesh):
+    """Run `local` on every device: sharded state and rows, replicated decoder, results with a device axis in front."""
+    own: Any = P(AXIS)
+    cache: Any = P(None, AXIS)
+    everywhere: Any = P()
+    weights = Weights(everywhere, own, Tables(own, own, everywhere, everywhere))
+    state = State(cache, cache, own)
+    result = StepResult(own, own, Traffic(own, own, own, own), everywhere, own)
+
+    def run(*arguments):
+        specs = (weights, state, *(own for _ in arguments[2:]))
+        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(state, result))(*arguments)
+
+    return run
+
+
+class _Step(NamedTuple):
+    """What the layers of one device's step share."""
+
+    config: ModelConfig
+    layout: PoolLayout
+    transport: Transport
+    wire_dtype: Any
+    tile: int
+    notes: jax.Array
+    routing: GivenRouting | None
+
+
+def _run(step, weights, state, tokens, positions, sequences, all_logits=False):
+    """One step of one device. tokens, positions [rows, chunk]; a position of max_position marks a row as empty."""
+    config, layout = step.config, step.layout
+    rows = len(tokens)
+    valid = positions < config.max_position
+    sequence = jnp.arange(rows) if sequences is None else sequences
+    cache_positions = jnp.broadcast_to(jnp.arange(config.max_position), (rows, config.max_position))
+    tables = weights.tables._replace(device=weights.tables.device[0], slot=weights.tables.slot[0])
+    busy, notes = _tell_all(valid.any(), step.notes[0])
+    compute = functools.partial(slot_experts, layout, weights.pool, tile=step.tile, limit=config.swiglu_limit)
+
+    def body(carry, layer_inputs):
+        x, *caches = carry
+        layer, index, window, own = layer_inputs
+
+        def attention(how, *qkv):
+            at = (index, sequence[:, None], positions)
+            mine = (index,) if sequences is None else (index, sequence)
+
+            def cached(cache, new):
+                return None if cache is None else cache.at[at].set(new.astype(cache.dtype), mode="drop")
+
+            q, *new = qkv
+            kept = [cached(cache, part) for cache, part in zip(caches, new, strict=True)]
+            k, v = (None if cache is None else cache[mine] for cache in kept)
+            return how(q, k, v, jnp.where(valid, positions, 0), cache_positions), kept
+
+        def moe(h, topk_weights, topk_ids, logits):
+            layer_tables, given = own
+            if given is not None:
+                topk_ids, topk_weights = given.ids, given.weights.astype(topk_weights.dtype)
+            routed, traffic = dispatch(
+                compute,
+                layout.links,
+                layer_tables,
+                h,
+                topk_weights,
+                topk_ids,
+                valid.reshape(-1),
+                busy,
+                transport=step.transport,
+                wire_dtype=step.wire_dtype,
+            )
+            ones = jnp.broadcast_to(valid.reshape(-1, 1), topk_ids.shape).astype(jnp.int32)
+            return routed, (traffic, jnp.zeros(config.num_experts, jnp.int32).at[topk_ids].add(ones), topk_ids)
+
+        x, caches, aux = decoder_layer(config, layer, x, positions, attention, moe, window)
+        return (x, *caches), aux
+
+    per_layer = (tables, jax.tree.map(lambda a: jnp.swapaxes(a[0], 0, 1), step.routing))
+    carry = (weights.decoder.embedding[...][tokens], state.k, state.v)
+    (x, k, v), (traffic, counts, routed) = scan_layers(config, weights.decoder, body, carry, per_layer)
+    last = jnp.maximum(valid.sum(1) - 1, 0)[:, None]
+    if all_logits:
+        logits = head_logits(config, weights.decoder, x)
+        final = jnp.take_along_axis(logits, last[:, :, None], axis=1)[:, 0]
+    else:
+        final = logits = head_logits(config, weights.decoder, jnp.take_along_axis(x, last[:, :, None], axis=1)[:, 0])
+    result = StepResult(
+        jnp.argmax(final, -1).astype(jnp.int32)[None],
+        logits[None],
+        jax.tree.map(lambda a: a[None], traffic),
+        notes,
+        jnp.swapaxes(routed, 0, 1).astype(jnp.int32)[None],
+    )
+    return State(k, v, state.counts + counts[None]), result
+
+
+def _tell_all(busy, notes):
+    """Of every device whether it has tokens, and its notes: the one exchange that every step has."""
+    own = jnp.concatenate([busy[None].astype(jnp.int32), notes])
+    here = jnp.arange(jax.lax.axis_size(AXIS)) == jax.lax.axis_index(AXIS)
+    everyone = jax.lax.psum(jnp.where(here[:, None], own, 0), AXIS)
+    return everyone[:, 0] > 0, everyone[:, 1:]

@@ -1,0 +1,93 @@
+"""Attention with rotary positions: RMSNorm, the rotation, and the masked product itself.
+
+Whether keys come from the same chunk (training) or from a cache (serving) is the caller's business: attention takes the
+position of every query and of every key and masks what lies in a query's future.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from dancemoe_jax.model.config import Rope
+
+
+def rms_norm(
+    x: Float[Array, "*shape width"], scale: Float[Array, " width"], eps: float
+) -> Float[Array, "*shape width"]:
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + eps)).astype(x.dtype) * scale
+
+
+def frequencies(rope: Rope, dim: int) -> np.ndarray:
+    """Radians per position of each rotating pair, float32 [dim / 2].
+
+    Sources: linear interpolation, arXiv 2306.15595; yarn, arXiv 2309.00071, section 3.2; llama3, the Llama 3.1 report.
+    """
+    inverse = rope.theta ** -(np.arange(0, dim, 2) / dim)
+    if rope.kind == "linear":
+        inverse = inverse / rope.factor
+    elif rope.kind == "yarn":
+
+        def pair_of(rotations: float) -> float:
+            """The pair (a real number) that makes so many rotations over the original context."""
+            return dim * math.log(rope.original_max_position / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+        low, high = pair_of(rope.beta_fast), pair_of(rope.beta_slow)
+        if rope.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
+        ramp = np.clip((np.arange(dim // 2) - low) / (high - low if high > low else 1e-3), 0, 1)
+        inverse = inverse * (1 - ramp) + inverse / rope.factor * ramp
+    elif rope.kind == "llama3":
+        rotations = rope.original_max_position * inverse / (2 * math.pi)
+        ramp = np.clip((rotations - rope.low_freq) / (rope.high_freq - rope.low_freq), 0, 1)
+        inverse = inverse * ramp + inverse / rope.factor * (1 - ramp)
+    return inverse.astype(np.float32)
+
+
+def rotate(
+    x: Float[Array, "batch tokens heads dim"], positions: Int[Array, "batch tokens"], rope: Rope
+) -> Float[Array, "batch tokens heads dim"]:
+    """Rotary embedding of queries or keys at their positions."""
+    angle = positions[..., None, None].astype(jnp.float32) * frequencies(rope, x.shape[-1])
+    cos, sin = ((rope.amplitude * f(angle)).astype(x.dtype) for f in (jnp.cos, jnp.sin))
+    if rope.interleaved:
+        a, b = x[..., ::2], x[..., 1::2]
+        return jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape)
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def attend(
+    q: Float[Array, "batch tokens heads dim"],
+    k: Float[Array, "batch keys kv_heads dim"],
+    v: Float[Array, "batch keys kv_heads value"],
+    q_positions: Int[Array, "batch tokens"],
+    k_positions: Int[Array, "batch keys"],
+    scale: float,
+    window: Int[Array, ""] | None = None,
+    sinks: Float[Array, " heads"] | None = None,
+) -> Float[Array, "batch tokens heads value"]:
+    """Softmax attention in which a query sees the keys at its own position and before.
+
+    Args:
+        window: how many keys a query sees at most, its own position included; 0 = all.
+        sinks: a logit per head that joins the softmax and carries no value.
+    """
+    batch, tokens, heads, dim = q.shape
+    kv_heads = k.shape[2]
+    q = q.reshape(batch, tokens, kv_heads, heads // kv_heads, dim)
+    scores = jnp.einsum("btgqd,bsgd->bgqts", q, k).astype(jnp.float32) * scale
+    distance = q_positions[:, :, None] - k_positions[:, None, :]
+    visible = distance >= 0
+    if window is not None:
+        visible &= (window == 0) | (distance < window)
+    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    if sinks is not None:
+        sink = sinks.astype(jnp.float32).reshape(1, kv_heads, heads // kv_heads, 1, 1)
+        scores = jnp.concatenate([scores, jnp.broadcast_to(sink, (*scores.shape[:-1], 1))], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)[..., : k.shape[1]]
+    return jnp.einsum("bgqts,bsgd->btgqd", weights, v).reshape(batch, tokens, heads, v.shape[-1])

@@ -1,0 +1,315 @@
+"""The decoder: parameters as NNX modules, one layer as a pure function, and the whole model for training and reference.
+
+Modules only hold parameters, stacked over runs of layers of one kind so that a `lax.scan` goes through each run; they are
+plain pytrees and go through `jax.jit` and `jax.grad` as they are. How a layer's routed experts are computed is an argument
+(`moe`): dense for the reference, grouped for training, dispatched over devices for serving (dispatch.py).
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
+
+from dancemoe_jax.model.attention import attend, rms_norm, rotate
+from dancemoe_jax.model.config import ModelConfig
+from dancemoe_jax.model.experts import ExpertWeights, dense_experts, swiglu
+from dancemoe_jax.model.router import route
+
+# Latent attention's inner norms have an epsilon of their own, whatever the configuration says of the others.
+_LATENT_EPS = 1e-6
+
+
+class _Init(NamedTuple):
+    """Draws parameters of `count` layers."""
+
+    rngs: nnx.Rngs
+    count: int
+    dtype: Any
+
+    def normal(self, *shape: int, fan_in: int) -> nnx.Param:
+        return _normal(self.rngs, (self.count, *shape), fan_in, self.dtype)
+
+    def ones(self, *shape: int) -> nnx.Param:
+        return nnx.Param(jnp.ones((self.count, *shape), self.dtype))
+
+    def zeros(self, *shape: int) -> nnx.Param:
+        return nnx.Param(jnp.zeros((self.count, *shape), self.dtype))
+
+
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype) -> nnx.Param:
+    return nnx.Param((jax.random.normal(rngs.params(), shape) * fan_in**-0.5).astype(dtype))
+
+
+class Layers(nnx.Module):
+    """Everything of a run of layers that is not a routed expert; leading axis: layer. Absent parts are None.
+
+    A dense layer has a plain SwiGLU in the place of the shared expert, and no router.
+    """
+
+    def __init__(self, config: ModelConfig, count: int, dense: bool, rngs: nnx.Rngs, dtype=jnp.float32):
+        c, init, h = config, _Init(rngs, count, dtype), config.hidden_size
+        self.attention_norm = init.ones(h)
+        if c.latent is None:
+            self._init_grouped(c, init)
+        else:
+            self._init_latent(c, init)
+        self.o_bias = init.zeros(h) if c.o_bias else None
+        self.sinks = init.zeros(c.num_heads) if c.sinks else None
+        self.moe_norm = init.ones(h)
+        routed = not dense
+        self.router = init.normal(h, c.num_experts, fan_in=h) if routed else None
+        self.router_bias = init.zeros(c.num_experts) if routed and c.routing.bias else None
+        self.router_correction = init.zeros(c.num_experts) if routed and c.routing.correction else None
+        shared = c.dense_size if dense else c.shared_expert_size
+        self.shared_in = init.normal(h, 2 * shared, fan_in=h) if shared else None
+        self.shared_out = init.normal(shared, h, fan_in=shared) if shared else None
+        self.shared_gate = init.normal(h, 1, fan_in=h) if routed and c.shared_expert_gate else None
+
+    def _init_grouped(self, c: ModelConfig, init: _Init) -> None:
+        h, queries, keys = c.hidden_size, (c.num_heads, c.head_dim), (c.num_kv_heads, c.head_dim)
+        self.q = init.normal(h, *queries, fan_in=h)
+        self.k = init.normal(h, *keys, fan_in=h)
+        self.v = init.normal(h, *keys, fan_in=h)
+        self.o = init.normal(*queries, h, fan_in=c.num_heads * c.head_dim)
+        self.q_bias = init.zeros(*queries) if c.qkv_bias else None
+        self.k_bias = init.zeros(*keys) if c.qkv_bias else None
+        self.v_bias = init.zeros(*keys) if c.qkv_bias else None
+        widths = {"": (0, 0), "head": (c.head_dim, c.head_dim)}
+        q_norm, k_norm = widths.get(c.qk_norm, (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim))
+        self.q_norm = init.ones(q_norm) if q_norm else None
+        self.k_norm = init.ones(k_norm) if k_norm else None
+
+    def _init_latent(self, c: ModelConfig, init: _Init) -> None:
+        part, h, heads = c.latent, c.hidden_size, c.num_heads
+        assert part is not None
+        rank = part.q_rank
+        self.q_down = init.normal(h, rank, fan_in=h) if rank else None
+        self.q_down_norm = init.ones(rank) if rank else None
+        self.q = init.normal(rank or h, heads, part.nope_dim + part.rope_dim, fan_in=rank or h)
+        self.kv_down = init.normal(h, part.kv_rank + part.rope_dim, fan_in=h)
+        self.kv_norm = init.ones(part.kv_rank)
+        self.k_up = init.normal(part.kv_rank, heads, part.nope_dim, fan_in=part.kv_rank)
+        self.v_up = init.normal(part.kv_rank, heads, part.value_dim, fan_in=part.kv_rank)
+        self.o = init.normal(heads, part.value_dim, h, fan_in=heads * part.value_dim)
+
+
+class Experts(nnx.Module):
+    """All routed experts in logical order. `w_in` holds gate, then up, side by side; leading axes: MoE layer, expert."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype=jnp.float32):
+        c = config
+        grid = (c.num_moe_layers, c.num_experts)
+        self.w_in = _normal(rngs, (*grid, c.hidden_size, 2 * c.expert_size), c.hidden_size, dtype)
+        self.w_out = _normal(rngs, (*grid, c.expert_size, c.hidden_size), c.expert_size, dtype)
+        self.b_in = nnx.Param(jnp.zeros((*grid, 2 * c.expert_size), dtype)) if c.expert_bias else None
+        self.b_out = nnx.Param(jnp.zeros((*grid, c.hidden_size), dtype)) if c.expert_bias else None
+
+    @property
+    def weights(self) -> ExpertWeights:
+        parts = (self.w_in, self.w_out, self.b_in, self.b_out)
+        return ExpertWeights(*(None if part is None else part[...] for part in parts))
+
+
+class Decoder(nnx.Module):
+    """Embedding, decoder layers, final norm and head: what every device holds. Routed experts live apart.
+
+    `runs` are the layers, one `Layers` for each of `config.runs`.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype=jnp.float32):
+        self.embedding = _normal(rngs, (config.vocab_size, config.hidden_size), config.hidden_size, dtype)
+        for number, (a, b) in enumerate(config.runs):
+            setattr(self, f"run_{number}", Layers(config, b - a, a in config.dense_layers, rngs, dtype))
+        self.final_norm = nnx.Param(jnp.ones((config.hidden_size,), dtype))
+        shape = (config.hidden_size, config.vocab_size)
+        self.head = None if config.tie_embeddings else _normal(rngs, shape, config.hidden_size, dtype)
+
+    @property
+    def runs(self) -> list[Layers]:
+        """`run_0`, `run_1`, …: attributes, because Orbax takes no tree that has lists among names."""
+        names = itertools.takewhile(lambda name: hasattr(self, name), (f"run_{i}" for i in itertools.count()))
+        return [getattr(self, name) for name in names]
+
+
+def _grouped_qkv(config: ModelConfig, layer: Layers, h, positions):
+    """Queries, keys and values of one layer's (normed) input; queries and keys normed and rotated."""
+
+    def project(weight, bias, norm):
+        y = jnp.einsum("btd,dhk->bthk", h, weight[...])
+        y = y if bias is None else y + bias[...]
+        if norm is not None:
+            wide = y.reshape(*y.shape[:2], -1, norm.shape[-1])
+            y = rms_norm(wide, norm[...], config.rms_eps).reshape(y.shape)
+        return jnp.clip(y, -config.clip_qkv, config.clip_qkv) if config.clip_qkv else y
+
+    q = rotate(project(layer.q, layer.q_bias, layer.q_norm), positions, config.rope)
+    k = rotate(project(layer.k, layer.k_bias, layer.k_norm), positions, config.rope)
+    return q, k, project(layer.v, layer.v_bias, None)
+
+
+def _latent_qkv(config: ModelConfig, layer: Layers, h, positions):
+    """Queries and keys of latent attention in the narrow space: one key for all heads, which is also the value.
+
+    A head's key is `k_up` times the narrow vector; multiplying the query by `k_up` instead gives the same product and
+    leaves the narrow vector as what is cached (arXiv 2405.04434, appendix C).
+    """
+    part = config.latent
+    assert part is not None
+    if layer.q_down is not None and layer.q_down_norm is not None:
+        h_q = rms_norm(h @ layer.q_down[...], layer.q_down_norm[...], _LATENT_EPS)
+    else:
+        h_q = h
+    q_nope, q_rope = jnp.split(jnp.einsum("btd,dhk->bthk", h_q, layer.q[...]), [part.nope_dim], axis=-1)
+    narrow, k_rope = jnp.split(h @ layer.kv_down[...], [part.kv_rank], axis=-1)
+    narrow = rms_norm(narrow, layer.kv_norm[...], _LATENT_EPS)[:, :, None]
+    k_rope = rotate(k_rope[:, :, None], positions, config.rope)
+    q_narrow = jnp.einsum("bthk,rhk->bthr", q_nope, layer.k_up[...])
+    q = jnp.concatenate([q_narrow, rotate(q_rope, positions, config.rope)], axis=-1)
+    return q, jnp.concatenate([narrow, k_rope], axis=-1), None
+
+
+class Attention(NamedTuple):
+    """How one layer attends, beside its queries, keys and values: `attend`'s last arguments."""
+
+    scale: float
+    window: Any
+    sinks: Any
+    value_width: int | None  # where values are the first entries of the keys
+
+    def __call__(self, q, k, v, q_positions, k_positions):
+        v = k[..., : self.value_width] if v is None else v
+        return attend(q, k, v, q_positions, k_positions, self.scale, self.window, self.sinks)
+
+
+def decoder_layer(
+    config: ModelConfig,
+    layer: Layers,
+    x: Float[Array, "batch tokens hidden"],
+    positions: Int[Array, "batch tokens"],
+    attention: Callable,
+    moe: Callable,
+    window: Int[Array, ""] | None = None,
+):
+    """One layer on the residual stream `x`.
+
+    Args:
+        attention: (how: Attention, q, k, v) -> (heads' outputs, anything it wants handed back, such as a cache). v is
+            None where the keys are the values too (latent attention).
+        moe: (tokens [n, hidden], topk_weights, topk_ids, logits) -> (sum of routed experts, anything). Not called in a
+            dense layer.
+
+    Returns:
+        The new residual stream and what `attention` and `moe` (None in a dense layer) handed back.
+    """
+    latent = config.latent
+    width = config.head_dim if latent is None else latent.nope_dim + latent.rope_dim
+    with jax.named_scope("attention"):
+        h = rms_norm(x, layer.attention_norm[...], config.rms_eps)
+        q, k, v = (_grouped_qkv if latent is None else _latent_qkv)(config, layer, h, positions)
+        sinks = None if layer.sinks is None else layer.sinks[...]
+        how = Attention(config.attention_scale or width**-0.5, window, sinks, latent and latent.kv_rank)
+        heads, kept = attention(how, q, k, v)
+        if latent is not None:
+            heads = jnp.einsum("bthr,rhv->bthv", heads, layer.v_up[...])
+        x = x + jnp.einsum("bthk,hkd->btd", heads, layer.o[...])
+        if layer.o_bias is not None:
+            x = x + layer.o_bias[...]
+    with jax.named_scope("moe"):
+        h = rms_norm(x, layer.moe_norm[...], config.rms_eps).reshape(-1, config.hidden_size)
+        out, aux = jnp.zeros_like(h), None
+        if layer.router is not None:
+            extra = [None if part is None else part[...] for part in (layer.router_bias, layer.router_correction)]
+            out, aux = moe(h, *route(config, layer.router[...], h, *extra))
+        if layer.shared_in is not None and layer.shared_out is not None:
+            shared = swiglu(h, layer.shared_in[...], layer.shared_out[...])
+            if layer.shared_gate is not None:
+                shared = jax.nn.sigmoid(h @ layer.shared_gate[...]) * shared
+            out = out + shared
+        return x + out.reshape(x.shape).astype(x.dtype), kept, aux
+
+
+def scan_layers(config: ModelConfig, decoder: Decoder, body: Callable, carry, per_moe_layer, remat: bool = False):
+    """Go through all layers, run by run.
+
+    Args:
+        body: (carry, (layer, index, window, own)) -> (carry, aux); `index` counts all layers, `own` is the layer's part
+            of `per_moe_layer`, None in a dense layer.
+        per_moe_layer: pytree with a leading axis over MoE layers.
+
+    Returns:
+        carry, and `aux` of the MoE layers stacked in order.
+    """
+    body = jax.checkpoint(body) if remat else body
+    windows = jnp.array(config.windows, jnp.int32) if any(config.windows) else None
+    collected: list[Any] = []
+    done = 0
+    for (start, stop), layers in zip(config.runs, decoder.runs, strict=True):
+        dense = start in config.dense_layers
+        count = 0 if dense else stop - start
+        whole = count == config.num_moe_layers
+        own = None
+        if not dense:
+            own = per_moe_layer if whole else jax.tree.map(lambda a, i=done, n=count: a[i : i + n], per_moe_layer)
+        window = None if windows is None else windows[start:stop]
+        carry, aux = jax.lax.scan(body, carry, (layers, jnp.arange(start, stop), window, own))
+        done += count
+        collected += [] if dense else [aux]
+    if len(collected) == 1:
+        return carry, collected[0]
+    return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *collected)
+
+
+def head_logits(
+    config: ModelConfig, decoder: Decoder, x: Float[Array, "*shape hidden"]
+) -> Float[Array, "*shape vocab"]:
+    x = rms_norm(x, decoder.final_norm[...], config.rms_eps)
+    head = decoder.embedding[...].T if decoder.head is None else decoder.head[...]
+    return (x @ head).astype(jnp.float32)
+
+
+def forward(
+    config: ModelConfig,
+    decoder: Decoder,
+    experts: Experts,
+    tokens: Int[ArrayLike, "batch tokens"],
+    moe: Callable | None = None,
+    remat: bool = False,
+):
+    """Logits of whole sequences on one device, without a cache.
+
+    Args:
+        moe: (h, weights: ExpertWeights, topk_weights, topk_ids, logits) -> (routed sum, aux). The default computes every
+            expert for every token: slow, plainly right, the reference that all other paths are tested against.
+        remat: recompute each layer in the backward pass instead of keeping its activations.
+
+    Returns:
+        Float32 logits [batch, tokens, vocab] and `aux` stacked over MoE layers.
+    """
+
+    def reference(h, weights, topk_weights, topk_ids, logits):
+        return dense_experts(h, weights, topk_weights, topk_ids, config.swiglu_limit), topk_ids
+
+    routed = moe or reference
+    tokens = jnp.asarray(tokens)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+
+    def body(x, stacked):
+        layer, _, window, own = stacked
+        x, _, aux = decoder_layer(
+            config,
+            layer,
+            x,
+            positions,
+            attention=lambda how, q, k, v: (how(q, k, v, positions, positions), None),
+            moe=lambda h, *routing: routed(h, own, *routing),
+            window=window,
+        )
+        return x, aux
+
+    x, aux = scan_layers(config, decoder, body, decoder.embedding[...][tokens], experts.weights, remat)
+    return head_logits(config, decoder, x), aux

@@ -1,0 +1,26 @@
+"""`python -m launch bench WHAT`: what this software takes, measured on the machine that runs it."""
+
+import argparse
+import importlib
+
+WHAT = {
+    "load": "memory and speed of loading one server's share of a large checkpoint",
+    "testbed": "requests of a routing trace on servers joined by real links, by strategy",
+    "shift": "users of the servers change what they work on: serving with and without migration",
+    "migrate": "what running requests notice of migrations",
+    "scaling": "how a step grows with devices, layers and experts",
+    "exchange": "one step across servers: time and bytes by how rows travel",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(dest="what", required=True, metavar="what")
+    for name, what in WHAT.items():
+        command = commands.add_parser(name, help=what, description=what)
+        module = importlib.import_module(f"launch.bench.{name}")
+        module.add_arguments(command)
+        command.set_defaults(bench=module.run)
+
+
+def run(args: argparse.Namespace) -> int | None:
+    return args.bench(args)

@@ -1,0 +1,181 @@
+"""`python -m launch bench scaling`: how a step's time grows with devices, layers and experts, and what dispatch adds to
+layers that are local everywhere. One process, no network."""
+
+import argparse
+import dataclasses
+import functools
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from rich.console import Console
+from rich.table import Table
+
+from dancemoe_jax import fill_pool, make_mesh, place_decoder, place_tables, pool_layout
+from dancemoe_jax.expert_parallel.dispatch import dispatch
+from dancemoe_jax.expert_parallel.slot_experts import slot_experts
+from dancemoe_jax.expert_parallel.tables import Tables, assign_slots, routing_tables
+from dancemoe_jax.inference.steps import Weights, decode_step, init_state
+from dancemoe_jax.mesh import AXIS
+from dancemoe_jax.model.config import ModelConfig
+from dancemoe_jax.model.decoder import Decoder
+from dancemoe_jax.model.experts import ExpertWeights
+from launch.cluster.devices import cluster_devices
+from placement import InputError
+
+BASE = ModelConfig(
+    vocab_size=256,
+    hidden_size=256,
+    num_layers=8,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    num_experts=32,
+    top_k=4,
+    expert_size=128,
+    max_position=64,
+)
+ROWS = 4  # tokens of each device in a step
+LOCAL_ROWS = 64
+DEVICES, LAYERS, EXPERTS = (1, 2, 4, 8), (4, 8, 16, 32), (8, 32, 128)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--repeats", type=int, default=20, help="steps of each kind (20)")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Decode steps with experts dealt over all devices, the same rows on each device.
+
+    Raises:
+        InputError: a flag is out of range.
+    """
+    if args.repeats < 1:
+        raise InputError(f"--repeats {args.repeats}: must be at least 1")
+    if args.plot and not args.plot.parent.is_dir():
+        raise InputError(f"--plot {args.plot}: its folder does not exist")
+    cluster_devices(max(DEVICES))
+    kinds = [("devices", n, BASE, n) for n in DEVICES]
+    kinds += [("layers", n, dataclasses.replace(BASE, num_layers=n), 2) for n in LAYERS]
+    kinds += [("experts", n, dataclasses.replace(BASE, num_experts=n), 2) for n in EXPERTS]
+    rows = [
+        {"of": of, "number": number, "devices": devices, "seconds": _step_seconds(config, devices, args.repeats)}
+        for of, number, config, devices in kinds
+    ]
+    alone, dispatched = _local_layers(args.repeats)
+    if args.plot:
+        _plot(rows, args.plot)
+    if args.json:
+        print(json.dumps({"steps": rows, "local_layers": {"alone_s": alone, "dispatched_s": dispatched}}))
+        return
+    table = Table(title=f"a decode step of {ROWS} rows a device, median of {args.repeats}")
+    for column in ("growing", "number", "devices", "ms"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(row["of"], str(row["number"]), str(row["devices"]), f"{1e3 * row['seconds']:.1f}")
+    Console().print(table)
+    Console().print(
+        f"experts of {BASE.num_layers} layers that are local everywhere, {LOCAL_ROWS} rows: {1e3 * alone:.2f} ms, with "
+        f"dispatch {1e3 * dispatched:.2f} ms ({100 * (dispatched / alone - 1):+.1f} %)",
+        soft_wrap=True,
+    )
+
+
+def _local_layers(repeats: int) -> tuple[float, float]:
+    """Median seconds of layers whose experts are all on every device: the experts alone, and as a step dispatches them."""
+    devices, grid = 2, (BASE.num_moe_layers, BASE.num_experts)
+    mesh, rng = make_mesh(cluster_devices(devices)), np.random.default_rng(0)
+    layout = pool_layout([BASE.num_moe_layers * BASE.num_experts] * devices, range(devices))
+    slots = assign_slots(layout, np.ones((devices, *grid), bool))
+    pool = fill_pool(mesh, layout, slots, lambda layer, expert: _expert(rng, BASE))
+    tables = place_tables(routing_tables(layout, slots), mesh)
+    x = rng.normal(size=(devices * LOCAL_ROWS, BASE.hidden_size)).astype(np.float32)
+    ids = rng.integers(0, BASE.num_experts, (devices * LOCAL_ROWS, BASE.top_k)).astype(np.int32)
+    weights = np.full(ids.shape, 1 / BASE.top_k, np.float32)
+    valid, everyone = jnp.ones(LOCAL_ROWS, bool), jnp.ones(devices, bool)
+
+    def layers(dispatched: bool, pool, tables, x, ids, weights):
+        compute = functools.partial(slot_experts, layout, pool, tile=8)
+
+        def layer(x, own):
+            if dispatched:
+                out, _ = dispatch(compute, layout.links, own, x, weights, ids, valid, everyone, transport="pairs")
+            else:
+                out = compute(x, own.slot[ids], weights)
+            return x + out, None
+
+        tables = tables._replace(device=tables.device[0], slot=tables.slot[0])
+        return jax.lax.scan(layer, x, tables)[0]
+
+    of_device, everywhere = P(AXIS), P()
+    specs = (of_device, Tables(of_device, of_device, everywhere, everywhere), of_device, of_device, of_device)
+    programs = [
+        jax.jit(jax.shard_map(functools.partial(layers, how), mesh=mesh, in_specs=specs, out_specs=of_device))
+        for how in (False, True)
+    ]
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(5 * repeats + 2):  # in turns, so that drift of the machine hits both alike
+        for program, took in zip(programs, seconds, strict=True):
+            begin = time.perf_counter()
+            jax.block_until_ready(program(pool, tables, x, ids, weights))
+            took.append(time.perf_counter() - begin)
+    alone, dispatched = (statistics.median(took[2:]) for took in seconds)
+    return alone, dispatched
+
+
+def _expert(rng: np.random.Generator, config: ModelConfig) -> ExpertWeights:
+    return ExpertWeights(
+        rng.normal(size=(config.hidden_size, 2 * config.expert_size)).astype(np.float32) / 16,
+        rng.normal(size=(config.expert_size, config.hidden_size)).astype(np.float32) / 16,
+    )
+
+
+def _step_seconds(config: ModelConfig, devices: int, repeats: int) -> float:
+    """Median seconds of a step."""
+    mesh, grid = make_mesh(cluster_devices(devices)), (config.num_moe_layers, config.num_experts)
+    owner = np.arange(config.num_moe_layers * config.num_experts).reshape(grid) % devices
+    resident = owner == np.arange(devices)[:, None, None]
+    layout = pool_layout([int(held) for held in resident.sum((1, 2))], range(devices))
+    slots = assign_slots(layout, resident)
+    rng = np.random.default_rng(0)
+    one = _expert(rng, config)
+    pool = fill_pool(mesh, layout, slots, lambda layer, expert: one)
+    decoder = place_decoder(Decoder(config, nnx.Rngs(0)), mesh)
+    weights = Weights(decoder, pool, place_tables(routing_tables(layout, slots), mesh))
+    state, shapes = init_state(config, mesh, ROWS), {"config": config, "layout": layout, "mesh": mesh}
+    tokens = rng.integers(0, config.vocab_size, (devices, ROWS)).astype(np.int32)
+    active, seconds = np.ones((devices, ROWS), bool), []
+    for position in range(repeats + 2):
+        where = np.full((devices, ROWS), position % config.max_position, np.int32)
+        begin = time.perf_counter()
+        state, result = decode_step(weights, state, tokens, where, active, **shapes)
+        jax.block_until_ready(result.tokens)
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds[2:])
+
+
+def _plot(rows: list[dict[str, Any]], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(9, 2.8), sharey=True)
+    for axis, of in zip(axes, ("devices", "layers", "experts"), strict=True):
+        own = [row for row in rows if row["of"] == of]
+        axis.plot([row["number"] for row in own], [1e3 * row["seconds"] for row in own], "o-")
+        axis.set(xlabel=of, xscale="log", ylim=(0, None))
+        axis.set_xticks([row["number"] for row in own], [str(row["number"]) for row in own])
+        axis.minorticks_off()
+    axes[0].set_ylabel("ms a decode step")
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)

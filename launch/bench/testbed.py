@@ -1,0 +1,238 @@
+"""`python -m launch bench testbed`: the paper's experiment, requests of a routing trace on servers joined by real links."""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import placement
+from launch.bench.harness.job import DEVICES, plan_arrays, run_job, testbed_cluster
+from launch.bench.harness.step_costs import calibrated, calibration_plans, calibration_runs
+from launch.bench.harness.trace import ReplayRequest, Trace, poisson
+from placement import InputError
+from placement.data.arrivals import Arrivals
+from placement.data.problem import Problem
+from placement.simulation.lockstep.predict import StepCosts, lock_step
+from placement.units import parse_rate
+
+STRATEGIES = "uniform,redundance,smartmoe,eplb,dance,exact,latency"
+_BASE = "eplb"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--trace", required=True, metavar="T.npz", help="routing of three domains, one for each server")
+    add("--strategies", default=STRATEGIES, metavar="A,B", help=f"plans to serve with ({STRATEGIES})")
+    add(
+        "--fixed",
+        default="eplb,latency",
+        metavar="A,B",
+        help="plans to serve again with a fixed-size all_to_all; '' for none (eplb,latency)",
+    )
+    add("--rate", default="500Mbps", help="of every server's link (500Mbps)")
+    add("--copies", type=float, default=1.3, help="of all experts, that the four devices hold together (1.3)")
+    add("--hidden-size", type=int, default=2048, help="of the traced model (2048)")
+    add("--expert-bytes", type=int, default=3 * 2048 * 1408 * 2, help="of the traced model, to plan with (17301504)")
+    add("--gap", type=float, default=10.0, help="mean seconds between requests of a server, Poisson (10)")
+    add("--arrivals", metavar="A.csv", help="requests' times from a file in place of Poisson ones")
+    add("--stretch", type=float, default=1.0, help="factor on the times of --arrivals (1)")
+    add("--duration", type=float, default=120.0, help="seconds of arrivals (120)")
+    add("--rounds", type=int, default=3, help="windows of the arrivals, in each of which all plans take turns (3)")
+    add("--sequences", type=int, default=4, help="sequences a device serves at once (4)")
+    add("--chunk", type=int, default=64, help="prompt tokens of a step (64)")
+    add("--seed", type=int, default=0)
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Plan on first halves of the trace's texts, serve second halves, plans side by side in every window of time.
+
+    Raises:
+        InputError: a flag is out of range, or this machine cannot make a testbed.
+    """
+    names, fixed = (_names(getattr(args, flag), f"--{flag}") for flag in ("strategies", "fixed"))
+    for flag in ("copies", "gap", "duration", "stretch", "rounds", "sequences", "chunk", "hidden_size", "expert_bytes"):
+        if not getattr(args, flag) > 0:
+            raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be greater than 0")
+    trace, rate = Trace.load(args.trace), 8 * parse_rate(args.rate, "--rate")
+    _, layers, _ = trace.ids[0].shape
+    slots = round(args.copies * layers * trace.experts / sum(DEVICES))
+    cluster = testbed_cluster(trace, slots, args.expert_bytes, rate, None)
+    sizes = {"hidden_size": args.hidden_size, "expert_bytes": args.expert_bytes, "servers": cluster.names}
+    profile = trace.profile(**sizes)
+    console = Console(stderr=True)
+    plans: dict[str, np.ndarray] = {}
+    for name, resident in calibration_plans(sum(DEVICES), layers, trace.experts).items():
+        plans |= plan_arrays(name, resident, profile, cluster)
+    for name in dict.fromkeys(names + fixed):
+        plans |= plan_arrays(name, placement.plan(profile, cluster, name).resident, profile, cluster)
+        console.print(f"planned {name}", markup=False)
+    kinds = [(name, "pairs") for name in names] + [(name, "fixed") for name in fixed]
+    runs: list[dict[str, Any]] = [
+        {
+            "plan": kinds[0][0],
+            "transport": transport,
+            "active": [0],
+            "rows": 1,
+            "prefill": prefill,
+            "steps": 1,
+            "warm": 1,
+        }
+        for transport in dict.fromkeys(transport for _, transport in kinds)
+        for prefill in (False, True)
+    ]
+    warm = len(runs)
+    runs += calibration_runs(sum(DEVICES), args.sequences, args.chunk)
+    ready = len(runs)
+    step = args.duration / args.rounds
+    for window in range(args.rounds):
+        span = [window * step, (window + 1) * step]
+        # In turn from another place in every window.
+        order = [*kinds[window % len(kinds) :], *kinds[: window % len(kinds)]]
+        runs += [{"plan": plan, "transport": transport, "window": span} for plan, transport in order]
+    arrivals = _arrivals(args, cluster.names)
+    job = {
+        "trace": args.trace,
+        "hidden_size": args.hidden_size,
+        "slots": [slots] * sum(DEVICES),
+        "sequences": args.sequences,
+        "chunk": args.chunk,
+        "runs": runs,
+        "arrivals": [column.tolist() for column in vars(arrivals).values()],
+    }
+    results = run_job(cluster, rate, job, plans, lambda line: console.print(line, markup=False))
+    served = list(zip(runs, results, strict=True))[ready:]
+    measured, costs = calibrated(cluster, trace, plans, runs[warm:ready], results[warm:ready], sizes)
+    # What users do then, as one who passes --eval knows it: their texts, though not which of them comes when.
+    problem = Problem.build(trace.profile(later=True, **sizes), measured)
+    requests = trace.requests(arrivals)
+
+    def figures(kind: tuple[str, str]) -> dict[str, Any]:
+        own = [(run, found) for run, found in served if (run["plan"], run["transport"]) == kind]
+        figures = _figures(kind, [found for _, found in own], args)
+        if kind[1] == "pairs":
+            spans = [run["window"] for run, _ in own]
+            figures["predicted"] = _predict(problem, costs, requests, spans, plans, kind[0], args)
+        return figures
+
+    rows = [figures(kind) for kind in kinds]
+    if args.json:
+        away = ~np.eye(len(measured.names), dtype=bool)
+        steps = [
+            {**run, **{k: next(iter(f.values()))[k] for k in ("compute_s", "network_s")}}
+            for run, f in zip(runs[warm:ready], results[warm:ready], strict=True)
+            if "active" in run
+        ]
+        links = {key: np.where(away, getattr(measured, key), 0.0).tolist() for key in ("latency", "bandwidth")}
+        print(
+            json.dumps(
+                {"rate": args.rate, "gap": args.gap, "costs": vars(costs), "links": links, "steps": steps, "rows": rows}
+            )
+        )
+    else:
+        _print(rows, f"{rows[0]['requests']} requests for each plan, links of {args.rate}; seconds a request")
+
+
+def _predict(
+    problem: Problem,
+    costs: StepCosts,
+    requests: Sequence[ReplayRequest],
+    windows: Sequence[Sequence[float]],
+    plans: Mapping[str, np.ndarray],
+    name: str,
+    args: argparse.Namespace,
+) -> dict[str, float]:
+    """Means that the lock-step simulation gives for the same requests, each window beginning at rest."""
+    columns = np.array([[r.arrival_s, r.server, r.prompt, r.output] for r in requests]).reshape(-1, 4).T
+    tables = {key: plans[f"{key}_{name}"] for key in ("serving", "likely")}
+    options = {"sequences": args.sequences, "chunk": args.chunk, "seed": args.seed, **tables}
+    parts: dict[str, list[np.ndarray]] = {}
+    for begin, end in windows:
+        seconds, *rest = columns[:, (begin <= columns[0]) & (columns[0] < end)]
+        arrivals = Arrivals(seconds - begin, *(column.astype(np.int64) for column in rest))
+        served = lock_step(problem, plans[f"resident_{name}"], arrivals, costs, **options)
+        for key in ("latency", "compute", "network", "waiting"):
+            parts.setdefault(key, []).append(getattr(served, key))
+    means = {key: float(np.concatenate(values).mean()) for key, values in parts.items()}
+    return {"mean": means.pop("latency"), **means}
+
+
+def _names(text: str, flag: str) -> list[str]:
+    names = list(dict.fromkeys(filter(None, (name.strip() for name in text.split(",")))))
+    for name in names:
+        if name not in placement.STRATEGIES:
+            raise InputError(f"{flag}: {name!r} is unknown; choose from {', '.join(placement.STRATEGIES)}")
+    return names
+
+
+def _arrivals(args: argparse.Namespace, servers: tuple[str, ...]) -> Arrivals:
+    if args.arrivals is None:
+        return poisson(len(DEVICES), args.gap, args.duration, args.seed)
+    return Arrivals.from_csv(args.arrivals, servers, stretch=args.stretch, duration=args.duration, seed=args.seed)
+
+
+def _figures(kind: tuple[str, str], windows: list[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
+    """Of all requests that one plan served, in all windows. Seconds; bytes a second hand: those that the links counted."""
+    each = np.array([request for found in windows for request in next(iter(found.values()))["requests"]])
+    done = [server["done"] for found in windows for server in found.values()]
+    sent = sum(d["sent"] for d in done)
+    least = 2 * 2 * args.hidden_size * sum(d["crossings"] for d in done)
+    calls = sum(d["local"] + d["remote"] for d in done)
+    _, latency, compute, network, waiting = each.T
+    return {
+        "strategy": kind[0],
+        "transport": kind[1],
+        "requests": len(each),
+        "mean": float(latency.mean()),
+        "p95": float(np.percentile(latency, 95)),
+        "compute": float(compute.mean()),
+        "network": float(network.mean()),
+        "waiting": float(waiting.mean()),
+        "remote": sum(d["remote"] for d in done) / calls,
+        "sent_bytes": sent,
+        "least_bytes": least,
+        "by_server": [latency[each[:, 0] == server].tolist() for server in range(len(DEVICES))],
+    }
+
+
+def _print(rows: list[dict[str, Any]], title: str) -> None:
+    base = next((row["mean"] for row in rows if row["strategy"] == _BASE and row["transport"] == "pairs"), None)
+    table = Table(title=title)
+    for column in (
+        "plan",
+        "rows travel by",
+        "mean",
+        "predicted",
+        f"to {_BASE}",
+        "p95",
+        "computing",
+        "network",
+        "waiting",
+        "remote",
+        "GB sent",
+        "to least",
+    ):
+        table.add_column(column, justify="left" if column in ("plan", "rows travel by") else "right", no_wrap=True)
+    for row in rows:
+        told = row.get("predicted")
+        predicted = f"{told['mean']:.2f} ({100 * (told['mean'] / row['mean'] - 1):+.0f} %)" if told else ""
+        change = f"{100 * (row['mean'] / base - 1):+.1f} %" if base else ""
+        table.add_row(
+            row["strategy"],
+            row["transport"],
+            f"{row['mean']:.2f}",
+            predicted,
+            change,
+            f"{row['p95']:.2f}",
+            f"{row['compute']:.2f}",
+            f"{row['network']:.2f}",
+            f"{row['waiting']:.2f}",
+            f"{100 * row['remote']:.1f} %",
+            f"{row['sent_bytes'] / 1e9:.2f}",
+            f"{row['sent_bytes'] / row['least_bytes']:.2f}" if row["least_bytes"] else "",
+        )
+    Console(width=120).print(table)

@@ -1,0 +1,90 @@
+"""What the processes of one program tell each other beside their steps: small values under names. Holds no engine."""
+
+import threading
+from contextlib import suppress
+from typing import Any, Protocol
+
+import jax
+from jax._src import distributed
+
+
+class Channel(Protocol):
+    """Values that one process puts and all can get, from any thread."""
+
+    def put(self, name: str, value: bytes) -> None:
+        """Set a value, or replace it."""
+        ...
+
+    def get(self, name: str, seconds: float) -> bytes | None:
+        """The value, waiting at most so long until there is one; None too where it is on its way by then."""
+        ...
+
+    def look(self, name: str) -> bytes | None:
+        """The value that there is now, however long it travels; None where there is none."""
+        ...
+
+    def drop(self, name: str) -> None:
+        """Forget a value; it need not exist."""
+        ...
+
+
+def open_channel(prefix: str = "") -> Channel:
+    """The channel of this program, whether it is one process or several; names under a prefix do not meet others."""
+    return ClusterChannel(prefix) if jax.process_count() > 1 else OwnChannel()
+
+
+class OwnChannel:
+    """Within a process, between threads."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, bytes] = {}
+        self._changed = threading.Condition()
+
+    def put(self, name: str, value: bytes) -> None:
+        with self._changed:
+            self._values[name] = value
+            self._changed.notify_all()
+
+    def get(self, name: str, seconds: float) -> bytes | None:
+        with self._changed:
+            self._changed.wait_for(lambda: name in self._values, seconds)
+            return self._values.get(name)
+
+    def look(self, name: str) -> bytes | None:
+        with self._changed:
+            return self._values.get(name)
+
+    def drop(self, name: str) -> None:
+        with self._changed:
+            self._values.pop(name, None)
+
+
+class ClusterChannel:
+    """Between the processes of one program, by the store that they started with."""
+
+    def __init__(self, prefix: str = "") -> None:
+        self._client: Any = distributed.global_state.client
+        self._root = f"dancemoe/{prefix}"
+
+    def put(self, name: str, value: bytes) -> None:
+        self._client.key_value_set_bytes(self._root + name, value, allow_overwrite=True)
+
+    def get(self, name: str, seconds: float) -> bytes | None:
+        try:
+            return self._client.blocking_key_value_get_bytes(self._root + name, max(1, round(1000 * seconds)))
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+            return None
+
+    def look(self, name: str) -> bytes | None:
+        try:
+            return self._client.key_value_try_get_bytes(self._root + name)
+        except jax.errors.JaxRuntimeError as error:
+            if "NOT_FOUND" not in str(error):
+                raise
+            return None
+
+    def drop(self, name: str) -> None:
+        with suppress(jax.errors.JaxRuntimeError):
+            self._client.key_value_delete(self._root + name)

@@ -1,0 +1,224 @@
+"""`python -m launch generate`: continue prompts, each by its own sampling rules, text streamed as it comes."""
+
+import argparse
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from dancemoe_jax.checkpoint.reader import bundled_model
+from dancemoe_jax.inference.generate import check_prompt
+from dancemoe_jax.inference.sampling import SamplingParams, SamplingRows, choose, stack_params
+from dancemoe_jax.inference.steps import decode_step, init_state, prefill
+from dancemoe_jax.mesh import sharded
+from dancemoe_jax.text.detokenizer import TextStream
+from dancemoe_jax.text.tokenizer import TextCodec, load_codec
+from launch.engine.single_process import Local, load
+from launch.model_flags import add_model_arguments, read_shape
+from placement import InputError
+
+CHUNK = 64
+
+
+@dataclasses.dataclass
+class Prompt:
+    """One prompt and what has become of it."""
+
+    text: str
+    ids: list[int]
+    params: SamplingParams
+    output: list[int] = dataclasses.field(default_factory=list)
+    continuation: str = ""
+    reason: str = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", type=Path, default=None, help="model directory or store (default: the bundled model)"
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", help="text to continue; - reads all of standard input as it is")
+    source.add_argument(
+        "--prompt-file", help='prompts, one a line, or JSON lines {"prompt": …} or {"messages": […]}; - standard input'
+    )
+    parser.add_argument(
+        "--chat", action="store_true", help="take a prompt as a user's message, by the model's template"
+    )
+    parser.add_argument("--max-tokens", type=int, default=100, help="tokens to generate at most (100)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
+    parser.add_argument("--top-k", type=int, default=0, help="sample among so many likeliest tokens; 0 = all (0)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="among the fewest tokens that are so probable (1)")
+    parser.add_argument("--min-p", type=float, default=0.0, help="among tokens so probable against the likeliest (0)")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 avoids what was said (1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling, for each prompt alike (0)")
+    parser.add_argument("--stop", action="append", default=[], help="text that ends the output; may be repeated")
+    parser.add_argument("--stop-token", action="append", type=int, default=[], help="token id that ends the output")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a prompt instead of the text")
+    add_model_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print each prompt and its continuation.
+
+    Raises:
+        ModelError, InputError: the model, a flag or a prompt cannot be used, or a prompt leaves no room in the context.
+    """
+    if args.max_tokens < 1:
+        raise InputError(f"--max-tokens {args.max_tokens}: must be at least 1")
+    params = SamplingParams(
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+        stop=tuple(args.stop),
+        stop_tokens=tuple(args.stop_token),
+    )
+    path = args.model or bundled_model()
+    config = read_shape(path, args)
+    codec = load_codec(path, config)
+    prompts = [_encode(codec, given, args.chat, params) for given in _read_prompts(args)]
+    for number, prompt in enumerate(prompts):
+        check_prompt(config, prompt.ids, "--prompt" if args.prompt is not None else f"prompt {number + 1}")
+    stream = len(prompts) == 1 and not args.json
+    if stream:
+        print(prompts[0].text, end="", flush=True)
+    continue_prompts(
+        load(path, config, args), codec, prompts, functools.partial(print, end="", flush=True) if stream else None
+    )
+    for prompt in prompts:
+        if args.json:
+            print(
+                json.dumps(
+                    {
+                        "prompt": prompt.text,
+                        "text": prompt.continuation,
+                        "prompt_tokens": len(prompt.ids),
+                        "tokens": prompt.output,
+                        "finish_reason": prompt.reason,
+                    }
+                )
+            )
+        else:
+            print("" if stream else prompt.text + prompt.continuation)
+
+
+def continue_prompts(
+    local: Local, codec: TextCodec, prompts: Sequence[Prompt], tell: Callable[[str], Any] | None = None
+) -> None:
+    """Fill in every prompt's output, continuation and reason to end (`"stop"` or `"length"`).
+
+    Args:
+        tell: called with each piece of the first prompt's text as soon as it is certain.
+    """
+    config, mesh = local.config, local.shapes["mesh"]
+    rows = -(-len(prompts) // mesh.size)
+    grid = (mesh.size, rows)
+    place = [(i % mesh.size, i // mesh.size) for i in range(len(prompts))]
+    by_place = dict(zip(place, prompts, strict=True))
+    per_device = [
+        stack_params([p and p.params for r in range(rows) for p in [by_place.get((d, r))]]) for d in range(mesh.size)
+    ]
+    rules = SamplingRows(*(np.stack(column) for column in zip(*per_device, strict=True)))
+    streams = [TextStream(codec.tokenizer, prompt.params.stop, prompt.ids) for prompt in prompts]
+    seen, old = jnp.zeros((*grid, config.vocab_size), bool, device=sharded(mesh)), np.zeros(grid, bool)
+    state: Any = init_state(config, mesh, rows, local.weights.decoder.embedding[...].dtype)
+    length, tokens = np.zeros(grid, np.int32), np.zeros((*grid, -(-config.max_position // CHUNK) * CHUNK), np.int32)
+    for at, prompt in by_place.items():
+        length[at] = len(prompt.ids)
+        tokens[at][: len(prompt.ids)] = prompt.ids
+    index, current = np.zeros(grid, np.int32), np.zeros(grid, np.int32)
+    sequences = np.broadcast_to(np.arange(rows, dtype=np.int32), grid)
+    for start in range(0, int(length.max()), CHUNK):
+        chunk, lengths = tokens[:, :, start : start + CHUNK], np.clip(length - start, 0, CHUNK)
+        starts = np.full(grid, start, np.int32)
+        state, result = prefill(local.weights, state, chunk, sequences, starts, lengths, **local.shapes)
+        valid = np.arange(CHUNK) < lengths[:, :, None]
+        seen, chosen = choose(seen, chunk, valid, old, result.logits, rules, index, mesh=mesh)
+        current = np.where(lengths > 0, np.asarray(chosen), current)
+    active = length > 0
+    while True:
+        for number, (at, prompt) in enumerate(by_place.items()):
+            if active[at]:
+                piece, active[at] = _accept(config, codec, prompt, streams[number], int(current[at]))
+                if tell and number == 0:
+                    tell(piece)
+        if not active.any():
+            break
+        index = index + active
+        state, result = decode_step(local.weights, state, current, length, active, **local.shapes)
+        length = length + active
+        rows = (current[:, :, None], active[:, :, None], old)
+        seen, chosen = choose(seen, *rows, result.logits, rules, index, mesh=mesh)
+        current = np.where(active, np.asarray(chosen), current)
+
+
+def _accept(config, codec: TextCodec, prompt: Prompt, stream: TextStream, token: int) -> tuple[str, bool]:
+    """Take a prompt's next token: the text that is certain now, and whether the prompt goes on."""
+    ends = codec.eos_tokens | {config.eos_token} | set(prompt.params.stop_tokens)
+    piece = ""
+    if token in ends:
+        prompt.reason = "stop"
+    else:
+        prompt.output.append(token)
+        piece = stream.push(token)
+        room = len(prompt.ids) + len(prompt.output) < config.max_position
+        if stream.stopped:
+            prompt.reason = "stop"
+        elif len(prompt.output) == prompt.params.max_tokens or not room:
+            prompt.reason = "length"
+    if prompt.reason:
+        piece += stream.finish()
+    prompt.continuation += piece
+    return piece, not prompt.reason
+
+
+def _encode(codec: TextCodec, given: str | list, chat: bool, params: SamplingParams) -> Prompt:
+    if isinstance(given, str) and not chat:
+        return Prompt(given, codec.encode(given), params)
+    messages = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    return Prompt(codec.render_chat(messages), codec.encode_chat(messages), params)
+
+
+def _read_prompts(args: argparse.Namespace) -> list[str | list]:
+    """Texts or conversations."""
+    if args.prompt is not None:
+        text = _read("--prompt", "-") if args.prompt == "-" else args.prompt
+        # Bytes of a command line that are no text arrive as lone surrogates, which no tokenizer and no terminal takes.
+        return [text.encode(errors="replace").decode()]
+    lines = [line for line in _read("--prompt-file", args.prompt_file).splitlines() if line.strip()]
+    if not lines:
+        raise InputError(f"--prompt-file {args.prompt_file}: holds no prompt; write one a line")
+    return [_parse_line(args.prompt_file, number, line) for number, line in enumerate(lines, 1)]
+
+
+def _parse_line(file: str, number: int, line: str) -> str | list:
+    if not line.lstrip().startswith("{"):
+        return line
+    try:
+        given = json.loads(line)
+    except ValueError:
+        return line  # a text that happens to begin with a brace
+    known = [given[key] for key in ("prompt", "messages") if key in given]
+    if len(known) != 1 or not isinstance(known[0], str if "prompt" in given else list):
+        raise InputError(f'--prompt-file {file}: line {number} must have either a text "prompt" or a list "messages"')
+    return known[0]
+
+
+def _read(flag: str, file: str) -> str:
+    try:
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        return data.decode()
+    except OSError as error:
+        raise InputError(f"{flag} {file}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        where = "standard input" if file == "-" else "the file"
+        raise InputError(f"{flag} {file}: {where} is not UTF-8 text ({error.reason} at byte {error.start})") from None

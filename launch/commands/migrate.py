@@ -1,0 +1,102 @@
+"""`python -m launch migrate`: look at, start and stop migrations of a cluster that serves."""
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from launch.migration.control import ask
+from launch.migration.decision import Decision, describe
+from placement import InputError, Placement
+from placement.data.cluster import parse_toml
+from placement.units import format_bytes, parse_bytes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--state", required=True, type=Path, metavar="DIR", help="the folder that `serve --state` was given")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--status", action="store_true", help="the placement in force and what is under way (default)")
+    what.add_argument("--plan", action="store_true", help="replan now from what users activate; migrate if that pays")
+    what.add_argument("--to", metavar="X.json", help="migrate to this placement")
+    what.add_argument(
+        "--memory",
+        action="append",
+        metavar="WHERE=SIZE",
+        help="give a device (edge-c/0) or each of a server (edge-c) less memory, or `all` it has",
+    )
+    what.add_argument("--drain", action="append", metavar="SERVER", help="leave no expert on this server")
+    what.add_argument("--undrain", action="append", metavar="SERVER", help="use all of its memory again")
+    what.add_argument(
+        "--add", metavar="C.toml", help="take in the servers that this cluster file has beside those that serve"
+    )
+    what.add_argument(
+        "--abort", action="store_true", help="stop the migration under way where it is, or wait for no server"
+    )
+    add("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    add("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Ask the cluster.
+
+    Raises:
+        InputError: no cluster serves there, or what is asked for cannot be done.
+    """
+    reply = ask(args.state, question(args))
+    if args.json:
+        print(json.dumps(reply))
+    elif reply.get("aborted") == "growth":
+        print("aborted; no server is waited for any more")
+    elif "aborted" in reply:
+        print("aborted; the cluster stays with the last round that all have committed")
+    elif "waiting" in reply:
+        for name in reply["waiting"]:
+            print(
+                f"waiting for {name}; start there, with the flags of the others: python -m launch serve --cluster {args.add} "
+                f"--server {name} --state DIR --join {reply['address']}"
+            )
+    elif "verdict" in reply:
+        word = "would be " if args.dry_run and reply["verdict"] == "adopted" else ""
+        decision = Decision(**reply)
+        decision.verdict = word + decision.verdict
+        print(describe(decision))
+    else:
+        _print_status(reply)
+
+
+def question(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags ask for."""
+    if args.abort:
+        return {"what": "abort"}
+    if args.to:
+        return {"what": "to", "placement": Placement.load(args.to).to_dict(), "source": args.to, "dry": args.dry_run}
+    if args.add:
+        return {"what": "add", "cluster": parse_toml(args.add), "source": args.add, "dry": args.dry_run}
+    memory: dict[str, int | None] = {}
+    for given in args.memory or []:
+        name, sign, size = given.rpartition("=")
+        if not sign:
+            raise InputError(f"--memory {given}: must be WHERE=SIZE, such as edge-c/0=20GB")
+        memory[name] = None if size == "all" else parse_bytes(size, f"--memory {given}")
+    memory |= dict.fromkeys(args.drain or [], 0) | dict.fromkeys(args.undrain or [])
+    if memory:
+        return {"what": "memory", "memory": memory, "dry": args.dry_run}
+    if args.plan or args.dry_run:
+        return {"what": "plan", "dry": args.dry_run}
+    return {"what": "status"}
+
+
+def _print_status(reply: Mapping[str, Any]) -> None:
+    print(f"epoch {reply['epoch']}, {reply['strategy']}, {reply['hash'][:12]}; recorded in {reply['record']}")
+    if reply.get("growth"):
+        print(f"adding servers: {reply['growth']}")
+    if reply["moving"]:
+        print(f"migrating: {reply['stage']}, {format_bytes(reply['staged_bytes'])} staged")
+    for name, size in reply["limits"].items():
+        print(f"{name}: limited to {format_bytes(size)}")
+    if reply["disabled"]:
+        print(f"no more migrations: {reply['disabled']}")
+    if reply["last"]:
+        print(describe(Decision(**reply["last"])))

@@ -1,0 +1,270 @@
+"""The demo's figures, from what its servers told at the cuts between phases. Holds no engine and no clock."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+import placement
+from dancemoe_jax.model.config import ModelConfig
+from launch.demo.server import unpacked
+from launch.engine.memory import model_profile
+from launch.engine.request import Request
+from placement import Cluster, Placement, Profile
+
+CHECKED_PER_PHASE = 24
+ITEMSIZE = 4  # float32 throughout
+
+
+class Figures:
+    """Gathers what `report.render` takes.
+
+    Args:
+        capacity: slots of each device; reserved: bytes of each device for all that is not an expert.
+        decode: tokens -> text.
+        show: called with the figures of each phase; say: with each line.
+
+    Attributes:
+        to_check: requests to compare with the dense model.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        cluster: Cluster,
+        model_name: str,
+        seed: int,
+        *,
+        capacity: Sequence[int],
+        reserved: int,
+        uniform: Placement,
+        decode: Callable[[list[int]], str],
+        show: Callable,
+        say: Callable,
+        loading_s: float,
+    ) -> None:
+        self.config, self.cluster, self.model_name, self.seed = config, cluster, model_name, seed
+        self.capacity, self.reserved, self.uniform, self.loading_s = capacity, reserved, uniform, loading_s
+        self.expert_bytes = config.expert_bytes(ITEMSIZE)
+        self._decode, self._show, self._say = decode, show, say
+        self.parts: dict[str, list[Any]] = {
+            name: [] for name in ("phases", "migrations", "events", "timeline", "activation", "placements", "samples")
+        }
+        self.to_check: list[Request] = []
+        self.within_budget, self.compilations, self.peak_memory = True, 0, 0
+
+    def profile(self, counts: np.ndarray) -> Profile:
+        return model_profile(
+            self.config, self.cluster, counts, name=self.model_name, reserved=self.reserved, itemsize=ITEMSIZE
+        )
+
+    def event(self, at: float, label: str) -> None:
+        self.parts["events"].append({"at_s": at, "label": label})
+
+    def tick(self, at: float, ratios: dict[str, float | None]) -> None:
+        self.parts["timeline"].append({"t_s": at, "local_ratio": ratios})
+
+    def activated(self, label: str, domains: Sequence[str], counts: np.ndarray) -> None:
+        rounded = np.rint(counts).astype(int).tolist()
+        self.parts["activation"].append({"label": label, "workload": self._workload(domains), "counts": rounded})
+
+    def placed(self, label: str, at: float, plan: Placement, told: list[Any]) -> None:
+        """What is where, and what that takes, as measured on the devices' arrays."""
+        resident, budget = _sum(told, "resident"), self.cluster.memory - self.reserved
+        self.within_budget &= bool((resident <= budget).all())
+        devices = [
+            {
+                "server": server,
+                "device": device,
+                "experts": [np.flatnonzero(row).tolist() for row in layers],
+                "resident_bytes": int(held),
+                "budget_bytes": int(most),
+            }
+            for (server, device), layers, held, most in zip(
+                self.cluster.device_names, plan.resident, resident, budget, strict=True
+            )
+        ]
+        self.parts["placements"].append({"label": label, "at_s": at, "devices": devices})
+
+    def phase(
+        self, name: str, plan: Placement, domains: Sequence[str], times: tuple[float, float], begin: Any, end: Any
+    ) -> None:
+        """A phase between two cuts."""
+        served = self._finished(end)
+        latency = [r.finished_s - r.arrival_s for r in served if r.finished_s is not None]
+        total = {key: _sum(end, key) - _sum(begin, key) for key in ("counts", "local", "remote", "crossings", "rows")}
+        ratios = local_ratios(self.cluster, total["local"], total["remote"])
+        crossed = _crossed(end)
+        hidden = self.config.hidden_size * ITEMSIZE
+        # One way a row carries its weights and slots too, int32 and float32 for each of k assignments.
+        row, parcel = 2 * hidden, 8 * self.config.top_k
+        tokens = sum(len(r.output) for r in served)
+        known = [ratio for ratio in ratios.values() if ratio is not None]
+        figures = {
+            "name": name,
+            "placement": plan.strategy,
+            "workload": self._workload(domains),
+            "start_s": times[0],
+            "end_s": times[1],
+            "requests": len(served),
+            "tokens": tokens,
+            "steps": len(crossed),
+            "local_ratio": ratios,
+            "local_ratio_mean": float(np.mean(known)) if known else None,
+            "remote_calls": int(total["remote"].sum()),
+            "remote_share_uniform": self._remote_share(total["counts"], self.uniform),
+            "remote_share": self._remote_share(total["counts"], plan),
+            "network_layers": float(np.mean(list(crossed.values()))) if crossed else None,
+            "latency_p50_s": float(np.quantile(latency, 0.5)) if latency else None,
+            "latency_p95_s": float(np.quantile(latency, 0.95)) if latency else None,
+            "tokens_per_s": tokens / (times[1] - times[0]),
+            "bytes_exchanged": int(total["rows"].sum()) * (row + parcel),
+            "bytes_needed": int(total["crossings"].sum()) * row,
+            "counts": total["counts"].tolist(),
+        }
+        self.parts["phases"].append(figures)
+        self._pick(name, served)
+        self._show(figures, len(self.parts["phases"]) == 1)
+
+    def migrated(
+        self,
+        label: str,
+        at: float,
+        planned: float,
+        plans: tuple[Placement, Placement],
+        outcomes: list[Any],
+        before: list[Any],
+        after: list[Any],
+    ) -> None:
+        """A migration, between the cuts before and after it."""
+        old, new = plans
+        counts = _sum(before, "counts")
+        added, dropped = int((new.resident & ~old.resident).sum()), int((old.resident & ~new.resident).sum())
+        m = {
+            "at_s": at,
+            "phase": len(self.parts["phases"]),
+            "from": old.strategy,
+            "to": new.strategy,
+            "label": label,
+            "copies_added": added,
+            "copies_dropped": dropped,
+            "bytes_moved": sum(o["bytes"] for o in outcomes),
+            "plan_s": planned,
+            "stage_s": max(o["stage_s"] for o in outcomes),
+            "seconds": max(o["seconds"] for o in outcomes),
+            "commit_s": max(o["stall_s"] for o in outcomes),
+            "requests_in_flight": sum(one["across"] for one in after),
+        }
+        seen = np.asarray(self.parts["activation"][-1]["counts"]) if self.parts["activation"] else counts
+        m |= {f"remote_share_{k}": self._remote_share(seen, p) for k, p in (("before", old), ("after", new))}
+        self.parts["migrations"].append(m)
+        self.placed(label, at, new, after)
+        # What finished meanwhile belongs to no phase's latency, but is checked all the same.
+        self.to_check += self._finished(after)
+        self._say(
+            f"   migration to {label!r} at {at:.1f} s: {added} copies moved in, {m['bytes_moved'] / 1e6:.1f} MB; planned in "
+            f"{planned:.2f} s, staged and committed in {m['seconds']:.2f} s while serving, longest stall between two steps "
+            f"{1e3 * m['commit_s']:.0f} ms, {m['requests_in_flight']} running requests"
+        )
+
+    def take_rest(self, told: list[Any]) -> None:
+        """What ended after the last phase, and the totals of all processes."""
+        self.to_check += [r for r in self._finished(told) if len(r.epochs) > 1]
+        self.compilations = sum(one["compilations"] for one in told)
+        self.peak_memory = sum(one["peak_memory_bytes"] for one in told[1:])
+
+    def result(self, checks: dict[str, Any]) -> dict[str, Any]:
+        """Everything, in the format `dancemoe.demo/1`."""
+        config, phases = self.config, self.parts["phases"]
+        total = config.num_moe_layers * config.num_experts
+        final, devices = self.parts["placements"][-1]["devices"], iter(range(len(self.capacity)))
+        servers = [
+            {
+                "name": server.name,
+                "devices": [
+                    {
+                        "memory_bytes": device.memory,
+                        "reserved_bytes": self.reserved,
+                        "budget_bytes": device.memory - self.reserved,
+                        "slots": self.capacity[i],
+                        "resident_bytes": final[i]["resident_bytes"],
+                    }
+                    for device, i in zip(server.devices, devices, strict=False)
+                ],
+            }
+            for server in self.cluster.servers
+        ]
+        headline = {"remote_share_uniform": phases[0]["remote_share"]}
+        for name, phase in (("first", phases[1]), ("second", phases[3])):
+            headline[f"remote_share_{name}"] = phase["remote_share"]
+            headline[f"reduction_{name}"] = 1 - phase["remote_share"] / max(phase["remote_share_uniform"], 1e-12)
+        checks |= {"compilations_after_warmup": self.compilations, "within_budget": self.within_budget}
+        return {
+            "format": "dancemoe.demo/1",
+            "seed": self.seed,
+            "model": {
+                "name": self.model_name,
+                "layers": config.num_moe_layers,
+                "experts": config.num_experts,
+                "top_k": config.top_k,
+                "hidden_size": config.hidden_size,
+                "expert_bytes": self.expert_bytes,
+                "parameters": config.other_params + total * config.expert_params,
+            },
+            "cluster": {"servers": servers, "copies": sum(self.capacity) / total},
+            **self.parts,
+            "checks": checks,
+            "headline": headline,
+        }
+
+    def _workload(self, domains: Sequence[str]) -> dict[str, str]:
+        return dict(zip(self.cluster.names, domains, strict=True))
+
+    def _remote_share(self, counts: np.ndarray, plan: Placement) -> float:
+        return placement.evaluate(self.profile(counts), self.cluster, plan)["remote_share"]
+
+    def _finished(self, told: list[Any]) -> list[Request]:
+        found = [unpacked(r) for one in told for r in one["finished"]]
+        return sorted(found, key=lambda r: r.finished_s or 0.0)
+
+    def _pick(self, phase: str, served: list[Request]) -> None:
+        """Requests of the phase to check: some, and all that ran across a migration; one of each server to show."""
+        rng = np.random.default_rng([self.seed, len(self.parts["phases"])])
+        some = set(rng.permutation(len(served))[:CHECKED_PER_PHASE].tolist())
+        self.to_check += [r for i, r in enumerate(served) if i in some or len(r.epochs) > 1]
+        for server, name in enumerate(self.cluster.names):
+            request = next((r for r in reversed(served) if r.server == server and r.output), None)
+            if request is not None:
+                self.parts["samples"].append(
+                    {
+                        "phase": phase,
+                        "server": name,
+                        "domain": request.label,
+                        "prompt": self._decode(request.prompt),
+                        "output": self._decode(request.output),
+                    }
+                )
+
+
+def local_ratios(cluster: Cluster, local: np.ndarray, remote: np.ndarray) -> dict[str, float | None]:
+    """Local ratio of each server from [devices, layers] sums; None where nothing was activated."""
+    result: dict[str, float | None] = {}
+    for index, name in enumerate(cluster.names):
+        mine = cluster.device_server == index
+        total = local[mine].sum() + remote[mine].sum()
+        result[name] = float(local[mine].sum() / total) if total else None
+    return result
+
+
+def _sum(told: list[Any], name: str) -> np.ndarray:
+    return np.sum([np.asarray(one[name], np.int64) for one in told], axis=0)
+
+
+def _crossed(told: list[Any]) -> dict[int, np.ndarray]:
+    """By step, bool [layers]: whether a token of any server had to leave it. Processes count the same steps alike."""
+    steps: dict[int, np.ndarray] = {}
+    for one in told:
+        for step, layers in one["crossed"]:
+            mine = np.asarray(layers, bool)
+            steps[step] = steps[step] | mine if step in steps else mine
+    return steps

@@ -1,0 +1,192 @@
+"""The serving loop of a process: it steps the engine with the others, sleeps when all rest, and streams tokens to requests."""
+
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+
+from launch.cluster.channel import open_channel
+from launch.engine.engine import DONE, ORDER, REGROUP, Engine
+from launch.engine.request import Request
+
+_NAP_S = 0.2  # how often a sleeping server looks whether it is to end
+
+
+class Stream:
+    """The tokens of one request as they come.
+
+    Iterating waits for each; `cancel` ends it from any thread. `reason` tells why it has ended: "stop", "length" or
+    "cancelled"; it is "" until then.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self._tokens: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._hear, request.hear = request.hear, self._take
+
+    def __iter__(self) -> Iterator[int]:
+        while (token := self._tokens.get()) is not None:
+            yield token
+        self.close()  # whoever iterates again finds the end
+
+    @property
+    def reason(self) -> str:
+        return self.request.reason
+
+    def cancel(self) -> None:
+        self.request.cancelled = True
+
+    def close(self) -> None:
+        """There are no more tokens; the loop says so."""
+        self._tokens.put(None)
+
+    def _take(self, token: int) -> bool:
+        self._tokens.put(token)
+        return bool(self._hear and self._hear(token))
+
+
+class Host:
+    """A server's engine and the loop that steps it together with the others.
+
+    Args:
+        server: index of this server, or of the one whose requests enter here.
+        name: goes before all names on its channel: one host after another needs one of its own.
+
+    Attributes:
+        channel: to the other servers.
+        between: called by the loop between two steps, and now and then while it sleeps; says whether it would like to be
+            called again soon.
+    """
+
+    def __init__(self, engine: Engine, server: int, name: str = "") -> None:
+        self.engine, self.server, self._name = engine, server, name
+        self.channel = open_channel(name)
+        self.between: Callable[[], bool] = lambda: False
+        self._nap = 0
+        self._streams: dict[int, Stream] = {}
+        self._lock = threading.Lock()
+        self._looping = self._over = False  # takes steps; never will again
+
+    def submit(self, request: Request) -> Stream:
+        """Queue a request, from any thread; one that comes after the loop has ended for good is cancelled.
+
+        Raises:
+            ModelError: its prompt does not fit the model.
+        """
+        stream = Stream(request)
+        with self._lock:
+            if self._over:
+                request.reason = "cancelled"
+                stream.close()
+                return stream
+            self.engine.submit(request)
+            self._streams[id(request)] = stream
+        self.ring()
+        return stream
+
+    def finish(self) -> None:
+        """No more requests will come in here; once that is so everywhere, and all are answered, the loop ends."""
+        self.engine.done = True
+        self.ring()
+
+    def stop(self) -> None:
+        """End the loop everywhere after the next step, whatever is running."""
+        self.engine.stop = True
+
+    def run(self) -> bool:
+        """Take steps together with the others until all agree to end, or to leave for another program (true): `move` goes
+        on there."""
+        engine, moves = self.engine, False
+        self._looping = True
+        try:
+            while not engine.leaving:
+                for request in engine.step():
+                    request.finished_s = time.monotonic()
+                    self._forget(request)
+                self.between()
+                if engine.asleep and not engine.leaving:
+                    self._sleep()
+            moves = not engine.ended
+        finally:
+            with self._lock:
+                self._looping = False
+            if not moves:
+                self.close()
+        return moves
+
+    def close(self) -> None:
+        """Serve no more: whatever is unanswered is cancelled."""
+        with self._lock:
+            self._over, left = True, list(self._streams.values())
+        for stream in left:
+            stream.request.reason = stream.request.reason or "cancelled"
+            self._forget(stream.request)
+
+    def move(self, engine: Engine) -> None:
+        """Go on with an engine of another program: whatever is unanswered begins anew there, with the tokens that it has."""
+        with self._lock:
+            engine.done, engine.stop = self.engine.done, self.engine.stop
+            for stream in self._streams.values():
+                stream.request.restart()
+                engine.submit(stream.request)
+            self.engine, self.channel, self._nap = engine, open_channel(self._name), 0
+            self.between = lambda: False
+
+    def _sleep(self) -> None:
+        while True:
+            more = self.between()
+            if self._wanted():
+                self._wake_all()
+            if self.channel.get(f"nap/{self._nap}", 0.0 if more else _NAP_S) is not None:
+                break
+        # All have heard the one before the last, or they could not be napping again.
+        if jax.process_index() == 0:
+            self.channel.drop(f"nap/{self._nap - 2}")
+        self._nap += 1
+        self.engine.wake()
+
+    def _wanted(self) -> bool:
+        """Whether there is something to tell the others."""
+        engine = self.engine
+        told = engine.heard[engine.own[0]]
+        news = (
+            (engine.done and not told[DONE]) or engine.regroup > told[REGROUP] or tuple(told[ORDER:]) != engine.progress
+        )
+        return not engine.idle or engine.stop or bool(news)
+
+    def ring(self) -> None:
+        """Have the loop look for what has changed, if it sleeps; from any thread."""
+        with self._lock:
+            if self._looping and self.engine.asleep:
+                self._wake_all()
+
+    def _wake_all(self) -> None:
+        self.channel.put(f"nap/{self._nap}", b"over")
+
+    def _forget(self, request: Request) -> None:
+        with self._lock:
+            stream = self._streams.pop(id(request), None)
+        if stream:
+            stream.close()
+
+
+@contextmanager
+def ending(host: Host) -> Iterator[None]:
+    """Inside the block the first SIGINT or SIGTERM ends the loop everywhere, in step; a second one ends this process."""
+
+    def asked(number: int, frame: Any) -> None:
+        if host.engine.stop:
+            raise KeyboardInterrupt
+        host.stop()
+
+    before = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,100 @@
+"""One server's part of a cluster that serves a model: what it loads, and the loop in which it takes its steps.
+
+Requests come in through `Host.submit` from any thread, and go out as streams of tokens; who asks is not known here.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+import placement
+from dancemoe_jax.checkpoint.reader import ExpertFile
+from dancemoe_jax.expert_parallel.pool import PoolLayout, fill_pool, pool_layout
+from dancemoe_jax.expert_parallel.tables import Tables, assign_slots, routing_tables
+from dancemoe_jax.inference.steps import Weights, place_decoder, place_tables
+from dancemoe_jax.mesh import make_mesh
+from dancemoe_jax.model.config import ModelConfig
+from dancemoe_jax.model.experts import ExpertWeights
+from launch.engine.engine import Engine
+from launch.engine.memory import sizes, slots_per_device
+from placement import Cluster, Placement, Profile
+from placement.costs.network_use import likely_links
+from placement.costs.routing import serving_server
+from placement.data.problem import Problem
+from placement.migration.adapt import fitted
+
+
+@dataclasses.dataclass
+class Loaded:
+    """This process's share of a model, ready to serve.
+
+    Attributes:
+        placement: what is where; slots: int32 [devices, layers, experts], where in the pool.
+        profile: the model's sizes, with users who are all alike.
+        read: (layer, expert, arena = None) -> its weights on the host, as `ExpertFile.read`.
+    """
+
+    engine: Engine
+    cluster: Cluster
+    placement: Placement
+    slots: np.ndarray
+    profile: Profile
+    read: Callable[..., ExpertWeights]
+
+    def likely(self, resident: np.ndarray, profile: Profile) -> np.ndarray:
+        """Which links' rows go unasked under a placement, where users are as the profile says: bool [servers, layers,
+        servers]."""
+        problem = Problem.build(profile, self.cluster)
+        return likely_links(problem, serving_server(problem, problem.held(resident)))
+
+    def tables(self, slots: np.ndarray, likely: np.ndarray) -> Tables:
+        """Routing tables of an assignment, on the devices."""
+        problem = Problem.build(self.profile, self.cluster)
+        serving = serving_server(problem, problem.held(slots >= 0))
+        layout: PoolLayout = self.engine.shapes["layout"]
+        return place_tables(routing_tables(layout, slots, serving=serving, likely=likely), self.engine.mesh)
+
+
+def load(
+    path: Path,
+    config: ModelConfig,
+    cluster: Cluster,
+    devices: list[Any],
+    *,
+    dtype: str = "float32",
+    int8: bool = False,
+    sequences: int = 8,
+    chunk: int = 64,
+    placed: Placement | None = None,
+    read: Callable[[int, int], ExpertWeights] | None = None,
+) -> Loaded:
+    """Load this process's share of a model onto its devices. All processes call it with the same arguments.
+
+    Args:
+        devices: all devices of the cluster in mesh order.
+        placed: what is where; default: planned for users who are all alike.
+        read: reads experts of this process where not straight from the checkpoint.
+
+    Raises:
+        InputError: a device has room for no expert, or the placement is for another model or cluster.
+        ModelError: the checkpoint cannot be used.
+    """
+    file = ExpertFile(path, jnp.dtype(dtype), int8)
+    profile = sizes(path, config, cluster, dtype=dtype, int8=int8, sequences=sequences)
+    reserved, expert_bytes = int(np.max(profile.reserved_bytes)), int(np.max(profile.expert_bytes))
+    layout = pool_layout(slots_per_device(cluster, reserved, expert_bytes), cluster.device_server)
+    if placed is None:
+        placed = placement.plan(profile, cluster, "uniform")
+    placed = fitted(placed, profile, cluster)
+    mesh = make_mesh(devices)
+    slots = assign_slots(layout, placed.resident)
+    pool = fill_pool(mesh, layout, slots, read or file.read)
+    weights = Weights(place_decoder(file.decoder(), mesh), pool, None)  # pyright: ignore[reportArgumentType]
+    engine = Engine(config, layout, mesh, weights, cluster.device_server, sequences, chunk)
+    loaded = Loaded(engine, cluster, placed, slots, profile, file.read)
+    engine.weights = weights._replace(tables=loaded.tables(slots, loaded.likely(placed.resident, profile)))
+    return loaded

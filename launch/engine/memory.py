@@ -1,0 +1,59 @@
+"""What a model needs of a device's memory: reserved bytes, sizes as a profile, and slots for experts."""
+
+import dataclasses
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from dancemoe_jax.model.config import ModelConfig
+from placement import Cluster, InputError, Profile
+
+WORKSPACE_BYTES = 8 * 2**20
+
+
+def reserved_bytes(config: ModelConfig, sequences: int, itemsize: int = 4) -> int:
+    """Bytes on every device for all that is not an expert: other weights, key-value cache, workspace of a step."""
+    return config.other_params * itemsize + config.cache_bytes(sequences, itemsize) + WORKSPACE_BYTES
+
+
+def model_profile(
+    config: ModelConfig, cluster: Cluster, counts: np.ndarray, *, name: str, reserved: int, itemsize: int = 4
+) -> Profile:
+    """What was counted [servers, layers, experts], with the model's sizes."""
+    return Profile(
+        counts,
+        cluster.names,
+        model=name,
+        top_k=config.top_k,
+        hidden_size=config.hidden_size,
+        expert_bytes=config.expert_bytes(itemsize),
+        reserved_bytes=reserved,
+    )
+
+
+def slots_per_device(cluster: Cluster, reserved: int, expert_bytes: int) -> list[int]:
+    """Experts that fit each device beside what is reserved.
+
+    Raises:
+        InputError: a device has room for none.
+    """
+    slots = (cluster.memory - reserved) // expert_bytes
+    for (server, device), memory, count in zip(cluster.device_names, cluster.memory, slots, strict=True):
+        if count < 1:
+            raise InputError(
+                f"{cluster.source}: {server} device {device}: memory of {memory} bytes is {reserved + expert_bytes - memory} "
+                f"short of {reserved} reserved for all but experts and {expert_bytes} for one expert; give it more memory"
+            )
+    return [int(count) for count in slots]
+
+
+def sizes(
+    path: Path, config: ModelConfig, cluster: Cluster, *, dtype: str = "float32", int8: bool = False, sequences: int = 8
+) -> Profile:
+    """What a model takes on the devices of a cluster, as the profile of users who are all alike."""
+    itemsize = jnp.dtype(dtype).itemsize
+    reserved = reserved_bytes(config, sequences, itemsize)
+    alike = np.ones((len(cluster.names), config.num_moe_layers, config.num_experts), np.int64)
+    profile = model_profile(config, cluster, alike, name=path.name, reserved=reserved, itemsize=itemsize)
+    return dataclasses.replace(profile, expert_bytes=config.expert_bytes(itemsize, int8))

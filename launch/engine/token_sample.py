@@ -1,0 +1,68 @@
+"""Tokens with all their experts, a few of many: what counts do not tell, which experts fire together."""
+
+import time
+from typing import NamedTuple
+
+import numpy as np
+
+from placement import Profile
+
+_MOST_TOKENS = 1024  # that a process keeps
+_MOST_IDS = 2**18  # in them: 256 kB of what it tells now and then, for models of up to 256 experts
+
+
+class Sample(NamedTuple):
+    """Tokens drawn at random.
+
+    Attributes:
+        ids: their experts, unsigned [tokens, layers, k]; server: where they entered, int64 [tokens].
+        at: when their steps were taken, seconds since 1970, float64 [tokens].
+    """
+
+    ids: np.ndarray
+    server: np.ndarray
+    at: np.ndarray
+
+
+class Sampler:
+    """A sample in which a token's chance halves with every `half_life` seconds, of bounded size.
+
+    A token is forgotten at a moment that is drawn when it comes, by the law of decay. Where more have not been forgotten than
+    there is room for, the ones that stay longest are kept: of what is old, a part that halves with every half-life alike.
+
+    Args:
+        shape: layers, experts, experts per token.
+        half_life: seconds.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], half_life: float, seed: int = 0) -> None:
+        layers, experts, top_k = shape
+        size = max(1, min(_MOST_TOKENS, _MOST_IDS // (layers * top_k)))
+        self._sample = empty_sample(size, layers, experts, top_k)
+        self._until = np.full(size, -np.inf)  # when each is forgotten
+        self._mean_s, self._rng = half_life / np.log(2), np.random.default_rng(seed)
+
+    def add(self, server: int, ids: np.ndarray) -> None:
+        """Take notice of tokens that entered at a server, int [tokens, layers, k]."""
+        now = time.time()
+        for until, own in zip(now + self._rng.exponential(self._mean_s, len(ids)), ids, strict=True):
+            place = int(self._until.argmin())
+            if until > self._until[place]:
+                self._until[place] = until
+                sample = self._sample
+                sample.ids[place], sample.server[place], sample.at[place] = own, server, now
+
+    def take(self) -> Sample:
+        """A copy of the sample as it is now."""
+        return Sample(*(part[self._until > time.time()] for part in self._sample))
+
+
+def sampled_shape(profile: Profile) -> tuple[int, int, int]:
+    """Layers, experts and experts per token of a model."""
+    _, layers, experts = profile.counts.shape
+    return layers, experts, profile.top_k
+
+
+def empty_sample(size: int, layers: int, experts: int, top_k: int) -> Sample:
+    kind = np.uint8 if experts <= 256 else np.uint16
+    return Sample(np.zeros((size, layers, top_k), kind), np.zeros(size, np.int64), np.zeros(size))

@@ -1,0 +1,348 @@
+"""Decides when experts move: replans from what users activate, and migrates where that pays. Runs on the first server.
+
+Every interval a plan is made from a decaying window of counts, with the placement in force as its start. It is adopted
+where it saves more over the horizon than transfer and stall cost, by a margin, and where it would have saved in each of
+the last intervals too: a workload that changes faster than that moves nothing. Every decision is a line and a record.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from launch.cluster.channel import Channel
+from launch.engine.loading import Loaded
+from launch.engine.token_sample import Sample, sampled_shape
+from launch.migration.decision import Decision, describe, limited, pace, with_limits
+from launch.migration.mover import Mover
+from launch.migration.order import Outcome
+from launch.migration.planner_process import Planning
+from launch.migration.record import NAME, placement_hash, write_record
+from launch.migration.revision import Revision
+from launch.migration.telemetry import Counted, gather, gather_sample
+from placement import Cluster, DecayingCounts, InputError, Placement, Profile, Workload
+from placement.migration.adapt import adapt
+from placement.migration.decide import Figures, Policy
+
+DECISIONS = "decisions.jsonl"
+_END_S = 5.0  # for a revision to end, when serving does
+T = TypeVar("T")
+
+
+class Controller:
+    """The planning side of live migration.
+
+    Args:
+        state: folder for the record of the placement in force and of decisions.
+        limits: memory of devices ("edge-a/0") in bytes, where it is to be less than the cluster file says.
+
+    Attributes:
+        disabled: why nothing migrates any more, or "".
+    """
+
+    def __init__(
+        self, loaded: Loaded, mover: Mover, channel: Channel, state: Path, policy: Policy, limits: Mapping[str, int]
+    ) -> None:
+        self.loaded, self.mover, self.policy, self.state = loaded, mover, policy, state
+        self.limits, self.disabled, self.decisions = dict(limits), "", 0
+        self.last: Decision | None = None
+        shape = loaded.profile.counts.shape
+        self._empty = Counted(np.zeros(shape, np.int64), np.zeros(2, np.int64), np.zeros(2, np.int64))
+        self._before, self._began = self._empty, time.monotonic()
+        self._window = DecayingCounts(policy.half_life, self._empty.counts, self._began)
+        # Steps and tokens of both kinds, and the seconds in which they were.
+        self._pace = DecayingCounts(policy.half_life, np.zeros(5), self._began)
+        self._channel = channel
+        self._sample = self._gather_sample()
+        self._latest: Profile | None = None  # what the last interval counted, if a request began in it
+        self._observed_at = time.time()
+        self._candidate: Placement | None = None  # a plan that would pay by the counts that it was made from
+        self._paid = 0  # in how many intervals since it has
+        self._workload, self._chunks = Workload(), 0.0
+        self._busy, self._ended = threading.Lock(), threading.Event()
+        self._moving: int | None = None
+        self._planning = Planning()
+        self._thread = threading.Thread(target=self._revise, name="controller", daemon=True)
+
+    def start(self, reason: str = "start") -> None:
+        """Record what is in force and why, and revise it from now on."""
+        self._record(reason)
+        if self.policy.interval:
+            self._thread.start()
+
+    def end(self) -> None:
+        """Revise no more, and have the thread out of the channel, which may end with the program."""
+        self._ended.set()
+        self._planning.end()
+        if self._thread.is_alive():
+            self._thread.join(_END_S)
+
+    def _revise(self) -> None:
+        while not self._ended.wait(self.policy.interval):
+            with self._busy:
+                if self._ended.is_set():
+                    return
+                try:
+                    self.observe()
+                    self._decide(Decision(time.time(), "interval"))
+                except InputError as error:
+                    if not self._ended.is_set():
+                        self.note(Decision(time.time(), "interval", why=str(error)))
+
+    # ---- what has been seen ----
+
+    def observe(self) -> None:
+        """Take what the servers have counted since the last time into the window."""
+        now, counted = time.monotonic(), self._peek()
+        new = counted.counts - self._before.counts
+        began = counted.fed[0] > self._before.fed[0] and new.any()
+        self._before = counted
+        self._latest = self.profile(new, since=self._observed_at) if began else None
+        self._observed_at = time.time()
+        self._pace = self._pace.observe(np.array([*counted.steps, *counted.fed, now - self._began]), now)
+        self._workload, self._chunks = pace(self._pace.counts)
+
+    def profile(self, counts: np.ndarray, since: float = 0.0) -> Profile:
+        """Counts with the sizes of the model, and the tokens that have been sampled since then (seconds since 1970)."""
+        sample = self._sample
+        new = sample.at >= since
+        tokens = {"ids": sample.ids[new], "server": sample.server[new], "sequence": np.arange(new.sum())}
+        return dataclasses.replace(
+            self.loaded.profile, counts=np.rint(counts).astype(np.int64), **(tokens if new.any() else {})
+        )
+
+    @property
+    def cluster(self) -> Cluster:
+        """The cluster with the memory that there is to be."""
+        return limited(self.loaded.cluster, self.limits)
+
+    # ---- decisions ----
+
+    def _decide(self, decision: Decision, target: Placement | None = None, *, dry: bool = False) -> Decision:
+        """Weigh a plan from the window, or a given target, against what is in force; migrate unless dry."""
+        present, usable, policy = self.mover.placement, self.cluster, self.policy
+        decision.epoch, asked = self.mover.epoch, target is not None
+        decision.tokens = float(self._window.counts.sum()) / (present.model["top_k"] * present.resident.shape[1])
+        unfit = ""
+        try:
+            present.validate(usable)
+        except InputError as error:
+            unfit = str(error)
+        seen = self.profile(self._window.counts)
+        if not seen.counts.any():
+            if not asked and not unfit:
+                decision.why = "no tokens in the window"
+                return self.note(decision, dry)
+            seen = self.loaded.profile
+        proven = not asked and not unfit and not dry and self._proven(present)
+        target, figures = self._weigh(seen, present, self._candidate if proven else target, unfit=bool(unfit))
+        decision.take(figures)
+        objection = figures.objection(policy)
+        if not figures.rounds:
+            decision.why = "nothing to move"
+        elif self.disabled:
+            decision.why = f"migrations have stopped: {self.disabled}"
+        elif unfit or asked:
+            decision.verdict, decision.why = "adopted", unfit or "asked for"
+        elif objection:
+            decision.why = objection
+        elif not proven and policy.confirm > 1:
+            decision.why = "has yet to pay in an interval that it was not planned from"
+            if not dry and self._candidate is None:
+                self._candidate, self._paid = target, 0
+        else:
+            decision.verdict, decision.why = "adopted", "pays"
+        if proven and decision.verdict != "adopted":
+            self._candidate = None
+        if decision.verdict == "adopted" and not dry:
+            self._migrate(decision, target, seen)
+        return self.note(decision, dry)
+
+    def _weigh(
+        self, seen: Profile, present: Placement, target: Placement | None, *, unfit: bool = False
+    ) -> tuple[Placement, Figures]:
+        cluster, policy = self.loaded.cluster, self.policy
+        return self._planning.weigh(
+            Revision(seen, cluster, self.cluster, present, policy, unfit, target, self._workload, self._chunks)
+        )
+
+    def _proven(self, present: Placement) -> bool:
+        """Whether the candidate has paid in as many intervals after it was planned as the policy asks for.
+
+        A plan looks best on the counts that it was made from, the more so the fewer they are; what it saves shows in
+        others. An interval in which no request began says nothing: whoever was served in it, the plan may be made from.
+        """
+        candidate, policy = self._candidate, self.policy
+        if candidate is None or self._latest is None:
+            return False
+        latest, self._latest = self._latest, None
+        if self._weigh(latest, present, candidate)[1].objection(policy):
+            self._candidate = None
+            return False
+        self._paid += 1
+        return self._paid >= policy.confirm - 1
+
+    def _migrate(self, decision: Decision, target: Placement, seen: Profile) -> None:
+        self._candidate = None
+        likely = self.loaded.likely(target.resident, seen)
+        self._moving = number = self.mover.send(target, likely, decision.reason)
+        outcome: Outcome | None = None
+        while outcome is None and not self._ended.is_set():
+            outcome = self.mover.wait(number, 0.5)
+        self._moving = None
+        if outcome is None:
+            return
+        decision.outcome = {
+            "failed": outcome.failed,
+            "rounds": outcome.rounds,
+            "stage_s": outcome.stage_s,
+            "seconds": outcome.seconds,
+            "copies_here": outcome.moved,
+            "bytes_here": outcome.bytes,
+            "longest_stall_s": max(outcome.stalls_s, default=0.0),
+        }
+        if outcome.failed:
+            decision.verdict, decision.why = "failed", outcome.failed
+        decision.epoch = self.mover.epoch
+        self._record(decision.reason)
+
+    def _record(self, reason: str) -> None:
+        try:
+            write_record(self.state, self.mover.placement, self.mover.epoch, reason, self.limits)
+        except InputError as error:
+            self.disabled = str(error)
+            print(
+                f"placement: no more migrations, the placement cannot be recorded: {error}", file=sys.stderr, flush=True
+            )
+
+    def note(self, decision: Decision, dry: bool = False) -> Decision:
+        if dry:
+            return decision
+        self.last, self.decisions = decision, self.decisions + 1
+        print(describe(decision), file=sys.stderr, flush=True)
+        try:
+            with open(self.state / DECISIONS, "a", encoding="utf-8") as file:
+                file.write(json.dumps(dataclasses.asdict(decision)) + "\n")
+        except OSError as error:
+            print(
+                f"placement: {self.state / DECISIONS}: cannot be written: {error.strerror}", file=sys.stderr, flush=True
+            )
+        return decision
+
+    # ---- other servers ----
+
+    def grown(self, cluster: Cluster, names: str) -> tuple[Decision, Placement]:
+        """A plan for a cluster with more servers, and the figures of it; users there are taken to be like all others.
+
+        Raises:
+            InputError: no plan fits.
+        """
+        self._peek()
+        decision = Decision(time.time(), "migrate add", "adopted", f"{names} added", self.mover.epoch)
+        seen = self.profile(self._window.counts)
+        seen = seen if seen.counts.any() else self.loaded.profile
+        more = len(cluster.names) - len(seen.servers)
+        counts = np.concatenate([seen.counts, np.tile(seen.counts.mean(0).round().astype(np.int64), (more, 1, 1))])
+        seen = dataclasses.replace(seen, counts=counts, servers=cluster.names)
+        usable = limited(cluster, self.limits)
+        present = adapt(self.mover.placement, usable)
+        target, figures = self._planning.weigh(
+            Revision(seen, cluster, usable, present, self.policy, workload=self._workload, chunks=self._chunks)
+        )
+        decision.take(
+            dataclasses.replace(figures, rounds=1)
+        )  # new servers stage all theirs, and then all change at once
+        return decision, target
+
+    def undisturbed(self, act: Callable[[], T]) -> T:
+        """Do something while no placement is revised; waits for a migration that is under way."""
+        with self._busy:
+            return act()
+
+    def wait_for_end(self) -> None:
+        self._ended.wait()
+
+    # ---- what the command `migrate` asks for ----
+
+    def answer(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """What is asked for, done; from any thread.
+
+        Raises:
+            InputError: it cannot be.
+        """
+        what = asked.get("what")
+        if what == "status":
+            return self.status()
+        if what == "abort":
+            number = self._moving
+            if number is None:
+                raise InputError("--abort: no migration is under way")
+            self.mover.give_up(number)
+            return {"aborted": number}
+        if not self._busy.acquire(timeout=1.0):
+            raise InputError(f"a migration is under way ({self.mover.stage_name}); wait for it, or --abort it")
+        try:
+            return self._change(str(what), asked)
+        finally:
+            self._busy.release()
+
+    def _change(self, what: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+        dry, target = bool(asked.get("dry")), None
+        before = dict(self.limits)
+        if what == "to":
+            target = Placement.from_dict(asked["placement"], str(asked["source"]))
+        elif what == "memory":
+            self._candidate = None
+            self.limits = with_limits(self.loaded.profile, self.loaded.cluster, self.limits, asked["memory"])
+        elif what != "plan":
+            raise InputError(f"{what!r} is unknown; known are status, plan, to, memory, abort")
+        try:
+            self._peek()
+            decision = self._decide(Decision(time.time(), f"migrate {what}"), target, dry=dry)
+            if what == "memory" and not dry and decision.verdict == "failed":
+                self.limits = before
+            elif what == "memory" and not dry:
+                self._record("migrate memory")
+        except InputError:
+            self.limits = before
+            raise
+        if dry:
+            self.limits = before
+        return dataclasses.asdict(decision)
+
+    def _peek(self) -> Counted:
+        """Have the window hold the newest counts, and the sample the newest tokens, without ending an interval."""
+        counted = gather(self._channel, self._empty)
+        self._window = self._window.observe(counted.counts, time.monotonic())
+        self._sample = self._gather_sample()
+        return counted
+
+    def _gather_sample(self) -> Sample:
+        return gather_sample(self._channel, jax.process_count(), sampled_shape(self.loaded.profile))
+
+    def status(self) -> dict[str, Any]:
+        """How things stand."""
+        mover = self.mover
+        return {
+            "epoch": mover.epoch,
+            "hash": placement_hash(mover.placement),
+            "strategy": mover.placement.strategy,
+            "moving": self._moving,
+            "stage": mover.stage_name,
+            "staged_bytes": mover.staged_bytes,
+            "peak_staged_bytes": mover.peak_bytes,
+            "disabled": self.disabled,
+            "limits": self.limits,
+            "record": str(self.state / NAME),
+            "decisions": self.decisions,
+            "last": dataclasses.asdict(self.last) if self.last else None,
+            "pid": os.getpid(),
+        }

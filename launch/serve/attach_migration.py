@@ -1,0 +1,130 @@
+"""A host whose experts migrate: mover and reports on every server, controller and control on the first."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import jax
+
+from launch.cluster.channel import open_channel
+from launch.elastic.grow import Growth
+from launch.engine.host import Host
+from launch.engine.loading import Loaded
+from launch.engine.token_sample import Sampler, sampled_shape
+from launch.migration.control import ControlServer
+from launch.migration.controller import Controller
+from launch.migration.mover import Mover
+from launch.migration.peers import reading
+from launch.migration.record import NAME, Record, clear_leftovers
+from launch.migration.telemetry import Reporter
+from placement import Cluster, InputError, Placement, Profile
+from placement.migration.adapt import adapt, fitted
+from placement.migration.decide import Policy
+
+_START_S = 120.0  # until the first server has told what is in force
+
+
+def resumed(
+    record: Record | None, placed: Placement | None, profile: Profile, cluster: Cluster
+) -> tuple[Placement | None, int]:
+    """What the cluster starts with, and its epoch: the first server's record where it has one. Every server calls it."""
+    channel = open_channel()
+    if jax.process_index() == 0:
+        found, epoch = placed, 0
+        if record is not None:
+            found, epoch = _fit(record.placement, profile, cluster), record.epoch
+            print(
+                f"placement: epoch {epoch} resumed, {record.hash[:12]}, recorded for: {record.reason}",
+                file=sys.stderr,
+                flush=True,
+            )
+        told = {"epoch": epoch, "placement": found.to_dict() if found is not None else None}
+        channel.put("start", json.dumps(told).encode())
+        return found, epoch
+    data = channel.get("start", _START_S)
+    if data is None:
+        raise InputError(f"server {cluster.names[0]} has not told what is where within {_START_S:g} s")
+    told = json.loads(data)
+    return Placement.from_dict(told["placement"], NAME) if told["placement"] else None, told["epoch"]
+
+
+def _fit(placement: Placement, profile: Profile, cluster: Cluster) -> Placement:
+    """A recorded placement, carried over to the cluster where that has changed since."""
+    try:
+        return fitted(placement, profile, cluster)
+    except InputError as error:
+        carried = adapt(placement, cluster)
+        print(f"placement: carried over to a cluster that has changed ({error})", file=sys.stderr, flush=True)
+        return fitted(carried, profile, cluster)
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What migrations start from.
+
+    Attributes:
+        epoch: of the placement in force; reason: why it is.
+        limits: memory of devices in bytes, where less is to be used than the cluster file says.
+        facts: what a server that is added has to serve with too, and coordinator: where this program has met; servers can
+            be added only where they are given.
+    """
+
+    epoch: int = 0
+    reason: str = "start"
+    limits: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    facts: Mapping[str, str] | None = None
+    coordinator: str = ""
+
+
+@contextmanager
+def migrating(host: Host, loaded: Loaded, policy: Policy, state: Path | None, start: Start) -> Iterator[Mover]:
+    """Experts of this host migrate within the block.
+
+    Args:
+        state: on the first server, the folder of the record and of control; None elsewhere.
+    """
+    with ExitStack() as stack:
+        read = stack.enter_context(reading(loaded.cluster, host.server, host.channel, loaded.read))
+        loaded = dataclasses.replace(loaded, read=read)
+        yield stack.enter_context(_migrating(host, loaded, policy, state, start))
+
+
+@contextmanager
+def _migrating(host: Host, loaded: Loaded, policy: Policy, state: Path | None, start: Start) -> Iterator[Mover]:
+    mover = Mover(
+        loaded,
+        host.channel,
+        host.ring,
+        staging_bytes=policy.staging_bytes,
+        bandwidth=policy.bandwidth,
+        epoch=start.epoch,
+    )
+    period = policy.interval / 4 if policy.interval else 1.0
+    sampler = Sampler(sampled_shape(loaded.profile), policy.half_life, host.server)
+    reporter = Reporter(loaded.engine, host.channel, min(1.0, period), sampler, period)
+
+    def between() -> bool:
+        reporter.between()
+        return mover.between()
+
+    with ExitStack() as stack:
+        if state is not None:
+            controller = Controller(loaded, mover, host.channel, state, policy, start.limits)
+            answer = controller.answer
+            if start.facts is not None:
+                growth = Growth(controller, host, start.facts, start.coordinator)
+                stack.callback(growth.end)
+                answer = growth.answer
+            server = ControlServer(state, answer)
+            stack.callback(server.close)
+            clear_leftovers(state)  # the folder is ours from here on
+            stack.callback(controller.end)
+            controller.start(start.reason)
+        stack.callback(mover.end)
+        stack.callback(reporter.end)
+        host.between = between
+        mover.start()
+        yield mover

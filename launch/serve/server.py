@@ -1,0 +1,168 @@
+"""One server of a model, in one JAX program after another: joins, loads, serves, and moves on where the cluster grows.
+
+Who asks for answers is not known here, nor what a cluster grows for (`launch.elastic.grow`).
+"""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+
+from dancemoe_jax.checkpoint.reader import ExpertFile
+from dancemoe_jax.model.config import ModelConfig
+from dancemoe_jax.model.experts import ExpertWeights
+from launch.cluster.jax_runtime import leave_program
+from launch.cluster.join import join
+from launch.elastic.grow import report
+from launch.elastic.regroup import Regrouping, World
+from launch.engine.host import Host, ending
+from launch.engine.loading import Loaded, load
+from launch.engine.memory import sizes
+from launch.migration.record import Record
+from launch.serve.attach_migration import Start, migrating, resumed
+from placement import Cluster, InputError
+from placement.migration.decide import Policy
+
+_REGROUP_S = 30.0  # for the others to come to the next program: all have said that they are ready
+
+
+@dataclass(eq=False)
+class Server:
+    """What one process serves, and how.
+
+    Attributes:
+        name: of this server; path: of the model, and config: its shape; options: dtype, int8 and sequences of `load`.
+        facts: what every server has to serve with too, fingerprints by what they are of.
+        policy: how experts migrate, None if they do not; state: on the first server, the folder of the record.
+        begin: called once, with the host, before its loop starts; changed: with the cluster of every later program.
+    """
+
+    name: str
+    path: Path
+    config: ModelConfig
+    options: Mapping[str, Any]
+    chunk: int
+    facts: Mapping[str, str]
+    timeout: float
+    policy: Policy | None
+    state: Path | None
+    begin: Callable[[Host, Cluster], None]
+    changed: Callable[[Cluster], None]
+    host: Host | None = field(default=None, init=False)
+    _since: float = field(default=0.0, init=False)  # when it began to load, or to serve nobody
+
+    def serve(self, world: World, given: str, record: Record | None = None) -> None:
+        """Serve until all agree to end.
+
+        Args:
+            given: fingerprint of the placement that was given, the same on all servers.
+            record: what to come back to, on the first server; the placement of the world goes for where there is none.
+
+        Raises:
+            InputError, ModelError: the servers do not come together, or the model cannot be loaded.
+        """
+        self._go_on(self._program(world, record, {"placement": given}))
+
+    def join_serving(self, address: str, cluster: Cluster) -> None:
+        """Serve as a new server of a cluster that serves, which waits for it at the address.
+
+        Raises:
+            InputError, ModelError: it does not take in this server, or the model cannot be loaded.
+        """
+        assert self.policy is not None
+        file = ExpertFile(self.path, jnp.dtype(self.options["dtype"]), self.options["int8"])
+        world, read = report(
+            address, cluster, self.name, self.facts, file.read, self.policy.staging_bytes, self.timeout
+        )
+        self._go_on(self._program(world, read=read))
+
+    def _go_on(self, world: World | None) -> None:
+        while world is not None:
+            leave_program()
+            try:
+                world = self._program(world)
+            except _NotTogether as error:
+                if world.back is None:
+                    raise InputError(str(error)) from None
+                print(f"placement: {error}; all go on as before", file=sys.stderr, flush=True)
+                world = world.back
+
+    def _program(
+        self,
+        world: World,
+        record: Record | None = None,
+        also: Mapping[str, str] | None = None,
+        read: Callable[[int, int], ExpertWeights] | None = None,
+    ) -> World | None:
+        """Be one server of one program; the next one, if there is to be one.
+
+        Args:
+            also: facts of this program alone; read: reads experts where not straight from the checkpoint.
+        """
+        cluster, first = world.cluster, self.host is None and read is None
+        with contextlib.ExitStack() as stack:
+            try:
+                timeout = self.timeout if self.host is None else _REGROUP_S
+                facts = {**self.facts, **(also or {})}
+                joined = join(cluster, self.name, coordinator=world.coordinator, agree=facts, timeout=timeout)
+                devices = stack.enter_context(joined)
+            except InputError as error:
+                if self.host is None:
+                    raise
+                raise _NotTogether(str(error)) from None
+            self._since = self._since or time.monotonic()
+            placed, epoch = world.placement, world.epoch
+            if self.policy is not None and first:
+                placed, epoch = resumed(record, placed, sizes(self.path, self.config, cluster, **self.options), cluster)
+            loaded = load(
+                self.path, self.config, cluster, devices, chunk=self.chunk, placed=placed, read=read, **self.options
+            )
+            host = self._moved(loaded, cluster)
+            print(f"{self.name}: serving after {time.monotonic() - self._since:.1f} s", file=sys.stderr, flush=True)
+            stack.enter_context(ending(host))
+            regrouping = Regrouping(host, cluster)
+            stack.callback(regrouping.end)
+            if self.policy is not None:
+                start = Start(epoch, world.reason, world.limits, self.facts, world.coordinator)
+                stack.enter_context(migrating(host, loaded, self.policy, self.state, start))
+            if first or read is not None:
+                self.begin(host, cluster)
+            try:
+                moves = host.run()
+            except jax.errors.JaxRuntimeError as error:
+                _lost(self.name, error)
+            if not moves:
+                return None
+            self._since = time.monotonic()
+            loaded.engine.release()
+            return regrouping.world
+
+    def _moved(self, loaded: Loaded, cluster: Cluster) -> Host:
+        """The host of this process, with what has been loaded for this program."""
+        if self.host is None:
+            self.host = Host(loaded.engine, cluster.names.index(self.name))
+        else:
+            self.host.move(loaded.engine)
+            self.changed(cluster)
+        return self.host
+
+
+class _NotTogether(Exception):
+    """The servers of the next program have not come together."""
+
+
+def _lost(server: str, error: Exception) -> NoReturn:
+    """Leave because a step has failed. Said at once: JAX may abort this process while it cleans up behind itself."""
+    print(
+        f"launch serve: server {server}: a step has failed, most likely because another server has ended "
+        f"({' '.join(str(error).split())}); see which one and why, then start all again",
+        file=sys.stderr,
+        flush=True,
+    )
+    raise SystemExit(1) from None

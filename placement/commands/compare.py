@@ -1,0 +1,58 @@
+"""`python -m placement compare`: the same inputs through several strategies, side by side."""
+
+import argparse
+import json
+import time
+
+from placement.commands.inputs import add_cluster, add_json, add_prior, add_workload, check_plot, read_workload
+from placement.commands.output import print_costs
+from placement.data.cluster import Cluster
+from placement.data.profile import Profile
+from placement.files import InputError, show
+from placement.planner import STRATEGIES, evaluate, optimum, plan
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add_cluster(parser)
+    add("--profile", required=True, metavar="P", help="profile.npz to plan on")
+    add("--eval", metavar="P2", help="profile.npz to count costs on (default: the one planned on)")
+    add("--strategies", default=",".join(STRATEGIES), metavar="A,B", help="default: all")
+    add("--seed", type=int, default=0, help="for strategies that draw at random (default: 0)")
+    add("--plot", metavar="FILE.png", help="draw remote share against P(network), with the frontier")
+    add_prior(parser)
+    add_workload(parser)
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Plan with each strategy and print what each plan costs.
+
+    Raises:
+        InputError: an input cannot be used.
+    """
+    check_plot(arguments)
+    cluster, profile = Cluster.from_toml(arguments.cluster), Profile.load(arguments.profile)
+    evaluation = Profile.load(arguments.eval) if arguments.eval else profile
+    names = [name.strip() for name in arguments.strategies.split(",")]
+    for name in names:  # all of them before the first one runs
+        if name not in STRATEGIES:
+            raise InputError(f"--strategies: {show(name)} is unknown; choose from {', '.join(STRATEGIES)}")
+    workload = read_workload(arguments)
+    best, costs = optimum(profile, cluster, prior=arguments.prior), {}
+    for name in names:
+        start = time.perf_counter()
+        options = {"prior": arguments.prior, "optimum": best, "workload": workload}
+        placement = plan(profile, cluster, name, seed=arguments.seed, **options)
+        seconds = time.perf_counter() - start
+        found = {"gap": placement.predicted["gap"], "planning_seconds": seconds}
+        costs[name] = {**evaluate(evaluation, cluster, placement, workload=workload), **found}
+    if arguments.plot:
+        from placement.commands.plots import plot_costs
+
+        plot_costs(costs, f"{profile.model} on {len(cluster.names)} servers", arguments.plot)
+    if arguments.json:
+        inputs = {"cluster": cluster.source, "profile": profile.source, "eval": evaluation.source}
+        print(json.dumps({**inputs, "model": profile.model, "strategies": costs}))
+        return
+    print_costs(costs, cluster)

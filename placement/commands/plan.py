@@ -1,0 +1,78 @@
+"""`python -m placement plan`: profile and cluster in, placement.json out."""
+
+import argparse
+import json
+import time
+
+from placement.commands.inputs import (
+    add_cluster,
+    add_json,
+    add_prior,
+    add_workload,
+    check_plot,
+    load_profile,
+    read_workload,
+)
+from placement.commands.output import print_costs, print_devices
+from placement.data.cluster import Cluster
+from placement.data.placement import Placement
+from placement.planner import STRATEGIES, optimum, plan
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add_cluster(parser)
+    add("--profile", required=True, metavar="P", help="profile.npz: what each server's users activate")
+    add("--strategy", default="dance", metavar="S", help=f"{', '.join(STRATEGIES)} (default: dance)")
+    add("--previous", metavar="OLD", help="placement.json in force; ties go to what moves least")
+    add("--seed", type=int, default=0, help="for strategies that draw at random (default: 0)")
+    add("--out", required=True, metavar="NEW", help="placement.json to write")
+    add("--plot", metavar="FILE.png", help="draw where copies live")
+    add("--equal-slots", action="store_true", help="equally many experts on every device in each layer")
+    add("--model", metavar="CONFIG", help="config.json for what the profile does not say")
+    add_prior(parser)
+    add_workload(parser)
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Plan, write the placement and print what it costs.
+
+    Raises:
+        InputError: an input cannot be used, or the plan cannot be written.
+    """
+    check_plot(arguments)
+    cluster = Cluster.from_toml(arguments.cluster)
+    profile = load_profile(arguments.profile, arguments.model)
+    previous = Placement.load(arguments.previous) if arguments.previous else None
+    workload = read_workload(arguments)
+    best = optimum(profile, cluster, prior=arguments.prior)
+    start = time.perf_counter()
+    options = {"equal_slots": arguments.equal_slots, "prior": arguments.prior, "optimum": best, "workload": workload}
+    placement = plan(profile, cluster, arguments.strategy, previous, arguments.seed, **options)
+    seconds = time.perf_counter() - start
+    placement.save(arguments.out)
+    if arguments.plot:
+        from placement.commands.plots import plot_placement
+
+        plot_placement(placement, arguments.plot)
+    if arguments.json:
+        head = {"out": arguments.out, "strategy": placement.strategy, "planning_seconds": seconds}
+        print(json.dumps({**head, **placement.predicted}))
+        return
+    title = f"{arguments.out}: {placement.strategy}, {profile.model}"
+    print_devices(title, placement, placement.predicted["budget_bytes"])
+    print()
+    print_costs({placement.strategy: {**placement.predicted, "planning_seconds": seconds}}, cluster)
+    if arguments.equal_slots:
+        equal, remote = placement.predicted["equal_slots"], placement.predicted["remote_share"]
+        free = equal["remote_share_without"]
+        print(
+            f"\nequal slots: {equal['slots_per_layer']} of each layer on every device; remote share {remote:.3f}, ",
+            end="",
+        )
+        if free is None:
+            print("without the restriction there is no plan.")
+        else:
+            filled = "; slots that the strategy leaves empty were filled" if remote < free else ""
+            print(f"{free:.3f} without the restriction: it costs {remote - free:.3f}{filled}.")

@@ -1,0 +1,81 @@
+"""What a placement costs in seconds: exchanges, bytes and computing of a decode step and of a prompt. Decides nothing.
+
+A layer that is served at home needs no exchange; one call to another server pays a whole one. A token's activations
+travel once to each server it needs and come back as one sum, however many of its experts live there.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from placement.costs.network_use import traffic
+from placement.costs.routing import device_load, serving_server
+from placement.data.problem import VALUE_BYTES, Problem
+
+
+def predict(problem: Problem, resident: np.ndarray) -> dict[str, Any]:
+    """Expected seconds and bytes of `problem.workload`, means over the servers that have demand.
+
+    With a active sequences at servers of their own drawing, a layer waits for the slowest exchange of any of them:
+    P(at most v) = (mean_n P_n(at most v))^a. Its rows wait for the busiest interface, there and back, and its
+    assignments for the busiest device:
+
+        step = sum_l E[max alpha] + busiest interface(beta x expected token-server pairs) + busiest device's computing
+
+    A prompt chunk enters at one server; its exchanges are near certain wherever it leaves at all.
+
+    Args:
+        resident: bool [D, L, E], every expert resident somewhere.
+
+    Returns:
+        `decode_network_seconds`, `decode_seconds` (with computing) of one step; `prefill_bytes` sent and returned,
+        `prefill_network_seconds`, `prefill_seconds` of one chunk; `step_seconds` = chunk + decode_steps x step;
+        `decode_network_seconds_by_server`, each server active alone.
+    """
+    work = problem.workload
+    use = traffic(problem, serving_server(problem, problem.held(resident)))
+    demand = problem.frequency.sum((1, 2)) > 0
+    share = demand / max(1, demand.sum())
+    load = device_load(problem, resident)
+    total = load.sum(0)
+    busiest = ((load / problem.speed[:, None]).max(0) / np.where(total > 0, total, 1.0)).sum()
+    compute = problem.top_k * work.assignment_seconds * busiest
+
+    exchanges = _expected(use.levels, np.einsum("n,nlv->lv", share, use.within) ** work.active).sum()
+    decode_network = exchanges + _rows(problem, use.pairs, share, work.active).sum()
+    chunk = _expected(use.levels, np.einsum("n,nlv->lv", share, use.within**work.prefill_tokens)).sum()
+    prefill_network = chunk + work.prefill_tokens * _rows(problem, use.pairs, share, 1).sum()
+    alone = [
+        _expected(use.levels, use.within[n]).sum() + _rows(problem, use.pairs, np.eye(len(share))[n], 1).sum()
+        for n in range(len(share))
+    ]
+    decode, prefill = decode_network + work.active * compute, prefill_network + work.prefill_tokens * compute
+    crossings = np.einsum("n,nlm->", share, use.pairs)
+    return {
+        "decode_network_seconds": float(decode_network),
+        "decode_network_seconds_by_server": dict(zip(problem.names, map(float, alone), strict=True)),
+        "decode_seconds": float(decode),
+        "prefill_bytes": float(work.prefill_tokens * crossings * 2 * VALUE_BYTES * problem.hidden_size),
+        "prefill_network_seconds": float(prefill_network),
+        "prefill_seconds": float(prefill),
+        "step_seconds": float(prefill + work.decode_steps * decode),
+    }
+
+
+def _expected(levels: np.ndarray, within: np.ndarray) -> np.ndarray:
+    """E[v] of a distribution over the last axis given by P(at most v)."""
+    return (levels * np.diff(within, axis=-1, prepend=0.0)).sum(-1)
+
+
+def _rows(problem: Problem, pairs: np.ndarray, share: np.ndarray, active: int) -> np.ndarray:
+    """Seconds the busiest interface needs for the rows of `active` tokens, there and back: float64 [L].
+
+    One token keeps its own server's interface busy; many meet at the interfaces of all, and the busiest one counts.
+    """
+    seconds = np.zeros(pairs.shape[1])
+    for beta in (problem.row_seconds, problem.row_seconds.T):
+        spent = pairs * beta[:, None]  # [N, L, N]
+        weighted = spent * share[:, None, None]
+        meet = np.maximum(weighted.sum(2).max(0), weighted.sum(0).max(-1))
+        seconds += np.maximum(weighted.sum((0, 2)), active * meet)
+    return seconds

@@ -1,0 +1,65 @@
+"""What a placement costs: remote share, need of the network, bytes, balance. Decides nothing."""
+
+from typing import Any
+
+import numpy as np
+
+from placement.costs.network_use import network_need
+from placement.costs.routing import device_load, serving_server
+from placement.data.problem import VALUE_BYTES, Problem
+
+
+def remote_share(frequency: np.ndarray, held: np.ndarray) -> np.ndarray:
+    """Share of each server's assignments that go to an expert it does not hold (paper section 3, objective per server).
+
+    remote_n = sum_l sum_e f_n^l(e) [e of layer l is not on n] / sum_l sum_e f_n^l(e)
+
+    Args:
+        frequency: [N, L, E], any scale.
+        held: bool [N, L, E].
+
+    Returns:
+        float64 [N]; 0 for a server without demand.
+    """
+    total = frequency.sum((1, 2))
+    remote = np.where(held, 0.0, frequency).sum((1, 2))
+    return np.divide(remote, total, out=np.zeros_like(remote), where=total > 0)
+
+
+def balance(problem: Problem, resident: np.ndarray) -> float:
+    """Busiest device over the mean: max_d w_d / mean_d w_d with w = load / speed; 1 is even, and 1 without any load."""
+    work = device_load(problem, resident).sum(-1) / problem.speed
+    return float(work.max() / work.mean()) if work.any() else 1.0
+
+
+def summary(problem: Problem, resident: np.ndarray) -> dict[str, Any]:
+    """Everything above for one placement, as JSON takes it.
+
+    A mean is over the servers that have demand, each counting alike, so that a busy server does not hide a quiet one.
+
+    Args:
+        resident: bool [D, L, E], every expert resident somewhere.
+
+    Returns:
+        `remote_share`, `network_probability`, `distinct_remote_servers`: means, and the same with `_by_server`;
+        `basis` of the latter two; `bytes_per_token` sent and returned over all layers; `balance`; `used_bytes` and
+        `budget_bytes` per device.
+    """
+    held = problem.held(resident)
+    active = problem.frequency.sum((1, 2)) > 0
+    need, distinct, basis = network_need(problem, serving_server(problem, held))
+    result: dict[str, Any] = {}
+    for key, values in (
+        ("remote_share", remote_share(problem.frequency, held)),
+        ("network_probability", need),
+        ("distinct_remote_servers", distinct),
+    ):
+        result[key] = float(values[active].mean()) if active.any() else 0.0
+        result[f"{key}_by_server"] = dict(zip(problem.names, values.tolist(), strict=True))
+    result["basis"] = basis
+    round_trip_bytes = 2 * VALUE_BYTES * problem.hidden_size * problem.shape[1]
+    result["bytes_per_token"] = result["distinct_remote_servers"] * round_trip_bytes
+    result["balance"] = balance(problem, resident)
+    result["used_bytes"] = problem.used_bytes(resident).tolist()
+    result["budget_bytes"] = problem.budget.tolist()
+    return result

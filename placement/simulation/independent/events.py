@@ -1,0 +1,324 @@
+"""Event-driven simulation of requests on a cluster: how long they take under a placement. Plans nothing itself.
+
+Modelled: every server runs its own loop. It serves one step after the other: the prefill of the request that waits
+longest, else a decode step of all its sequences, up to `batch` of them; so a prefill holds up its server's decoding. A
+step is dense work at home, an exchange with the servers it needs (latency where any token needs one, bytes per token
+and server), experts on the devices that hold the copies, and the way back. Servers share each other's devices, the
+ports out of and into each server, and links slower than those ports. Sharing is processor sharing in the mean: a step
+finds at every resource the other servers' steps with the share of time that they spend there (approximate mean value
+analysis of a closed network, Schweitzer 1979, one customer per server), solved again whenever any server starts
+something else (beyond 16 servers after every N/16 such changes, in between for the changed server alone). Between
+events rates are constant, so a decode of many tokens costs one event. Migrations read storage
+or use links as one more customer, and stall every server when they take over.
+
+Not modelled: variance between steps of one kind (a step takes its expectation), overlap of exchange and computing,
+experts shared by sequences of one decode step, memory of the KV cache, packet loss, and lock-step between servers.
+"""
+
+import heapq
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from placement.data.arrivals import Arrivals
+from placement.data.problem import Problem
+from placement.simulation.independent.contention import Customers
+from placement.simulation.independent.replan import DECAY, Load, Replan, loads, observe, pays, trade_places
+from placement.simulation.independent.unit_costs import DECODED, PROMPT, STEP, Compute, Steps, ports
+
+_IDLE, _PREFILL, _DECODE = range(3)
+
+
+@dataclass(frozen=True, eq=False)
+class Simulation:
+    """What happened to R requests.
+
+    Attributes:
+        latency: from arrival to the last token, float64 [R] seconds.
+        first_token: from arrival to the first token, float64 [R] seconds.
+        seconds: from time 0 to the last event.
+        link_bytes: sent from row to column, activations and migrated weights, float64 [N, N].
+        link_utilisation: share of the time for which the link's bytes keep it busy, float64 [N, N].
+        port_utilisation: the same for all bytes out of and into a server, float64 [2, N].
+        device_utilisation: share of the time in which each device computes, float64 [D].
+        migrations: per revision `seconds` (when), `adopted`, `bytes`, `transfer_seconds`, `gain_seconds`.
+        events: events handled.
+    """
+
+    latency: np.ndarray
+    first_token: np.ndarray
+    seconds: float
+    link_bytes: np.ndarray
+    link_utilisation: np.ndarray
+    port_utilisation: np.ndarray
+    device_utilisation: np.ndarray
+    migrations: list[dict[str, Any]]
+    events: int
+
+    def summary(self, names: tuple[str, ...]) -> dict[str, Any]:
+        """Figures as JSON takes them; names of the servers, [N]."""
+        p50, p95, p99 = np.percentile(self.latency, [50, 95, 99]).tolist()
+        pairs = [(n, m) for n in range(len(names)) for m in range(len(names)) if n != m]
+        return {
+            "requests": len(self.latency),
+            "latency": {"mean": float(self.latency.mean()), "p50": p50, "p95": p95, "p99": p99},
+            "first_token": float(self.first_token.mean()),
+            "seconds": self.seconds,
+            "bytes": float(self.link_bytes.sum()),
+            "link_bytes": {f"{names[n]} -> {names[m]}": float(self.link_bytes[n, m]) for n, m in pairs},
+            "link_utilisation": {f"{names[n]} -> {names[m]}": float(self.link_utilisation[n, m]) for n, m in pairs},
+            "port_utilisation": float(self.port_utilisation.max()),
+            "device_utilisation": self.device_utilisation.tolist(),
+            "migrations": self.migrations,
+        }
+
+
+def simulate(
+    problem: Problem,
+    resident: np.ndarray,
+    arrivals: Arrivals,
+    compute: Compute | None = None,
+    *,
+    batch: int = 32,
+    shift: float | None = None,
+    replan: Replan | None = None,
+    steps: Steps | None = None,
+) -> Simulation:
+    """Serve all requests; deterministic.
+
+    Args:
+        problem: the cluster and the workload that runs on it.
+        resident: the placement to begin with, bool [D, L, E], every expert resident somewhere.
+        arrivals: R requests.
+        compute: speed of the devices; None takes `Compute.roofline`.
+        batch: sequences that a server decodes together at most; further requests wait.
+        shift: seconds after which the servers' workloads trade places.
+        replan: revise the placement while serving.
+        steps: `Steps.build(problem, resident, compute)`, where the caller has it already.
+    """
+    compute = compute or Compute.roofline(problem)
+    steps = steps or Steps.build(problem, resident, compute)
+    run = _Run(problem, resident, arrivals, compute, batch, shift, replan, steps)
+    run.serve()
+    elapsed = max(run.now, 1e-12)
+    rate = np.where(np.eye(len(problem.names), dtype=bool), np.inf, problem.bandwidth)
+    out, into = run.link_bytes.sum(1) / run.port_out, run.link_bytes.sum(0) / run.port_in
+    return Simulation(
+        latency=run.finished - arrivals.seconds,
+        first_token=run.first - arrivals.seconds,
+        seconds=run.now,
+        link_bytes=run.link_bytes,
+        link_utilisation=run.link_bytes / rate / elapsed,
+        port_utilisation=np.stack([out, into]) / elapsed,
+        device_utilisation=run.device_busy / elapsed,
+        migrations=run.migrations,
+        events=run.events,
+    )
+
+
+class _Run:
+    """State of one simulation. Rows 0..N-1 are the servers' loops, rows N..2N-1 what they load while migrating."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        resident: np.ndarray,
+        arrivals: Arrivals,
+        compute: Compute,
+        batch: int,
+        shift: float | None,
+        replan: Replan | None,
+        steps: Steps,
+    ) -> None:
+        servers = self.servers = len(problem.names)
+        self.arrivals, self.compute, self.batch, self.replan = arrivals, compute, batch, replan
+        self.workloads, self.current = [problem], 0
+        self.resident = resident
+        self.port_out, self.port_in, _ = ports(problem)
+        self.now, self.resume, self.events = 0.0, 0.0, 0
+        self.shift = np.inf if shift is None else shift
+        self.revise = np.inf if replan is None else replan.interval
+        self.plan: np.ndarray | None = None  # on its way
+        self.left = np.full(2 * servers, np.inf)  # units until a row's next event
+        self.amount = np.zeros((servers, 3))  # units of work in one unit of a row
+        self.doing = [_IDLE] * servers
+        self.request = [-1] * servers  # being prefilled
+        self.steps_done = np.zeros(servers)
+        self.queue: list[deque[int]] = [deque() for _ in range(servers)]
+        self.decoding: list[list[tuple[float, int]]] = [[] for _ in range(servers)]  # (last step, request)
+        self.first, self.finished = (np.zeros(len(arrivals)) for _ in range(2))
+        self.work = np.zeros((servers, 3))  # units done since the last `_account`
+        self.seen = np.zeros((2, servers))
+        self.since_revision = np.zeros(servers)
+        self.link_bytes, self.device_busy = np.zeros((servers, servers)), np.zeros(len(resident))
+        self.migrations: list[dict[str, Any]] = []
+        self.load: list[Load] = []
+        self._use(steps)
+
+    def serve(self) -> None:
+        """Handle events until every request is finished."""
+        arrivals, servers = self.arrivals, self.servers
+        times, entry = [*arrivals.seconds.tolist(), np.inf], arrivals.server.tolist()
+        coming, unfinished = 0, len(arrivals)
+        while unfinished:
+            row, due = self._next_row()
+            at = min(due, times[coming], self.shift, self.revise, self.resume if self.resume > self.now else np.inf)
+            self._advance(at - self.now)
+            self.now = at
+            self.events += 1
+            if at == self.shift:
+                self._shift()
+            elif at == self.revise:
+                self._revise()
+            elif at == times[coming]:
+                server = entry[coming]
+                self.queue[server].append(coming)
+                coming += 1
+                if self.doing[server] != _PREFILL:
+                    self._next_step(server)
+            elif at < due:
+                self.stale = True  # the stall is over
+            elif row >= servers:
+                self._loaded(row)
+            else:
+                unfinished -= self._finish_step(row)
+        self._account()
+
+    def _next_row(self) -> tuple[int, float]:
+        """The row whose step ends first, and when."""
+        if self.stale:
+            self.seconds = self.customers.refresh()
+            self.stale = False
+        remaining = self.left * np.where(self.left < np.inf, self.seconds, 1.0)
+        if self.resume > self.now:
+            remaining[: self.servers] = np.inf
+        row = int(remaining.argmin())
+        return row, self.now + max(float(remaining[row]), 0.0)
+
+    def _advance(self, seconds: float) -> None:
+        busy = self.left < np.inf
+        if self.resume > self.now:
+            busy[: self.servers] = False
+        units = np.where(busy, seconds / np.where(busy, np.maximum(self.seconds, 1e-300), 1.0), 0.0)
+        units = np.minimum(units, np.where(busy, np.maximum(self.left, 0.0), 0.0))
+        self.left -= units
+        units = units[: self.servers]
+        self.work += units[:, None] * self.amount
+        self.steps_done += units * self.amount[:, STEP]
+
+    def _next_step(self, server: int) -> None:
+        """Let a server begin what is next for it: the oldest waiting prompt, a decode step of all its sequences."""
+        amount = np.zeros(3)
+        decoding = self.decoding[server]
+        if self.queue[server] and len(decoding) < self.batch:
+            request = self.request[server] = self.queue[server].popleft()
+            self.doing[server], self.left[server] = _PREFILL, 1.0
+            amount[PROMPT] = self.arrivals.prompt[request]
+        elif decoding:
+            self.doing[server], self.left[server] = _DECODE, decoding[0][0] - self.steps_done[server]
+            amount[DECODED], amount[STEP] = len(decoding), 1.0
+        else:
+            self.doing[server], self.left[server] = _IDLE, np.inf
+        self.amount[server] = amount
+        self.customers.set_row(server, amount, self._waiting(server, amount))
+        self.stale = True
+
+    def _waiting(self, server: int, amount: np.ndarray) -> float:
+        key = (server, int(amount[PROMPT] + amount[DECODED]))
+        if key not in self.latencies:
+            self.latencies[key] = self.steps.waiting(*key) if key[1] else 0.0
+        return self.latencies[key]
+
+    def _finish_step(self, server: int) -> int:
+        """A prefill or the last step of a sequence is done; returns how many requests that finishes."""
+        finished = []
+        if self.doing[server] == _PREFILL:
+            request = self.request[server]
+            self.first[request] = self.now
+            more = int(self.arrivals.output[request]) - 1
+            if more:
+                heapq.heappush(self.decoding[server], (self.steps_done[server] + more, request))
+            else:
+                finished.append(request)
+        else:
+            self.steps_done[server] = self.decoding[server][0][0]
+            while self.decoding[server] and self.decoding[server][0][0] <= self.steps_done[server] + 1e-6:
+                finished.append(heapq.heappop(self.decoding[server])[1])
+            if not self.decoding[server]:
+                self.steps_done[server] = 0.0
+        self.finished[finished] = self.now
+        self._next_step(server)
+        return len(finished)
+
+    def _use(self, steps: Steps) -> None:
+        """Put unit costs in force, for the steps in progress too."""
+        self.steps = steps
+        self.latencies: dict[tuple[int, int], float] = {}
+        loading = [(n, load) for n, load in enumerate(self.load) if self.left[self.servers + n] < np.inf]
+        self.customers = Customers.of(steps, loading)
+        for server in range(self.servers):
+            self.customers.set_row(server, self.amount[server], self._waiting(server, self.amount[server]))
+        self.seconds = self.customers.seconds
+        self.stale = True
+
+    def _account(self) -> None:
+        """Book the work done under the unit costs in force."""
+        sent = self.work[:, [PROMPT, DECODED]].sum(1)[:, None] * self.steps.bytes_out
+        self.link_bytes += sent + sent.T
+        self.device_busy += np.einsum("nu,und->d", self.work, self.steps.device_seconds)
+        tokens = self.work[:, PROMPT] + self.work[:, DECODED]
+        self.seen[self.current] += tokens
+        self.since_revision += tokens
+        self.work[:] = 0.0
+
+    def _shift(self) -> None:
+        self._account()
+        self.shift = np.inf
+        self.workloads.append(trade_places(self.workloads[0]))
+        self.current = 1
+        self._use(Steps.build(self.workloads[1], self.resident, self.compute))
+
+    def _revise(self) -> None:
+        """Plan on what has been seen; if the plan pays, start loading its weights."""
+        self._account()
+        replan = self.replan
+        assert replan is not None
+        self.revise += replan.interval
+        if self.plan is not None or not self.since_revision.any():
+            return
+        observed = observe(self.workloads, self.seen[: len(self.workloads)])
+        plan = replan.planner(observed, self.resident)
+        load = loads(observed, self.resident, plan, replan.load_bandwidth)
+        seconds = max(part.disk_seconds + part.link_seconds for part in load)
+        steps = [Steps.build(observed, resident, self.compute) for resident in (self.resident, plan)]
+        lengths = np.array([self.arrivals.prompt.mean(), self.arrivals.output.mean()])
+        rate = self.since_revision / (lengths.sum() - 1.0) / replan.interval
+        worth, gain = pays(observed, steps[0], steps[1], lengths, rate, seconds, replan)
+        total = sum(part.total_bytes for part in load)
+        adopted = total > 0 and (worth or replan.always)
+        record = {"seconds": self.now, "adopted": adopted, "bytes": total, "transfer_seconds": seconds}
+        self.migrations.append({**record, "gain_seconds": gain})
+        self.seen *= DECAY
+        self.since_revision[:] = 0.0
+        if adopted:
+            self.plan, self.load = plan, load
+            for n, part in enumerate(load):
+                self.left[self.servers + n] = 1.0 if part.total_bytes else np.inf
+            self._use(self.steps)
+
+    def _loaded(self, row: int) -> None:
+        """One server has its weights; when all have, the plan takes over."""
+        self.left[row] = np.inf
+        server = row - self.servers
+        self.customers.clear_load(server)
+        self.link_bytes[:, server] += self.load[server].link_bytes
+        self.stale = True
+        if np.isinf(self.left[self.servers :]).all():
+            assert self.plan is not None
+            assert self.replan is not None
+            self._account()
+            self.resident, self.plan, self.load = self.plan, None, []
+            self.resume = self.now + self.replan.stall
+            self._use(Steps.build(self.workloads[self.current], self.resident, self.compute))

@@ -1,0 +1,143 @@
+"""From servers to devices: spread each server's experts over its devices, and mend what byte budgets break."""
+
+import numpy as np
+
+from placement.costs.routing import server_load
+from placement.data.problem import Problem
+from placement.files import InputError
+
+
+def spread(problem: Problem, held: np.ndarray, previous: np.ndarray | None = None) -> np.ndarray:
+    """Put each server's experts on its devices within their memory, balancing expected load (paper section 3).
+
+    Largest first, then busiest first, each expert goes to the device with room that is least loaded in its layer, since
+    a layer waits for its busiest device. An expert stays on the device where it was as long as that device is at most
+    this one expert ahead. All servers advance together, so the cost is that of the longest list.
+
+    Args:
+        held: bool [N, L, E]; of equal-sized experts at most what `usable_bytes` takes.
+        previous: bool [D, L, E], where experts are now.
+
+    Returns:
+        bool [D, L, E]; with experts of unequal sizes some may have found no room.
+    """
+    servers, layers, experts = problem.shape
+    load = _expected_load(problem, held)
+    # Devices as a padded grid [N, G]; a pad has no room.
+    width = np.bincount(problem.device_server, minlength=servers)
+    grid = problem.first_device[:, None] + np.arange(width.max())
+    real = np.arange(width.max()) < width[:, None]
+    grid = np.where(real, grid, 0)
+    room = np.where(real, problem.budget[grid], -1)
+    speed = problem.speed[grid]
+    layer_load, total_load = np.zeros((servers, width.max(), layers)), np.zeros((servers, width.max()))
+    size = np.repeat(problem.expert_bytes, experts)
+
+    flat = np.where(held, load, -1.0).reshape(servers, -1)
+    order = np.lexsort((-flat, np.broadcast_to(-size, flat.shape), ~held.reshape(servers, -1)), axis=-1)
+    amount = held.sum((1, 2))
+    resident = np.zeros((len(problem.budget), layers * experts), bool)
+    for i in range(amount.max()):
+        server = np.flatnonzero(amount > i)
+        expert = order[server, i]
+        layer, weight = expert // experts, flat[server, expert]
+        fits = room[server] >= size[expert][:, None]
+        here = layer_load[server, :, layer] / speed[server]
+        tie = total_load[server] / speed[server]
+        here = np.where(fits, here, np.inf)
+        lightest = here == here.min(-1, keepdims=True)
+        choice = np.where(lightest, tie, np.inf).argmin(-1)
+        rows = np.arange(len(server))
+        if previous is not None:
+            was = previous.reshape(resident.shape)[grid[server], expert[:, None]] & real[server]
+            bound = here[rows, choice] + weight / speed[server, choice]
+            stays = was & fits & (here <= bound[:, None])
+            choice = np.where(stays.any(-1), stays.argmax(-1), choice)
+        placed = fits[rows, choice]
+        server, choice, expert, layer, weight = (a[placed] for a in (server, choice, expert, layer, weight))
+        resident[grid[server, choice], expert] = True
+        room[server, choice] -= size[expert]
+        layer_load[server, choice, layer] += weight
+        total_load[server, choice] += weight
+    return resident.reshape(-1, layers, experts)
+
+
+def _expected_load(problem: Problem, held: np.ndarray) -> np.ndarray:
+    """`server_load`, with an expert that is on no server yet counted as nobody's: float64 [N, L, E]."""
+    nowhere = ~held.any(0)
+    return np.where(nowhere, 0.0, server_load(problem, held | nowhere))
+
+
+def mend(problem: Problem, resident: np.ndarray) -> np.ndarray:
+    """Cover what has no copy, then use the memory that is left; changes nothing where neither is needed.
+
+    Experts of unequal sizes need not fill devices exactly. One without a copy takes free room on the server that uses
+    it most, else it displaces the least used duplicates of one device. Then each device takes the experts its server
+    uses most and lacks, as long as they fit.
+
+    Args:
+        resident: bool [D, L, E], within the budgets.
+
+    Returns:
+        bool [D, L, E], complete.
+
+    Raises:
+        InputError: an expert fits no device, saying how many bytes are missing there.
+    """
+    resident = resident.copy()
+    room = problem.budget - problem.used_bytes(resident)
+    missing = np.argwhere(~resident.any(0))
+    for layer, expert in missing[np.argsort(-problem.expert_bytes[missing[:, 0]], kind="stable")]:
+        size, wish = problem.expert_bytes[layer], problem.demand[problem.device_server, layer, expert]
+        if (room >= size).any():
+            device = int(np.where(room >= size, wish, -1.0).argmax())
+        else:
+            device = _displace(problem, resident, room, layer, expert)
+        resident[device, layer, expert] = True
+        room[device] -= size
+    _fill(problem, resident, room)
+    return resident
+
+
+def _displace(problem: Problem, resident: np.ndarray, room: np.ndarray, layer: int, expert: int) -> int:
+    """Drop duplicates from the device where that costs least, until the expert fits; returns the device."""
+    size = problem.expert_bytes[layer]
+    duplicate = resident & (resident.sum(0) > 1)
+    best, victims = (np.inf, -1), np.empty((0, 2), np.int64)
+    reach = room + problem.used_bytes(duplicate)
+    for device in np.flatnonzero(reach >= size):
+        candidates = np.argwhere(duplicate[device])
+        use = problem.demand[problem.device_server[device]][tuple(candidates.T)]
+        order = np.argsort(use, kind="stable")
+        freed = np.cumsum(problem.expert_bytes[candidates[order, 0]])
+        number = int(np.searchsorted(freed, size - room[device])) + 1
+        loss = use[order[:number]].sum() - problem.demand[problem.device_server[device], layer, expert]
+        if loss < best[0]:
+            best, victims = (loss, int(device)), candidates[order[:number]]
+    if best[1] < 0:
+        device = int(reach.argmax())
+        name = problem.names[problem.device_server[device]]
+        raise InputError(
+            f"{problem.source}: {size - reach[device]} bytes are missing on {name} device "
+            f"{device - problem.first_device[problem.device_server[device]]}: an expert of layer {layer} takes "
+            f"{size} bytes, and beside experts without another copy no device has as much room; add memory"
+        )
+    resident[best[1], victims[:, 0], victims[:, 1]] = False
+    room[best[1]] += problem.expert_bytes[victims[:, 0]].sum()
+    return best[1]
+
+
+def _fill(problem: Problem, resident: np.ndarray, room: np.ndarray) -> None:
+    """Give free room to the experts each server uses most and lacks, in place."""
+    smallest = problem.expert_bytes.min()
+    for device in np.flatnonzero(room >= smallest):
+        server = problem.device_server[device]
+        mine = problem.device_server == server
+        lacking = np.argwhere(~resident[mine].any(0))
+        use = problem.demand[server][tuple(lacking.T)]
+        for layer, expert in lacking[np.argsort(-use, kind="stable")]:
+            if room[device] < smallest:
+                break
+            if room[device] >= problem.expert_bytes[layer]:
+                resident[device, layer, expert] = True
+                room[device] -= problem.expert_bytes[layer]

@@ -1,0 +1,262 @@
+"""Local search of `latency`: single experts change places for as long as the expected time of token sets falls.
+
+Layers do not depend on each other, so moves that touch different layers add up exactly, and whole batches of them go
+together. Within a layer the effect of one more or one less copy is counted on the tokens that it concerns.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from placement.costs.routing import copy_preference
+from placement.costs.token_sets import TokenSets
+from placement.data.problem import Problem
+
+_WORK = 5 * 10**8  # comparisons spent in all, whatever the size
+_ALL_PARTNERS = 8  # up to so many servers, the use that others make of a new copy is counted too
+_LEAST = 1e-7  # of the time at the start: smaller improvements are not worth a move
+_FEW = 3  # layers tried for what an only copy that moves leaves and takes
+
+Move = tuple[tuple[int, int, int, bool], ...]  # (server, layer, expert, added) of every change
+
+
+@dataclass(eq=False)
+class _Effects:
+    """Change of time, in seconds, that single changes of `held` make; infinite where impossible.
+
+    Attributes:
+        time: of each layer as it is, float64 [L].
+        drop: server n gives up an expert of which there is another copy, float64 [N, L, E].
+        add: server n gets an expert, float64 [N, L, E].
+        shift: the only copy goes from its holder to server m, float64 [N (m), L, E]; None where it is not counted.
+    """
+
+    time: np.ndarray
+    drop: np.ndarray
+    add: np.ndarray
+    shift: np.ndarray | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Prices:
+    """Seconds of one token in one layer: exchange [N, N], rows [N, N] per server met, computing [N] per assignment."""
+
+    exchange: np.ndarray
+    rows: np.ndarray
+    computing: np.ndarray
+
+
+def polish(problem: Problem, sets: TokenSets, held: np.ndarray, previous: np.ndarray | None = None) -> np.ndarray:
+    """Swap copies while the expected time of `problem.workload` falls: bool [N, L, E], covered and as full as `held`.
+
+    A move is a server's copy given up for another; or an only copy handed to a server that gives up one for it, which
+    leaves the first one room for what it wants most. All moves found in different layers are made together, then what
+    did not shorten its layers is taken back and not tried again.
+
+    Args:
+        sets: token sets whose time counts.
+        held: bool [N, L, E], every expert covered, within the memory of each server.
+        previous: bool [D, L, E], the placement in force; equally good moves go back to it.
+    """
+    servers, layers, _ = problem.shape
+    if servers < 2 or not len(sets.ids):
+        return held
+    held = held.copy()
+    partners = servers if servers <= _ALL_PARTNERS else 1
+    cost = sets.ids[0].size * sets.ids.shape[2] * len(sets.ids) * (partners + 1)
+    cost += servers * held.size  # of finding each source's copies
+    effects = _Effects(*(np.zeros(shape) for shape in (layers, problem.shape, problem.shape, problem.shape)))
+    if partners == 1:
+        effects.shift = None
+    prices = _prices(problem)
+    loyal = 0.0 if previous is None else problem.held(previous) * 1e-12
+    capacity = np.add.reduceat(problem.usable_bytes, problem.first_device)
+    tried: set[Move] = set()
+    stale, spent = np.arange(layers), 0
+    least = None
+    while True:
+        for layer in stale:
+            _measure(problem, sets, prices, held, int(layer), effects)
+        spent += cost * len(stale) // layers
+        least = _LEAST * effects.time.sum() if least is None else least
+        room = capacity - held.sum(2) @ problem.expert_bytes
+        moves = [] if spent > _WORK else _choose(problem, effects, loyal, room, least, tried)
+        if not moves:
+            return held
+        before = effects.time.copy()
+        for move in moves:
+            _apply(held, move)
+        stale = np.unique([layer for move in moves for _, layer, _, _ in move])
+        for layer in stale:
+            _measure(problem, sets, prices, held, int(layer), effects, only_time=True)
+        for move in moves:
+            touched = sorted({layer for _, layer, _, _ in move})
+            if effects.time[touched].sum() > before[touched].sum() - least / 2:
+                _apply(held, tuple((n, layer, e, not added) for n, layer, e, added in move))
+                tried.add(move)
+
+
+def _apply(held: np.ndarray, move: Move) -> None:
+    for server, layer, expert, added in move:
+        held[server, layer, expert] = added
+
+
+def _prices(problem: Problem) -> _Prices:
+    """What a token's exchange, rows and computing weigh in a chunk and its decode steps."""
+    work = problem.workload
+    tokens = work.prefill_tokens + work.decode_steps * work.active
+    rows = problem.row_seconds + problem.row_seconds.T
+    speed = np.bincount(problem.device_server, problem.speed)
+    return _Prices(problem.exchange_seconds, tokens * rows, tokens * work.assignment_seconds / speed)
+
+
+def _measure(
+    problem: Problem,
+    sets: TokenSets,
+    prices: _Prices,
+    held: np.ndarray,
+    layer: int,
+    effects: _Effects,
+    only_time: bool = False,
+) -> None:
+    """Update one layer of `effects`."""
+    servers, _, experts = problem.shape
+    work, here, source = problem.workload, held[:, layer], sets.source
+    ids = sets.ids[:, layer].astype(np.int64)
+    rank = copy_preference(problem, held[:, layer : layer + 1])[:, 0]
+    distance = np.where(here, rank[:, :, None], servers)  # [source, holder, expert]
+    first = distance.argmin(1)
+    row = source[:, None]
+    target = first[row, ids]
+    waits = prices.exchange[row, target]
+    longest = waits.max(-1)
+    repeated = np.zeros(ids.shape, np.int64)  # other experts of the token at the same server
+    earlier = np.zeros(ids.shape, bool)
+    k = ids.shape[1]
+    for i in range(k):
+        same = target == target[:, i : i + 1]
+        repeated[:, i] = same.sum(-1) - 1
+        earlier[:, i] = same[:, :i].any(-1)
+    rows = prices.rows[row, target]
+    computing = prices.computing[target]
+    # Of a sequences at once the slowest counts: a token's exchange matters as far as the others need none.
+    need = float(sets.weight @ (longest > 0))
+    slow = work.decode_steps * work.active * (1 - need) ** (work.active - 1)
+    exchange = float(sets.weight @ longest)
+    time = float(sets.weight @ (np.where(earlier, 0.0, rows) + computing).sum(-1))
+    together = (1 - (1 - need) ** work.active) / need if need > 0 else 0.0
+    effects.time[layer] = time + work.decode_steps * exchange * together
+    if only_time:
+        return
+    top = np.sort(waits, -1)
+    others = np.where((waits == top[:, -1:]), top[:, -2:-1] if k > 1 else 0.0, top[:, -1:])
+    saved = np.where(repeated == 0, rows, 0.0) + computing + slow * longest[:, None]
+
+    def change(new: np.ndarray) -> np.ndarray:
+        """Weighted seconds if each assignment alone went to server `new`, broadcastable to [T, k]."""
+        new = np.broadcast_to(new, ids.shape)
+        met = np.zeros(ids.shape, bool)
+        for i in range(k):
+            met |= new == target[:, i : i + 1]
+        after = np.where(met, 0.0, prices.rows[row, new]) + prices.computing[new]
+        after += slow * np.maximum(others, prices.exchange[row, new])
+        return (after - saved) * sets.weight[:, None]
+
+    copies = here.sum(0)
+    np.put_along_axis(distance, first[:, None], servers, 1)
+    second = distance.argmin(1)
+    lost = np.bincount((target * experts + ids).ravel(), change(second[row, ids]).ravel(), minlength=here.size)
+    effects.drop[:, layer] = np.where(here & (copies > 1), lost.reshape(here.shape), np.inf)
+    if effects.shift is None:
+        moved = np.where(target == row, 0.0, change(row))
+        won = np.bincount((row * experts + ids).ravel(), moved.ravel(), minlength=here.size).reshape(here.shape)
+        effects.add[:, layer] = np.where(here, np.inf, won)
+        return
+    for server in range(servers):
+        moved = change(np.array(server))
+        nearer = rank[row, server] < rank[row, target]
+        won = np.bincount(ids[nearer], moved[nearer], minlength=experts)
+        effects.add[server, layer] = np.where(here[server], np.inf, won)
+        handed = np.bincount(ids.ravel(), moved.ravel(), minlength=experts)
+        effects.shift[server, layer] = np.where(~here[server] & (copies == 1), handed, np.inf)
+
+
+def _choose(
+    problem: Problem,
+    effects: _Effects,
+    loyal: np.ndarray | float,
+    room: np.ndarray,
+    least: float,
+    tried: set[Move],
+) -> list[Move]:
+    """Moves that shorten the time, the most useful first, no two of them in one layer."""
+    servers, layers, _ = problem.shape
+    drop, add = effects.drop + loyal, effects.add - loyal
+    out, into = drop.argmin(-1), add.argmin(-1)  # [N, L]
+    loss, gain = drop.min(-1), add.min(-1)
+    # A server's bytes after layer l loses a copy and layer j gets one: [N, j, l]
+    fits = problem.expert_bytes[:, None] <= room[:, None, None] + problem.expert_bytes
+    values: list[np.ndarray] = []
+    makers: list[tuple[tuple[int, ...], Callable[..., Any]]] = []
+
+    def offer(value: np.ndarray, make: Callable[..., Any]) -> None:
+        values.append(value.ravel())
+        makers.append((value.shape, make))
+
+    offer(
+        np.where(fits, gain[:, :, None] + loss[:, None, :], np.inf),
+        lambda n, j, i: ((n, i, out[n, i], False), (n, j, into[n, j], True)),
+    )
+    alone = np.where(problem.expert_bytes <= room[:, None], gain, np.inf)
+    offer(alone, lambda n, j: ((n, j, into[n, j], True),))
+    if effects.shift is not None:
+        # An only copy of layer i goes from n to m: [N (n), N (m), L].
+        only = np.isinf(effects.drop) & np.isinf(effects.add)
+        handed = np.where(only[:, None], effects.shift[None], np.inf)
+        which, hand = handed.argmin(-1), handed.min(-1)
+        few = min(_FEW, layers)
+        freed, wanted = np.argsort(loss, -1)[:, :few], np.argsort(gain, -1)[:, :few]  # [N, few]
+        n, m, i, a, b = np.ix_(*(np.arange(size) for size in (servers, servers, layers, few, few)))
+        f, w = freed[m, a], wanted[n, b]
+        value = hand[n, m, i] + loss[m, f] + gain[n, w]
+        offer(
+            np.where((i != f) & (i != w) & (f != w) & fits[m, i, f] & fits[n, w, i], value, np.inf),
+            lambda n, m, i, a, b: (
+                (n, i, which[n, m, i], False),
+                (m, i, which[n, m, i], True),
+                (m, freed[m, a], out[m, freed[m, a]], False),
+                (n, wanted[n, b], into[n, wanted[n, b]], True),
+            ),
+        )
+        n, m, i, j = np.ix_(*(np.arange(size) for size in (servers, servers, layers, layers)))
+        value = hand[n, m, i] + hand[m, n, j]
+        offer(
+            np.where((n < m) & (i != j) & fits[m, i, j] & fits[n, j, i], value, np.inf),
+            lambda n, m, i, j: (
+                (n, i, which[n, m, i], False),
+                (m, i, which[n, m, i], True),
+                (m, j, which[m, n, j], False),
+                (n, j, which[m, n, j], True),
+            ),
+        )
+    every = np.concatenate(values)
+    good = np.flatnonzero(every < -least)
+    starts = np.cumsum([0, *(len(value) for value in values)])
+    moves, used, busy = [], np.zeros(layers, bool), np.zeros(servers, bool)
+    equal = (problem.expert_bytes == problem.expert_bytes[0]).all()
+    for place in good[np.argsort(every[good], kind="stable")]:
+        kind = int(np.searchsorted(starts, place, side="right")) - 1
+        shape, make = makers[kind]
+        changes = make(*np.unravel_index(place - starts[kind], shape))
+        move = tuple((int(n), int(layer), int(expert), added) for n, layer, expert, added in changes)
+        at, by = [layer for _, layer, _, _ in move], [n for n, _, _, _ in move]
+        # With unequal sizes, or into free room, a second move of a server might not fit any more.
+        if used[at].any() or move in tried or ((not equal or len(move) == 1) and busy[by].any()):
+            continue
+        moves.append(move)
+        used[at] = busy[by] = True
+        if used.all():
+            break
+    return moves

@@ -1,0 +1,116 @@
+"""Placement for the least expected step time: layers served wholly at home, and what is not from few partners.
+
+Expected remote calls are the wrong measure: one remote call of a layer costs a whole exchange, and a token travels once
+to a server however many experts it needs there. So first every layer gets one server that holds it entire, where that
+costs least; then the memory left serves whole tokens of its own users; then single experts change places for as long as
+the expected time falls.
+"""
+
+import numpy as np
+
+from placement.costs.network_use import traffic
+from placement.costs.routing import serving_server
+from placement.costs.step_time import predict
+from placement.costs.token_sets import TokenSets, chains, token_sets
+from placement.data.problem import Problem
+from placement.strategies.dance import dance
+from placement.strategies.device_assignment import mend, spread
+from placement.strategies.exact.optimum import exact
+from placement.strategies.latency.local_search import polish
+from placement.strategies.latency.whole_layers import Hull, host_layers, layer_worth, room_left
+
+_EQUAL = 1e-9  # relative difference of seconds below which plans are equally fast
+_RARE = 1e-6  # chance that a layer outside the shared ones is worth keeping free of exchanges
+
+
+def latency(problem: Problem, *, previous: np.ndarray | None = None, seed: int = 0) -> np.ndarray:
+    """Least predicted `step_seconds` that whole layers, the fewest remote calls or the plan in force lead to.
+
+    minimise over placements  prefill(workload) + decode_steps x decode(workload), see `step_time.predict`
+
+    Args:
+        problem: has room for one copy of every expert; its `workload` weighs exchanges against bytes.
+        previous: bool [D, L, E], the placement in force; among equally fast plans the one that moves fewest bytes wins.
+        seed: for sets drawn where only counts are known.
+
+    Returns:
+        bool [D, L, E], every expert covered, every device within its budget, no duplicate within a server.
+
+    Raises:
+        InputError: experts of unequal sizes do not pack into the devices; never with room for one more on each device.
+    """
+    sets = token_sets(problem, seed)
+    plans = [dance(problem, previous=previous)]
+    if (problem.expert_bytes == problem.expert_bytes[0]).all():  # with unequal sizes the optimum takes a solver
+        plans.append(exact(problem, previous=previous))
+    if previous is not None and _fits(problem, previous):
+        plans.append(previous)
+    plans += [_to_devices(problem, held, previous) for held in _whole_layers(problem, sets)]
+    best = _fastest(problem, plans, previous)
+    held = problem.held(best)
+    polished = polish(problem, sets, held, previous)
+    if (polished == held).all():
+        return best
+    return _fastest(problem, [best, _to_devices(problem, polished, previous)], previous)
+
+
+def _fastest(problem: Problem, plans: list[np.ndarray], previous: np.ndarray | None) -> np.ndarray:
+    """The plan of least predicted `step_seconds`; of equal ones the one with fewest bytes to move, then the first."""
+    size = problem.expert_bytes[:, None]
+    best, choice = (np.inf, np.inf), plans[0]
+    for plan in plans:
+        seconds = predict(problem, plan)["step_seconds"]
+        moved = 0 if previous is None else int(((plan & ~previous) * size).sum())
+        if seconds < best[0] * (1 - _EQUAL) or (seconds <= best[0] * (1 + _EQUAL) and moved < best[1]):
+            best, choice = (seconds, moved), plan
+    return choice.copy()
+
+
+def _to_devices(problem: Problem, held: np.ndarray, previous: np.ndarray | None) -> np.ndarray:
+    return mend(problem, spread(problem, held, previous))
+
+
+def _fits(problem: Problem, resident: np.ndarray) -> bool:
+    once = np.add.reduceat(resident.astype(np.int64), problem.first_device).max() <= 1
+    return bool(once and resident.any(0).all() and (problem.used_bytes(resident) <= problem.budget).all())
+
+
+def _whole_layers(problem: Problem, sets: TokenSets) -> list[np.ndarray]:
+    """Plans from hosted layers, bool [N, L, E] each; several where many sequences are active at once.
+
+    Then a layer that one of them waits for is lost for the others, so layers that few tokens leave are worth more: a
+    second plan weighs layers by what the first one leaves to wait for, a third one makes all servers hold the same
+    layers, as many as the memory beyond one copy of everything takes.
+    """
+    chain, demand = chains(problem, sets), problem.frequency.sum((1, 2)) > 0
+
+    def plan(alone: np.ndarray) -> np.ndarray:
+        held = host_layers(problem, chain, layer_worth(problem, alone))
+        if not held.any(0).all():
+            held = problem.held(_to_devices(problem, held, None))
+        return _fill(problem, sets, held, layer_worth(problem, alone, held))
+
+    plans = [plan(np.ones(problem.shape[1]))]
+    if problem.workload.active == 1 or demand.sum() < 2:
+        return plans
+    need = 1 - traffic(problem, serving_server(problem, plans[0])).within[demand, :, 0].mean(0)
+    plans.append(plan((1 - need) ** (problem.workload.active - 1)))
+    whole = problem.expert_bytes * problem.shape[2]
+    bytes_for_all = whole[np.argsort(need, kind="stable")].cumsum() * (demand.sum() - 1)
+    shared = np.argsort(need, kind="stable")[bytes_for_all <= problem.usable_bytes.sum() - whole.sum()]
+    if len(shared):
+        plans.append(plan(np.where(np.isin(np.arange(problem.shape[1]), shared), 1.0, _RARE)))
+    return plans
+
+
+def _fill(problem: Problem, sets: TokenSets, held: np.ndarray, worth: np.ndarray) -> np.ndarray:
+    """Spend each server's free memory where it serves most whole tokens of its own per byte: bool [N, L, E]."""
+    held, room = held.copy(), room_left(problem, held)
+    chain = chains(problem, sets, held)
+    for server in np.flatnonzero((room >= problem.expert_bytes.min()) & ~held.all((1, 2))):
+        for layer, start, stop in Hull(problem, chain, int(server), worth[server], held[server]).steps:
+            size = problem.expert_bytes[layer]
+            stop = min(stop, start + int(room[server] // size))
+            held[server, layer, chain.order[server, layer, start:stop]] = True
+            room[server] -= max(0, stop - start) * size
+    return held

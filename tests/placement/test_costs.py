@@ -1,0 +1,183 @@
+"""Costs against brute force on small instances."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from placement import Cluster, InputError, Problem, Profile, evaluate, plan
+from placement.costs.network_use import network_need
+from placement.costs.routing import copy_preference, device_load, pair_price, server_load, serving_server
+from placement.costs.summary import balance, remote_share
+
+quick = settings(max_examples=80, deadline=None, derandomize=True)
+
+
+@st.composite
+def instances(draw):
+    """A problem with token-level sets, and a random complete placement: resident bool [D, L, E]."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    servers, layers, experts = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.integers(2, 6))
+    devices = rng.integers(1, 3, servers)
+    count = int(rng.integers(1, 30))
+    ids = rng.random((count, layers, experts)).argsort(-1)[..., : int(rng.integers(1, min(4, experts + 1)))]
+    names = [f"s{n}" for n in range(servers)]
+    pairs = [p for p in itertools.permutations(names, 2) if rng.random() < 0.6]
+    links = [{"from": a, "to": b, "latency": f"{rng.integers(1, 4)}ms"} for a, b in pairs]
+    tables = [{"name": n, "devices": [{"memory": 10**4}] * int(d)} for n, d in zip(names, devices, strict=True)]
+    cluster = Cluster.from_dict({"server": tables, "link": links})
+    server = rng.integers(0, servers, count)
+    meta = {"model": "m", "hidden_size": 8, "expert_bytes": 10}
+    profile = Profile.from_tokens(ids, server, np.zeros(count, int), servers=names, experts=experts, **meta)
+    resident = rng.random((devices.sum(), layers, experts)) < 0.3
+    owner = rng.integers(0, devices.sum(), (layers, experts))
+    resident |= np.arange(devices.sum())[:, None, None] == owner
+    return Problem.build(profile, cluster), resident
+
+
+@given(instances())
+@quick
+def test_remote_share_and_network_need_by_counting(instance):
+    problem, resident = instance
+    assert problem.tokens is not None
+    held = problem.held(resident)
+    serving = serving_server(problem, held)
+    need, distinct, basis = network_need(problem, serving)
+    assert basis == "tokens"
+    share = remote_share(problem.frequency, held)
+    for n in range(len(problem.names)):
+        calls = remote = needs = partners = 0
+        mine = problem.tokens.ids[problem.tokens.server == n]
+        for token in mine:
+            for layer, chosen in enumerate(token):
+                away = [e for e in chosen if not resident[problem.device_server == n, layer, e].any()]
+                calls, remote, needs = calls + len(chosen), remote + len(away), needs + bool(away)
+                partners += len({serving[n, layer, e] for e in away})
+        steps = max(1, len(mine) * problem.shape[1])
+        assert np.isclose(share[n], remote / max(1, calls))
+        if len(mine):
+            assert np.isclose(need[n], needs / steps)
+            assert np.isclose(distinct[n], partners / steps)
+
+
+@given(instances())
+@quick
+def test_calls_go_to_the_partner_that_holds_most_per_price(instance):
+    problem, resident = instance
+    held = problem.held(resident)
+    serving = serving_server(problem, held)
+    price = pair_price(problem)
+    for (n, layer, expert), target in np.ndenumerate(serving):
+        holders = np.flatnonzero(held[:, layer, expert])
+        assert target in holders
+        assert (target == n) == (n in holders)
+        if target != n:
+            worth = [(held[m, layer] & ~held[n, layer]).sum() / price[n, m] for m in (target, *holders)]
+            assert worth[0] >= max(worth) * (1 - 1e-6)
+
+
+@given(instances())
+@quick
+def test_load_is_conserved(instance):
+    problem, resident = instance
+    load = server_load(problem, problem.held(resident))
+    assert np.allclose(load.sum(0), problem.frequency.sum(0))
+    assert (load[~problem.held(resident)] == 0).all()
+    assert np.allclose(device_load(problem, resident).sum(0), problem.frequency.sum((0, 2)))
+    assert balance(problem, resident) >= 1 - 1e-9
+
+
+def two_servers(counts, devices=(1, 1), **meta):
+    names = ("a", "b")
+    tables = [{"name": n, "devices": [{"memory": 99}] * d} for n, d in zip(names, devices, strict=True)]
+    fields = {"model": "m", "top_k": 1, "hidden_size": 100, "expert_bytes": 1} | meta
+    profile, cluster = Profile(np.asarray(counts), names, **fields), Cluster.from_dict({"server": tables})
+    return profile, cluster, Problem.build(profile, cluster)
+
+
+def test_need_from_counts_takes_experts_as_independent():
+    _, _, problem = two_servers([[[4, 3, 2, 1]], [[0, 0, 0, 0]]], top_k=2)
+    held = np.array([[[1, 1, 0, 0]], [[0, 0, 1, 1]]], bool)
+    need, distinct, basis = network_need(problem, serving_server(problem, held))
+    assert basis == "counts"
+    assert np.allclose(need, [1 - (1 - 0.4) * (1 - 0.2), 0])
+    assert np.allclose(distinct, need)
+
+
+def test_expert_that_every_token_takes_is_certain():
+    _, _, problem = two_servers([[[5, 0]], [[0, 5]]])
+    held = np.array([[[0, 1]], [[1, 0]]], bool)
+    need, _, _ = network_need(problem, serving_server(problem, held))
+    assert need.tolist() == [1, 1]
+
+
+def test_need_without_tokens_of_every_server_is_mixed():
+    ids, server = np.array([[[0]]]), np.array([0])
+    _, _, problem = two_servers([[[1, 0]], [[1, 1]]], ids=ids, server=server, sequence=server)
+    held = np.array([[[1, 0]], [[0, 1]]], bool)
+    need, _, basis = network_need(problem, serving_server(problem, held))
+    assert basis == "mixed"
+    assert need.tolist() == [0, 0.5]
+
+
+def test_balance_counts_speed_and_copies():
+    _, _, problem = two_servers([[[3, 3]], [[0, 0]]], devices=(2, 1))
+    resident = np.array([[[1, 0]], [[0, 1]], [[0, 0]]], bool)
+    assert np.isclose(balance(problem, resident), 1.5)
+    resident[:2] = True  # two copies in one server share evenly
+    assert np.isclose(balance(problem, resident), 1.5)
+    resident[1] = False
+    assert np.isclose(balance(problem, resident), 3)
+
+
+def four_servers(held):
+    """Each source's order of partners in a layer, servers a to d in a ring, a and d closer than others."""
+    names = "abcd"
+    tables = [{"name": n, "devices": [{"memory": 9}]} for n in names]
+    near = {"from": "a", "to": "d", "latency": "0.1ms", "both": True}
+    cluster = Cluster.from_dict({"server": tables, "link": [near]})
+    held = np.asarray(held, bool)[:, None]
+    problem = Problem.build(Profile(np.ones(held.shape), tuple(names), "m", 1, 8, 1), cluster)
+    return copy_preference(problem, held)[:, 0].tolist()
+
+
+def test_equally_good_partners_are_taken_in_ring_order():
+    assert four_servers([[0, 0]] * 4) == [[0, 2, 3, 1], [3, 0, 1, 2], [2, 3, 0, 1], [1, 2, 3, 0]]
+
+
+def test_who_holds_most_of_what_is_lacking_comes_first():
+    held = [[1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 1, 1], [0, 0, 1, 0]]
+    assert four_servers(held)[0] == [0, 3, 1, 2]  # c has both experts that a lacks, b and d one; d is nearer than b
+
+
+def test_summary_of_a_known_case():
+    profile, cluster, _ = two_servers([[[3, 1], [2, 2]], [[0, 4], [4, 0]]], reserved_bytes=97)
+    placement = plan(profile, cluster)
+    assert placement.resident.astype(int).tolist() == [[[1, 0], [0, 1]], [[0, 1], [1, 0]]]
+    cost = evaluate(profile, cluster, placement)
+    assert cost == placement.predicted
+    assert cost["remote_share_by_server"] == {"a": 3 / 8, "b": 0}
+    assert cost["network_probability"] == cost["distinct_remote_servers"] == (1 / 4 + 1 / 2) / 2 / 2
+    assert cost["bytes_per_token"] == 3 / 16 * 2 * 100 * 2 * 2  # over two layers, there and back, 100 values of 2 bytes
+    assert cost["balance"] == 11 / 8  # 5 calls arrive at a, 11 at b
+    assert cost["used_bytes"] == cost["budget_bytes"] == [2, 2]
+
+
+def test_silent_server_does_not_count_in_means():
+    profile, cluster, _ = two_servers([[[1, 1]], [[0, 0]]], reserved_bytes=98)
+    cost = evaluate(profile, cluster, plan(profile, cluster))
+    assert cost["remote_share"] == 0.5
+    assert cost["remote_share_by_server"] == {"a": 0.5, "b": 0.0}
+
+
+def test_evaluate_refuses_what_does_not_belong_together():
+    profile, cluster, _ = two_servers([[[1, 1]], [[0, 0]]])
+    placement = plan(profile, cluster)
+    other = Profile(profile.counts, profile.servers, "other", 1, 100, 1)
+    with pytest.raises(InputError, match=r"placement: model.name = 'm', but profile has 'other'"):
+        evaluate(other, cluster, placement)
+    fuller = Profile(profile.counts, profile.servers, "m", 1, 100, 1, reserved_bytes=98)
+    with pytest.raises(InputError, match="over its memory by 1 bytes"):
+        evaluate(fuller, cluster, placement)
