@@ -17,7 +17,7 @@ def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def sharded(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """Sharding that deals array axis `axis` over the mesh."""
+    """Sharding that splits array axis `axis` over the mesh."""
     return NamedSharding(mesh, P(*[None] * axis, AXIS))
 
 
@@ -39,7 +39,7 @@ def put(tree: Any, sharding: Any) -> Any:
     return jax.tree.map(everywhere, tree, sharding)
 
 
-def deal(mesh: Mesh, rows: Any) -> jax.Array:
+def shard_rows(mesh: Mesh, rows: Any) -> jax.Array:
     """Rows [devices, …] on their devices. Each process has to know those of its own devices only."""
     rows = np.asarray(rows)
     return jax.make_array_from_callback(rows.shape, sharded(mesh), lambda index: rows[index])

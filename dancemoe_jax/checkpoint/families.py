@@ -105,7 +105,7 @@ def fields_of(config: ModelConfig) -> Fields:
         "num_experts": config.num_experts,
         "num_experts_per_tok": config.top_k,
         "moe_intermediate_size": config.expert_size,
-        "norm_topk_prob": config.routing.normalise,
+        "norm_topk_prob": config.routing.normalize,
         "decoder_sparse_step": 1,
         "mlp_only_layers": list(config.dense_layers),
         "hidden_act": "silu",
@@ -203,7 +203,7 @@ def _check_quantisation(fields: Fields) -> None:
     method = (fields.get("quantization_config") or {}).get("quant_method")
     if method not in (None, "fp8", "mxfp4"):
         raise ModelError(
-            f"weights quantised by {method!r} are not supported, only fp8 blocks and mxfp4; use the model's unquantised "
+            f"weights quantized by {method!r} are not supported, only fp8 blocks and mxfp4; use the model's unquantised "
             "weights"
         )
 
@@ -307,7 +307,7 @@ def _qwen2(fields: Fields) -> dict[str, Any]:
         "shared_expert_gate": True,
         "dense_layers": _dense_layers(fields),
         "dense_size": fields["intermediate_size"],
-        "routing": Routing(normalise=fields.get("norm_topk_prob", False)),
+        "routing": Routing(normalize=fields.get("norm_topk_prob", False)),
         "qkv_bias": True,
         "windows": _windows(fields, lambda i: i % 2 == 0 and i < last) if sliding else (),
     }
@@ -321,7 +321,7 @@ def _qwen3(fields: Fields) -> dict[str, Any]:
         "expert_size": fields["moe_intermediate_size"],
         "dense_layers": dense,
         "dense_size": fields["intermediate_size"] if dense else 0,
-        "routing": Routing(normalise=fields.get("norm_topk_prob", False)),
+        "routing": Routing(normalize=fields.get("norm_topk_prob", False)),
         "qk_norm": "head",
         "qkv_bias": bias,
         "o_bias": bias,
@@ -333,7 +333,7 @@ def _olmoe(fields: Fields) -> dict[str, Any]:
     bias = fields.get("attention_bias", False)
     return {
         "expert_size": fields["intermediate_size"],
-        "routing": Routing(normalise=fields.get("norm_topk_prob", False)),
+        "routing": Routing(normalize=fields.get("norm_topk_prob", False)),
         "qk_norm": "all",
         "qkv_bias": bias,
         "o_bias": bias,
@@ -388,7 +388,7 @@ def _deepseek(fields: Fields) -> dict[str, Any]:
 
 
 def _deepseek_v2(fields: Fields) -> dict[str, Any]:
-    # Published models do not normalise, and the two implementations there are disagree about what it would mean.
+    # Published models do not normalize, and the two implementations there are disagree about what it would mean.
     _only(fields, "norm_topk_prob", False)
     _only(fields, "scoring_func", "softmax")
     _only(fields, "topk_method", "greedy", "group_limited_greedy")
@@ -396,7 +396,7 @@ def _deepseek_v2(fields: Fields) -> dict[str, Any]:
     if fields.get("topk_method") == "group_limited_greedy":
         groups = {"groups": fields["n_group"], "top_groups": fields["topk_group"]}
     scale = float(fields.get("routed_scaling_factor", 1.0))
-    return _deepseek(fields) | {"routing": Routing(normalise=False, scale=scale, **groups)}
+    return _deepseek(fields) | {"routing": Routing(normalize=False, scale=scale, **groups)}
 
 
 def _deepseek_v3(fields: Fields) -> dict[str, Any]:
@@ -404,7 +404,7 @@ def _deepseek_v3(fields: Fields) -> dict[str, Any]:
     _only(fields, "topk_method", "noaux_tc")
     routing = Routing(
         score="sigmoid",
-        normalise=fields.get("norm_topk_prob", True),
+        normalize=fields.get("norm_topk_prob", True),
         correction=True,
         scale=float(fields.get("routed_scaling_factor", 2.5)),
         groups=fields.get("n_group") or 1,

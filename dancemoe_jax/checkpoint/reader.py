@@ -32,7 +32,7 @@ from dancemoe_jax.checkpoint.tensor_files import TensorFiles
 from dancemoe_jax.errors import ModelError
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.model.decoder import Decoder, Experts
-from dancemoe_jax.model.experts import ExpertWeights, dequantise, quantise
+from dancemoe_jax.model.experts import ExpertWeights, dequantize, quantize
 from dancemoe_jax.text.tokenizer import load_tokenizer
 
 WEIGHTS = "model.safetensors"
@@ -81,11 +81,11 @@ class ExpertFile:
         if self._store is not None:
             stored = ExpertWeights(**self._store.read(layer, expert, arena if self._as_stored else None))
             weights = ExpertWeights(**{f: self._cast(f, part) for f, part in stored._asdict().items()})
-            return quantise(weights) if self._int8 and weights.s_in is None else weights
+            return quantize(weights) if self._int8 and weights.s_in is None else weights
         shapes = expert_shapes(self.config)
         sources = expert_sources(self.config, layer, expert)
         weights = ExpertWeights(**{field: self._read(source, shapes[field]) for field, source in sources.items()})
-        return quantise(weights) if self._int8 else weights
+        return quantize(weights) if self._int8 else weights
 
     @functools.cached_property
     def _as_stored(self) -> bool:
@@ -194,7 +194,7 @@ def bundled_model() -> Path:
 def on_device(config: ModelConfig, experts: ExpertWeights) -> Experts:
     """All experts on the default device, as `forward` takes them: for models that fit one device. int8 is multiplied out."""
     module = nnx.eval_shape(lambda: Experts(config, nnx.Rngs(0)))
-    for field, array in dequantise(experts)._asdict().items():
+    for field, array in dequantize(experts)._asdict().items():
         if array is not None:
             setattr(module, field, nnx.Param(jnp.asarray(array)))
     return module

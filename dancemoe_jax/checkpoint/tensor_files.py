@@ -61,7 +61,7 @@ class TensorFiles:
     """The tensors of `model.safetensors`, or of shards with their index.
 
     Opening reads headers only and checks them: every shard is there, whole, and holds what the index says, and every
-    quantised tensor has scales that fit it. Reading is safe from several threads at once.
+    quantized tensor has scales that fit it. Reading is safe from several threads at once.
 
     Args:
         path: directory with the weights and, for float8 blocks other than 128 x 128, `config.json`.
@@ -76,7 +76,7 @@ class TensorFiles:
         self._tensors = dict(_logical_tensors(stored, _float8_block(self.path)))
 
     def names(self) -> list[str]:
-        """All tensors, quantised ones once and under the name of the tensor that they stand for."""
+        """All tensors, quantized ones once and under the name of the tensor that they stand for."""
         return list(self._tensors)
 
     def __contains__(self, name: str) -> bool:
@@ -97,7 +97,7 @@ class TensorFiles:
 
         Args:
             index: an integer (drops the axis) or a slice of step 1.
-            dtype: of the result; default as stored, or float32 for quantised tensors.
+            dtype: of the result; default as stored, or float32 for quantized tensors.
 
         Raises:
             ModelError: there is no such tensor, or its file became shorter since it was opened.
@@ -180,7 +180,7 @@ def _float8_block(path: Path) -> tuple[int, int]:
 
 
 def _logical_tensors(stored: dict[str, _Stored], block: tuple[int, int]) -> Iterator[tuple[str, _Logical]]:
-    """Pair quantised tensors with their scales."""
+    """Pair quantized tensors with their scales."""
     for name, tensor in stored.items():
         base = name.removesuffix(_BLOCKS)
         if name.endswith(_BLOCKS) and base + _SCALES in stored:

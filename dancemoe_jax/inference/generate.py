@@ -11,7 +11,7 @@ from dancemoe_jax.errors import ModelError
 from dancemoe_jax.expert_parallel.dispatch import Transport
 from dancemoe_jax.expert_parallel.pool import PoolLayout, local_devices
 from dancemoe_jax.inference.steps import Weights, decode_step, init_state, prefill
-from dancemoe_jax.mesh import deal, own_rows
+from dancemoe_jax.mesh import own_rows, shard_rows
 from dancemoe_jax.model.config import ModelConfig
 
 
@@ -55,7 +55,7 @@ def generate(
     for start in range(0, int(length.max()), chunk):
         lengths = np.clip(length - start, 0, chunk)
         rows = (padded[:, :, start : start + chunk], sequences, np.full(grid, start, np.int32), lengths)
-        state, result = prefill(weights, state, *(deal(mesh, part) for part in rows), **shapes)
+        state, result = prefill(weights, state, *(shard_rows(mesh, part) for part in rows), **shapes)
         for device, tokens in own_rows(result.tokens).items():
             current[device] = np.where(lengths[device] > 0, tokens, current[device])
     outputs: list[list[int]] = [[] for _ in prompts]
@@ -72,8 +72,8 @@ def generate(
         if not (active.any() or elsewhere):
             break
         rows = (current, length, active, active.any(1, keepdims=True).astype(np.int32))
-        state, result = decode_step(weights, state, *(deal(mesh, part) for part in rows), **shapes)
-        elsewhere = jax.process_count() > 1 and bool(np.asarray(result.notes).any())
+        state, result = decode_step(weights, state, *(shard_rows(mesh, part) for part in rows), **shapes)
+        elsewhere = jax.process_count() > 1 and bool(np.asarray(result.control).any())
         length = length + active
         for device, tokens in own_rows(result.tokens).items():
             current[device] = np.where(active[device], tokens, current[device])

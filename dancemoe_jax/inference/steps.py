@@ -61,7 +61,7 @@ class StepResult(NamedTuple):
     tokens: jax.Array
     logits: jax.Array
     traffic: Traffic
-    notes: jax.Array
+    control: jax.Array
     routed: jax.Array
 
 
@@ -112,7 +112,7 @@ def decode_step(
     tokens: Int[ArrayLike, "devices sequences"],
     positions: Int[ArrayLike, "devices sequences"],
     active: Bool[ArrayLike, "devices sequences"],
-    notes: Int[ArrayLike, "devices n"] | None = None,
+    control: Int[ArrayLike, "devices n"] | None = None,
     routing: GivenRouting | None = None,
     *,
     config: ModelConfig,
@@ -135,7 +135,7 @@ def decode_step(
         step = _Step(config, layout, transport or default_transport(mesh), wire_dtype, DECODE_TILE, *rest)
         return _run(step, weights, state, tokens[0][:, None], rows, None)
 
-    return _over_devices(local, mesh)(weights, state, tokens, positions, active, _notes(mesh, notes), routing)
+    return _over_devices(local, mesh)(weights, state, tokens, positions, active, _control(mesh, control), routing)
 
 
 @functools.partial(jax.jit, static_argnames=(*_SHAPES, "all_logits"), donate_argnames=("state",))
@@ -146,7 +146,7 @@ def prefill(
     sequences: Int[ArrayLike, "devices rows"],
     starts: Int[ArrayLike, "devices rows"],
     lengths: Int[ArrayLike, "devices rows"],
-    notes: Int[ArrayLike, "devices n"] | None = None,
+    control: Int[ArrayLike, "devices n"] | None = None,
     routing: GivenRouting | None = None,
     *,
     config: ModelConfig,
@@ -175,12 +175,12 @@ def prefill(
         step = _Step(config, layout, transport or default_transport(mesh), wire_dtype, PREFILL_TILE, *rest)
         return _run(step, weights, state, tokens[0], positions, sequences[0], all_logits)
 
-    notes = _notes(mesh, notes)
-    return _over_devices(local, mesh)(weights, state, tokens, sequences, starts, lengths, notes, routing)
+    control = _control(mesh, control)
+    return _over_devices(local, mesh)(weights, state, tokens, sequences, starts, lengths, control, routing)
 
 
-def _notes(mesh, notes):
-    return jnp.zeros((mesh.size, 0), jnp.int32) if notes is None else notes
+def _control(mesh, control):
+    return jnp.zeros((mesh.size, 0), jnp.int32) if control is None else control
 
 
 def _over_devices(local, mesh):
@@ -207,7 +207,7 @@ class _Step(NamedTuple):
     transport: Transport
     wire_dtype: Any
     tile: int
-    notes: jax.Array
+    control: jax.Array
     routing: GivenRouting | None
 
 
@@ -219,7 +219,7 @@ def _run(step, weights, state, tokens, positions, sequences, all_logits=False):
     sequence = jnp.arange(rows) if sequences is None else sequences
     cache_positions = jnp.broadcast_to(jnp.arange(config.max_position), (rows, config.max_position))
     tables = weights.tables._replace(device=weights.tables.device[0], slot=weights.tables.slot[0])
-    busy, notes = _tell_all(valid.any(), step.notes[0])
+    busy, control = _tell_all(valid.any(), step.control[0])
     compute = functools.partial(slot_experts, layout, weights.pool, tile=step.tile, limit=config.swiglu_limit)
 
     def body(carry, layer_inputs):
@@ -273,15 +273,15 @@ def _run(step, weights, state, tokens, positions, sequences, all_logits=False):
         jnp.argmax(final, -1).astype(jnp.int32)[None],
         logits[None],
         jax.tree.map(lambda a: a[None], traffic),
-        notes,
+        control,
         jnp.swapaxes(routed, 0, 1).astype(jnp.int32)[None],
     )
     return State(k, v, state.counts + counts[None]), result
 
 
-def _tell_all(busy, notes):
+def _tell_all(busy, control):
     """Of every device whether it has tokens, and its notes: the one exchange that every step has."""
-    own = jnp.concatenate([busy[None].astype(jnp.int32), notes])
+    own = jnp.concatenate([busy[None].astype(jnp.int32), control])
     here = jnp.arange(jax.lax.axis_size(AXIS)) == jax.lax.axis_index(AXIS)
     everyone = jax.lax.psum(jnp.where(here[:, None], own, 0), AXIS)
     return everyone[:, 0] > 0, everyone[:, 1:]

@@ -62,7 +62,7 @@ class Routing:
 
     Attributes:
         score: `"softmax"` over all experts, or `"sigmoid"` of each.
-        normalise: whether the chosen experts' weights are rescaled to sum to one.
+        normalize: whether the chosen experts' weights are rescaled to sum to one.
         scale: what they are multiplied by in the end.
         groups, top_groups: experts come in equal groups and are chosen from the best groups only; 1 = no groups. A group
             is as good as its best expert, or, with `correction`, as its two best.
@@ -71,7 +71,7 @@ class Routing:
     """
 
     score: str = "softmax"
-    normalise: bool = True
+    normalize: bool = True
     scale: float = 1.0
     groups: int = 1
     top_groups: int = 1

@@ -32,7 +32,7 @@ class ExpertWeights(NamedTuple):
     s_out: Any = None
 
 
-def quantise(weights: ExpertWeights) -> ExpertWeights:
+def quantize(weights: ExpertWeights) -> ExpertWeights:
     """int8 weights with one scale per output channel: the largest weight of a channel becomes 127. On the host."""
 
     def rounded(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -44,7 +44,7 @@ def quantise(weights: ExpertWeights) -> ExpertWeights:
     return weights._replace(w_in=w_in, w_out=w_out, s_in=s_in, s_out=s_out)
 
 
-def dequantise(weights: ExpertWeights) -> ExpertWeights:
+def dequantize(weights: ExpertWeights) -> ExpertWeights:
     """Float32 weights in place of int8 ones with scales; others as they are. On the host."""
     if weights.s_in is None:
         return weights

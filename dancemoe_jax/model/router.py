@@ -33,7 +33,7 @@ def route(
         choice = jnp.where(open_groups[:, :, None], grouped, -jnp.inf).reshape(choice.shape)
     topk_ids = jax.lax.top_k(choice, config.top_k)[1]
     topk_weights = jnp.take_along_axis(scores, topk_ids, axis=1)
-    if routing.normalise:
+    if routing.normalize:
         # The smallest normal number guards a sigmoid router whose chosen scores all vanish.
         topk_weights = topk_weights / jnp.maximum(topk_weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
     return topk_weights * routing.scale, topk_ids, logits

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer
 
 
-class TextStream:
+class IncrementalDetokenizer:
     """The text of an output as its tokens come: each piece as soon as no later token can change it.
 
     A character cut between tokens waits for its rest; so does text that may be the beginning of a stop string. All

@@ -1,6 +1,6 @@
 """Tokenizers: the byte-level one that models trained here use, and any model directory's own with all that belongs to it.
 
-Text to token ids and back, chat messages to a prompt, and output as it grows (`TextStream`). Knows no model weights.
+Text to token ids and back, chat messages to a prompt, and output as it grows (detokenizer.py). Knows no model weights.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ def load_tokenizer(path: str | Path, config: ModelConfig) -> Tokenizer:
 
 
 @dataclasses.dataclass(frozen=True)
-class TextCodec:
+class TokenizerBundle:
     """A model directory's way from text to token ids and back.
 
     Attributes:
@@ -131,7 +131,7 @@ class TextCodec:
             ) from None
 
 
-def load_codec(path: str | Path, config: ModelConfig) -> TextCodec:
+def load_tokenizer_bundle(path: str | Path, config: ModelConfig) -> TokenizerBundle:
     """A directory's `tokenizer.json`, and what `tokenizer_config.json`, `generation_config.json` and
     `chat_template.jinja` say where they exist.
 
@@ -152,7 +152,7 @@ def load_codec(path: str | Path, config: ModelConfig) -> TextCodec:
     if eos is not None:
         eos_tokens |= {eos}
     template = read_chat_template(path, fields.get("chat_template"))
-    return TextCodec(path, tokenizer, add_bos, frozenset(eos_tokens), special, template)
+    return TokenizerBundle(path, tokenizer, add_bos, frozenset(eos_tokens), special, template)
 
 
 def _valid(text: str) -> str:

@@ -35,7 +35,7 @@ from launch.engine.host import Host
 from launch.engine.loading import Loaded, load
 from launch.engine.memory import reserved_bytes
 from launch.engine.request import Request
-from launch.migration.mover import Mover
+from launch.migration.worker import MigrationWorker
 from launch.model_flags import DTYPES, read_shape
 from placement import InputError, Placement
 from placement.units import parse_bytes, parse_rate
@@ -108,9 +108,9 @@ def _serve(
 ) -> dict[str, Any] | None:
     """Be one server, or all; what was measured on all of them, in the first process."""
     host = Host(loaded.engine, index)
-    mover = Mover(loaded, host.channel, host.ring, staging_bytes=staging, bandwidth=most)
-    mover.start()
-    host.between = mover.between
+    worker = MigrationWorker(loaded, host.channel, host.wake, staging_bytes=staging, bandwidth=most)
+    worker.start()
+    host.between = worker.between
     loop = threading.Thread(target=host.run, daemon=True)
     loop.start()
     rng = np.random.default_rng([args.seed, index])
@@ -121,15 +121,15 @@ def _serve(
     calm, moving, seconds = _Gaps(), _Gaps(), 0.0
     for _ in range(_ROUNDS):
         begin = time.monotonic()
-        moving += phases.take(lambda: moves.extend(_migrations(mover, loaded, rng, args.migrations, before)))
+        moving += phases.take(lambda: moves.extend(_migrations(worker, loaded, rng, args.migrations, before)))
         seconds = time.monotonic() - begin
         calm += phases.take(lambda seconds=seconds: time.sleep(seconds))
     own = {
         "calm": calm,
         "moving": moving,
         "compilations": _compiled() - compiled,
-        "peak": mover.peak_bytes,
-        "stall": max(stall for outcome in mover.outcomes for stall in outcome.stalls_s),
+        "peak": worker.peak_bytes,
+        "stall": max(stall for outcome in worker.outcomes for stall in outcome.stalls_s),
     }
     told = phases.exchange(index, own)
     alone = 0.0
@@ -140,7 +140,7 @@ def _serve(
     alone = min(alone, most or np.inf)
     host.finish()
     loop.join()
-    mover.end()
+    worker.end()
     if index:
         return None
     calm, moving = ([gap for one in told for gap in one[key]] for key in ("calm", "moving"))
@@ -209,8 +209,8 @@ class _Phases:
         """The next phase: seconds between tokens of this process's requests. `what` is done by the first process."""
         number, self.number = self.number, self.number + 1
         if not self.first:
-            self._hear(f"begin/{number}")
-            return self.load.during(lambda: self._hear(f"over/{number}"))
+            self._receive(f"begin/{number}")
+            return self.load.during(lambda: self._receive(f"over/{number}"))
 
         def conducted() -> None:
             what()
@@ -223,9 +223,9 @@ class _Phases:
         """What each process has to tell, by process."""
         number, self.number = self.number, self.number + 1
         self.channel.put(f"bench/told/{number}/{process}", json.dumps(own).encode())
-        return [json.loads(self._hear(f"told/{number}/{other}")) for other in range(jax.process_count())]
+        return [json.loads(self._receive(f"told/{number}/{other}")) for other in range(jax.process_count())]
 
-    def _hear(self, name: str) -> bytes:
+    def _receive(self, name: str) -> bytes:
         data = self.channel.get(f"bench/{name}", _WAIT_S)
         if data is None:
             raise RuntimeError(f"nobody has told {name} within {_WAIT_S:g} s")
@@ -233,16 +233,16 @@ class _Phases:
 
 
 def _migrations(
-    mover: Mover, loaded: Loaded, rng: np.random.Generator, number: int, prepare: Callable[[], None]
+    worker: MigrationWorker, loaded: Loaded, rng: np.random.Generator, number: int, prepare: Callable[[], None]
 ) -> list[dict[str, float]]:
     """Migrations one after the other, each to a placement that is drawn at random; figures of each."""
     done = []
     for _ in range(number):
-        before, target = mover.placement, _scattered(mover.placement, loaded, rng)
+        before, target = worker.placement, _scattered(worker.placement, loaded, rng)
         share = (target.resident & ~before.resident).sum() / before.resident.sum()
         likely = np.zeros((len(loaded.cluster.names), target.resident.shape[1], len(loaded.cluster.names)), bool)
         prepare()
-        outcome = mover.wait(mover.send(target, likely, "bench"), 600)
+        outcome = worker.wait(worker.send(target, likely, "bench"), 600)
         if outcome is None or outcome.failed:
             raise RuntimeError(f"a migration failed: {outcome.failed if outcome else 'no end within 600 s'}")
         done.append(

@@ -14,14 +14,14 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from dancemoe_jax.mesh import AXIS, deal, make_mesh
+from dancemoe_jax.mesh import AXIS, make_mesh, shard_rows
 from launch.cluster.addresses import coordinator_address, is_loopback, split_address
 from launch.cluster.channel import open_channel
 from launch.cluster.devices import ordered_devices, visible_devices
 from launch.cluster.fingerprint import cluster_fingerprint
 from launch.cluster.jax_runtime import abandon, own_address
 from launch.cluster.liveness import watching
-from launch.cluster.rendezvous import meeting
+from launch.cluster.rendezvous import rendezvous
 from placement import Cluster, InputError
 
 
@@ -62,7 +62,7 @@ def join(
         return
     coordinator = coordinator or coordinator_address(cluster)
     facts = {"cluster file": cluster_fingerprint(cluster), "version of JAX": jax.__version__, **(agree or {})}
-    with meeting(cluster.names, server, coordinator, facts, timeout):
+    with rendezvous(cluster.names, server, coordinator, facts, timeout):
         jax.config.update("jax_num_cpu_devices", devices_here)
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
@@ -93,7 +93,7 @@ def _connect(devices: list[Any]) -> None:
     minute for the slowest, and would otherwise come whenever each has compiled its first step."""
     mesh = make_mesh(devices)
     add = jax.shard_map(lambda a: jax.lax.psum(a, AXIS), mesh=mesh, in_specs=P(AXIS), out_specs=P())
-    jax.jit(add)(deal(mesh, np.zeros(mesh.size, np.int32))).block_until_ready()
+    jax.jit(add)(shard_rows(mesh, np.zeros(mesh.size, np.int32))).block_until_ready()
 
 
 def _check_own_address(coordinator: str, server: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from dancemoe_jax.checkpoint.reader import ExpertFile
-from dancemoe_jax.mesh import AXIS, deal, make_mesh
+from dancemoe_jax.mesh import AXIS, make_mesh, shard_rows
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.model.experts import ExpertWeights, expert
 from placement import Cluster
@@ -79,7 +79,7 @@ def measure_links(mesh: Any, owners: np.ndarray, server: int) -> tuple[np.ndarra
 
 def _ping(mesh: Any, a: int, b: int, size: int) -> float:
     """Median seconds of a message of so many bytes one way, as part of a program like a step."""
-    x = deal(mesh, np.zeros((mesh.size, size // 4), np.float32))
+    x = shard_rows(mesh, np.zeros((mesh.size, size // 4), np.float32))
     return _median(functools.partial(_bounce(mesh, a, b, ROUNDS[size]), x)) / (2 * ROUNDS[size])
 
 
@@ -135,4 +135,4 @@ def _share(mesh: Any, owners: np.ndarray, server: int, value: float, source: int
     sends = (owners == source) & (owners == server)
     sends &= np.cumsum(sends) == 1
     add = jax.jit(jax.shard_map(lambda a: jax.lax.psum(a, AXIS), mesh=mesh, in_specs=P(AXIS), out_specs=P()))
-    return float(np.asarray(add(deal(mesh, np.where(sends, value, 0.0).astype(np.float32))))[0])
+    return float(np.asarray(add(shard_rows(mesh, np.where(sends, value, 0.0).astype(np.float32))))[0])

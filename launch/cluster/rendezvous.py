@@ -15,13 +15,13 @@ from typing import Any
 from launch.cluster.addresses import split_address
 from placement import InputError
 
-_LONGEST_HELLO = 2**16
+_LONGEST_HANDSHAKE = 2**16
 _READ_SECONDS = 2.0
 _RETRY_SECONDS = 0.1
 
 
 @contextmanager
-def meeting(
+def rendezvous(
     names: tuple[str, ...], server: str, coordinator: str, facts: Mapping[str, str], timeout: float
 ) -> Iterator[None]:
     """Meet, and let the block, which starts JAX, begin only when everybody has come with the same facts.
@@ -33,46 +33,46 @@ def meeting(
         _report(server, names[0], host, port, facts, timeout)
         yield
         return
-    guests = _receive(names, port, facts, timeout)
-    telling = threading.Thread(target=_tell_when_up, args=(guests, port, time.monotonic() + timeout), daemon=True)
+    clients = _receive(names, port, facts, timeout)
+    telling = threading.Thread(target=_tell_when_up, args=(clients, port, time.monotonic() + timeout), daemon=True)
     telling.start()
     try:
         yield
     finally:
-        for guest in guests.values():
-            guest.close()
+        for client in clients.values():
+            client.close()
 
 
 def _receive(names: tuple[str, ...], port: int, facts: Mapping[str, str], timeout: float) -> dict[str, socket.socket]:
     """On the first server: the connections of all others, once they have come. Raises InputError, and tells it to those
     who came, where one has not or differs."""
-    guests: dict[str, socket.socket] = {}
+    clients: dict[str, socket.socket] = {}
     brought: dict[str, dict[str, str]] = {}
     deadline = time.monotonic() + timeout
     with _listen(names[0], port) as listener:
-        while len(guests) < len(names) - 1 and (left := deadline - time.monotonic()) > 0:
+        while len(clients) < len(names) - 1 and (left := deadline - time.monotonic()) > 0:
             listener.settimeout(left)
             try:
-                guest, _ = listener.accept()
+                client, _ = listener.accept()
             except TimeoutError:
                 break
-            name, theirs = hello(guest)
+            name, theirs = handshake(client)
             if name not in names[1:]:
-                answer(guest, f"server {name}: no other server than {names[0]} has this name in its cluster file")
+                answer(client, f"server {name}: no other server than {names[0]} has this name in its cluster file")
                 continue
-            if name in guests:  # started again while we wait, or twice by mistake
-                answer(guests[name], f"server {name}: another process has come as this server")
-            guests[name], brought[name] = guest, theirs
-    problem = difference(names[0], facts, brought) or _absence(names, guests, timeout, port)
+            if name in clients:  # started again while we wait, or twice by mistake
+                answer(clients[name], f"server {name}: another process has come as this server")
+            clients[name], brought[name] = client, theirs
+    problem = difference(names[0], facts, brought) or _absence(names, clients, timeout, port)
     if problem:
-        for guest in guests.values():
-            answer(guest, problem)
+        for client in clients.values():
+            answer(client, problem)
         raise InputError(problem)
-    return guests
+    return clients
 
 
-def _absence(names: tuple[str, ...], guests: Mapping[str, Any], timeout: float, port: int) -> str | None:
-    absent = [name for name in names[1:] if name not in guests]
+def _absence(names: tuple[str, ...], clients: Mapping[str, Any], timeout: float, port: int) -> str | None:
+    absent = [name for name in names[1:] if name not in clients]
     if not absent:
         return None
     which = f"server {absent[0]} has" if len(absent) == 1 else f"servers {', '.join(absent)} have"
@@ -106,31 +106,31 @@ def _listen(server: str, port: int) -> socket.socket:
         ) from None
 
 
-def hello(guest: socket.socket) -> tuple[str, dict[str, str]]:
+def handshake(client: socket.socket) -> tuple[str, dict[str, str]]:
     """Name and facts of who has connected; an empty name for whatever is no server."""
-    guest.settimeout(_READ_SECONDS)
+    client.settimeout(_READ_SECONDS)
     try:
-        with guest.makefile("rb") as lines:
-            said = json.loads(lines.readline(_LONGEST_HELLO))
+        with client.makefile("rb") as lines:
+            said = json.loads(lines.readline(_LONGEST_HANDSHAKE))
         return str(said["server"]), {str(key): str(value) for key, value in said["facts"].items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return "", {}
 
 
-def answer(guest: socket.socket, problem: str | None) -> None:
+def answer(client: socket.socket, problem: str | None) -> None:
     """Let a server go on, or tell it why not; the connection ends."""
-    with suppress(OSError), guest:
-        guest.sendall(json.dumps({"problem": problem}).encode() + b"\n")
+    with suppress(OSError), client:
+        client.sendall(json.dumps({"problem": problem}).encode() + b"\n")
 
 
-def _tell_when_up(guests: Mapping[str, socket.socket], port: int, deadline: float) -> None:
+def _tell_when_up(clients: Mapping[str, socket.socket], port: int, deadline: float) -> None:
     """Let the others go on as soon as JAX's service answers at the port."""
     while time.monotonic() < deadline:
         with suppress(OSError), socket.create_connection(("localhost", port), _READ_SECONDS):
             break
         time.sleep(0.01)
-    for guest in guests.values():
-        answer(guest, None)
+    for client in clients.values():
+        answer(client, None)
 
 
 def _report(server: str, first: str, host: str, port: int, facts: Mapping[str, str], timeout: float) -> None:
@@ -152,7 +152,7 @@ def _report(server: str, first: str, host: str, port: int, facts: Mapping[str, s
         try:
             connection.sendall(json.dumps({"server": server, "facts": dict(facts)}).encode() + b"\n")
             with connection.makefile("rb") as lines:
-                problem = json.loads(lines.readline(_LONGEST_HELLO))["problem"]
+                problem = json.loads(lines.readline(_LONGEST_HANDSHAKE))["problem"]
         except (OSError, ValueError, LookupError, TypeError):
             raise InputError(
                 f"server {first} at {host}:{port} ended before all servers had come; see what it says"

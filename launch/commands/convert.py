@@ -25,7 +25,7 @@ from dancemoe_jax.checkpoint.reader import ExpertFile
 from dancemoe_jax.checkpoint.writer import stored_tensors
 from dancemoe_jax.errors import ModelError
 from dancemoe_jax.files import replace_directory
-from dancemoe_jax.model.experts import dequantise
+from dancemoe_jax.model.experts import dequantize
 from launch.model_flags import DTYPES
 from placement import InputError
 from placement.units import parse_bytes
@@ -104,7 +104,7 @@ def _to_hf(source: Path, target: Path, file: ExpertFile, dtype: str, shard_bytes
         sizes, weight_map, number = 0, {}, 0
         for number, shard in enumerate(
             _shards(
-                stored_tensors(file.config, file.decoder(), lambda *at: dequantise(file.read(*at)), dtype), shard_bytes
+                stored_tensors(file.config, file.decoder(), lambda *at: dequantize(file.read(*at)), dtype), shard_bytes
             )
         ):
             name = f"model-{number + 1:05}.safetensors"

@@ -17,8 +17,8 @@ from dancemoe_jax.inference.generate import check_prompt
 from dancemoe_jax.inference.sampling import SamplingParams, SamplingRows, choose, stack_params
 from dancemoe_jax.inference.steps import decode_step, init_state, prefill
 from dancemoe_jax.mesh import sharded
-from dancemoe_jax.text.detokenizer import TextStream
-from dancemoe_jax.text.tokenizer import TextCodec, load_codec
+from dancemoe_jax.text.detokenizer import IncrementalDetokenizer
+from dancemoe_jax.text.tokenizer import TokenizerBundle, load_tokenizer_bundle
 from launch.engine.single_process import Local, load
 from launch.model_flags import add_model_arguments, read_shape
 from placement import InputError
@@ -84,15 +84,15 @@ def run(args: argparse.Namespace) -> None:
     )
     path = args.model or bundled_model()
     config = read_shape(path, args)
-    codec = load_codec(path, config)
-    prompts = [_encode(codec, given, args.chat, params) for given in _read_prompts(args)]
+    bundle = load_tokenizer_bundle(path, config)
+    prompts = [_encode(bundle, given, args.chat, params) for given in _read_prompts(args)]
     for number, prompt in enumerate(prompts):
         check_prompt(config, prompt.ids, "--prompt" if args.prompt is not None else f"prompt {number + 1}")
     stream = len(prompts) == 1 and not args.json
     if stream:
         print(prompts[0].text, end="", flush=True)
     continue_prompts(
-        load(path, config, args), codec, prompts, functools.partial(print, end="", flush=True) if stream else None
+        load(path, config, args), bundle, prompts, functools.partial(print, end="", flush=True) if stream else None
     )
     for prompt in prompts:
         if args.json:
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def continue_prompts(
-    local: Local, codec: TextCodec, prompts: Sequence[Prompt], tell: Callable[[str], Any] | None = None
+    local: Local, bundle: TokenizerBundle, prompts: Sequence[Prompt], tell: Callable[[str], Any] | None = None
 ) -> None:
     """Fill in every prompt's output, continuation and reason to end (`"stop"` or `"length"`).
 
@@ -128,7 +128,7 @@ def continue_prompts(
         stack_params([p and p.params for r in range(rows) for p in [by_place.get((d, r))]]) for d in range(mesh.size)
     ]
     rules = SamplingRows(*(np.stack(column) for column in zip(*per_device, strict=True)))
-    streams = [TextStream(codec.tokenizer, prompt.params.stop, prompt.ids) for prompt in prompts]
+    streams = [IncrementalDetokenizer(bundle.tokenizer, prompt.params.stop, prompt.ids) for prompt in prompts]
     seen, old = jnp.zeros((*grid, config.vocab_size), bool, device=sharded(mesh)), np.zeros(grid, bool)
     state: Any = init_state(config, mesh, rows, local.weights.decoder.embedding[...].dtype)
     length, tokens = np.zeros(grid, np.int32), np.zeros((*grid, -(-config.max_position // CHUNK) * CHUNK), np.int32)
@@ -148,7 +148,7 @@ def continue_prompts(
     while True:
         for number, (at, prompt) in enumerate(by_place.items()):
             if active[at]:
-                piece, active[at] = _accept(config, codec, prompt, streams[number], int(current[at]))
+                piece, active[at] = _accept(config, bundle, prompt, streams[number], int(current[at]))
                 if tell and number == 0:
                     tell(piece)
         if not active.any():
@@ -161,11 +161,13 @@ def continue_prompts(
         current = np.where(active, np.asarray(chosen), current)
 
 
-def _accept(config, codec: TextCodec, prompt: Prompt, stream: TextStream, token: int) -> tuple[str, bool]:
+def _accept(
+    config, bundle: TokenizerBundle, prompt: Prompt, stream: IncrementalDetokenizer, token: int
+) -> tuple[str, bool]:
     """Take a prompt's next token: the text that is certain now, and whether the prompt goes on."""
-    ends = codec.eos_tokens | {config.eos_token} | set(prompt.params.stop_tokens)
+    stop_token_ids = bundle.eos_tokens | {config.eos_token} | set(prompt.params.stop_tokens)
     piece = ""
-    if token in ends:
+    if token in stop_token_ids:
         prompt.reason = "stop"
     else:
         prompt.output.append(token)
@@ -181,11 +183,11 @@ def _accept(config, codec: TextCodec, prompt: Prompt, stream: TextStream, token:
     return piece, not prompt.reason
 
 
-def _encode(codec: TextCodec, given: str | list, chat: bool, params: SamplingParams) -> Prompt:
+def _encode(bundle: TokenizerBundle, given: str | list, chat: bool, params: SamplingParams) -> Prompt:
     if isinstance(given, str) and not chat:
-        return Prompt(given, codec.encode(given), params)
+        return Prompt(given, bundle.encode(given), params)
     messages = [{"role": "user", "content": given}] if isinstance(given, str) else given
-    return Prompt(codec.render_chat(messages), codec.encode_chat(messages), params)
+    return Prompt(bundle.render_chat(messages), bundle.encode_chat(messages), params)
 
 
 def _read_prompts(args: argparse.Namespace) -> list[str | list]:

@@ -13,12 +13,12 @@ from typing import Any
 
 from dancemoe_jax.checkpoint.reader import bundled_model
 from dancemoe_jax.model.config import ModelConfig
-from dancemoe_jax.text.tokenizer import load_codec
+from dancemoe_jax.text.tokenizer import load_tokenizer_bundle
 from launch.cluster.addresses import coordinator_address
 from launch.cluster.fingerprint import folder_fingerprint
 from launch.cluster.jax_runtime import from_environment
 from launch.cluster.start_all import run_everywhere
-from launch.elastic.regroup import World
+from launch.elastic.process_group import ProcessGroup
 from launch.migration.record import open_state, read_record
 from launch.model_flags import DTYPES, read_shape
 from launch.serve.json_lines import Feeder
@@ -129,10 +129,10 @@ def _serve(
 ) -> None:
     """Be one server."""
     facts = facts_of(args, path, config, policy)
-    codec = load_codec(path, config)
+    bundle = load_tokenizer_bundle(path, config)
     state = open_state(args.state) if args.state and args.server == cluster.names[0] else None
     record = read_record(state) if state else None
-    feeder = Feeder(codec, config, lines, shares=not args.join)
+    feeder = Feeder(bundle, config, lines, shares=not args.join)
     server = Server(
         args.server,
         path,
@@ -152,7 +152,7 @@ def _serve(
         coordinator = args.coordinator or coordinator_address(cluster)
         given = folder_fingerprint(args.placement) if args.placement else "none"
         limits = record.limits if record else {}
-        server.serve(World(cluster, coordinator, placed, limits=limits), given, record)
+        server.serve(ProcessGroup(cluster, coordinator, placed, limits=limits), given, record)
     feeder.finished.wait(10)
 
 

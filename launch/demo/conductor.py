@@ -61,7 +61,7 @@ class Conductor:
         except BaseException as error:
             self.error = error
             self.server.host.stop()
-            self.server.host.ring()
+            self.server.host.wake()
 
     def _phases(self) -> None:
         figures, server = self.figures, self.server
@@ -73,7 +73,7 @@ class Conductor:
         cut = self._cut(start=True)
         self.window = DecayingCounts(self.length / 4, _total(cut, "counts"), 0.0)
         self._last_tick = cut
-        figures.placed("uniform", 0.0, server.mover.placement, cut)
+        figures.placed("uniform", 0.0, server.worker.placement, cut)
         cut = self._phase("uniform", domains, cut)
         cut = self._migrate("dance", "before the first migration", domains, cut)
         cut = self._phase("dance", domains, cut, domains[1:] + domains[:1])
@@ -94,7 +94,7 @@ class Conductor:
         self._watch(start + self.length)
         end = self._cut(domains=following) if following else self._cut()
         self._observe(end)
-        self.figures.phase(name, self.server.mover.placement, domains, (start, self._now()), begin, end)
+        self.figures.phase(name, self.server.worker.placement, domains, (start, self._now()), begin, end)
         return end
 
     def _watch(self, until: float) -> None:
@@ -122,7 +122,7 @@ class Conductor:
     def _migrate(self, label: str, activation: str, domains: list[str], before: list[Any]) -> list[Any]:
         """Plan from the window, have all servers move there while they serve; the cut after it."""
         server, counts = self.server, self.window.counts
-        loaded, old = server.loaded, server.mover.placement
+        loaded, old = server.loaded, server.worker.placement
         begin = time.monotonic()
         self.figures.activated(activation, domains, counts)
         profile = self.figures.profile(counts)
@@ -131,8 +131,8 @@ class Conductor:
         planned = time.monotonic() - begin
         # Somebody should be in the middle of an answer when the experts move.
         self._wait_for(lambda: any(len(r.output) <= _FRESH_TOKENS for r in server.host.engine.in_flight))
-        self._order, at = server.mover.send(plan, likely, label), self._now()
-        server.host.ring()
+        self._order, at = server.worker.send(plan, likely, label), self._now()
+        server.host.wake()
         cut = self._cut(order=self._order)
         outcomes = [told["outcome"] for told in cut]
         failed = next((o["failed"] for o in outcomes if o["failed"]), None)

@@ -25,7 +25,7 @@ import placement
 from dancemoe_jax.checkpoint.families import read_config
 from dancemoe_jax.checkpoint.reader import bundled_model, load_model
 from dancemoe_jax.model.config import ModelConfig
-from dancemoe_jax.text.tokenizer import TextCodec, load_codec
+from dancemoe_jax.text.tokenizer import TokenizerBundle, load_tokenizer_bundle
 from launch.cluster.devices import cluster_devices
 from launch.cluster.example import demo_cluster
 from launch.cluster.fingerprint import folder_fingerprint
@@ -42,7 +42,7 @@ from launch.demo.server import DemoServer
 from launch.engine.host import Host, ending
 from launch.engine.loading import Loaded, load
 from launch.engine.memory import reserved_bytes, sizes, slots_per_device
-from launch.migration.mover import Mover
+from launch.migration.worker import MigrationWorker
 from placement import Cluster, InputError, Placement
 from placement.files import write_bytes
 
@@ -74,7 +74,7 @@ class _Setting:
     config: ModelConfig
     cluster: Cluster
     placed: Placement
-    codec: TextCodec
+    bundle: TokenizerBundle
     prompts: dict[str, list[list[int]]]
 
 
@@ -129,11 +129,11 @@ def _prepare(arguments: argparse.Namespace) -> _Setting:
     # A cluster that cannot hold one copy is refused here.
     placed = placement.plan(sizes(path, config, cluster, sequences=SEQUENCES), cluster, "uniform")
     slots_per_device(cluster, reserved, config.expert_bytes(ITEMSIZE))
-    codec = load_codec(path, config)
-    return _Setting(path, config, cluster, placed, codec, _encode_prompts(path.name, config, codec, arguments.seed))
+    bundle = load_tokenizer_bundle(path, config)
+    return _Setting(path, config, cluster, placed, bundle, _encode_prompts(path.name, config, bundle, arguments.seed))
 
 
-def _encode_prompts(name: str, config: ModelConfig, codec: TextCodec, seed: int) -> dict[str, list[list[int]]]:
+def _encode_prompts(name: str, config: ModelConfig, bundle: TokenizerBundle, seed: int) -> dict[str, list[list[int]]]:
     length = min(PROMPT_TOKENS, config.max_position - OUTPUT_TOKENS[1])
     if length < PROMPT_TOKENS // 2:
         raise InputError(
@@ -141,7 +141,7 @@ def _encode_prompts(name: str, config: ModelConfig, codec: TextCodec, seed: int)
             f"{PROMPT_TOKENS + OUTPUT_TOKENS[1]} are enough"
         )
     texts = {domain: prompts(text, 64, length, seed) for domain, text in load_domains(train=False).items()}
-    encode = codec.tokenizer.encode
+    encode = bundle.tokenizer.encode
     return {domain: [encode(text.decode()).ids for text in some] for domain, some in texts.items()}
 
 
@@ -173,13 +173,13 @@ def _serve(arguments: argparse.Namespace, setting: _Setting, console: Console) -
         domains = [DOMAINS[i % len(DOMAINS)] for i in range(len(cluster.names))]
         workload = PoissonWorkload(setting.prompts, domains, arguments.rate, OUTPUT_TOKENS, arguments.seed)
         host = Host(loaded.engine, index)
-        mover = Mover(loaded, host.channel, host.ring)
-        server = DemoServer(host, loaded, mover, own, workload)
+        worker = MigrationWorker(loaded, host.channel, host.wake)
+        server = DemoServer(host, loaded, worker, own, workload)
         figures = conductor = None
         if index == 0:
             figures = _figures(arguments, setting, loaded, console, time.monotonic() - begin)
             conductor = Conductor(server, figures, arguments.phase_seconds, lambda line: _say(console, line))
-        mover.start()
+        worker.start()
         host.between = server.between
         in_main = threading.current_thread() is threading.main_thread()
         with ending(host) if in_main else contextlib.nullcontext():
@@ -190,7 +190,7 @@ def _serve(arguments: argparse.Namespace, setting: _Setting, console: Console) -
                 host.run()
             finally:
                 server.end()
-                mover.end()
+                worker.end()
         asked = host.engine.stop or not host.engine.done
         if not asked:
             server.last(host.channel)
@@ -223,7 +223,7 @@ def _figures(
         capacity=capacity,
         reserved=reserved,
         uniform=loaded.placement,
-        decode=setting.codec.tokenizer.decode,
+        decode=setting.bundle.tokenizer.decode,
         say=lambda line: _say(console, line),
         show=lambda phase, header: console.print(phase_table([phase], header=header)),
         loading_s=loading_s,

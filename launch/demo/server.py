@@ -21,7 +21,7 @@ from launch.demo.checks import CompilationCounter
 from launch.engine.host import Host
 from launch.engine.loading import Loaded
 from launch.engine.request import Request
-from launch.migration.mover import Mover
+from launch.migration.worker import MigrationWorker
 
 TICK_S = 1.0
 _LOOK_S = 0.5  # how often a thread that waits looks whether all is over
@@ -40,9 +40,9 @@ class DemoServer:
     """
 
     def __init__(
-        self, host: Host, loaded: Loaded, mover: Mover, servers: Sequence[int], workload: PoissonWorkload
+        self, host: Host, loaded: Loaded, worker: MigrationWorker, servers: Sequence[int], workload: PoissonWorkload
     ) -> None:
-        self.host, self.loaded, self.mover, self.servers, self.workload = host, loaded, mover, servers, workload
+        self.host, self.loaded, self.worker, self.servers, self.workload = host, loaded, worker, servers, workload
         self.ended = threading.Event()
         engine = host.engine
         shape = (len(engine.device_server), engine.config.num_moe_layers)
@@ -70,16 +70,16 @@ class DemoServer:
 
     def between(self) -> bool:
         """Migrate what is due, then take down what the last step did."""
-        more = self.mover.between()
+        more = self.worker.between()
         engine = self.host.engine
         if engine.epoch != self._epoch:
             self._epoch = engine.epoch
             self._across |= {id(request) for request in engine.in_flight}
-        tally = engine.take_tally()
-        if tally.steps:
+        counters = engine.take_counters()
+        if counters.steps:
             for name, total in self._sums.items():
-                total += getattr(tally, name)
-            self._crossed.append((sum(engine.steps.values()), (tally.crossings.sum(0) > 0).astype(int).tolist()))
+                total += getattr(counters, name)
+            self._crossed.append((sum(engine.steps.values()), (counters.crossings.sum(0) > 0).astype(int).tolist()))
         # A cut comes after the change of tables at the same boundary, so no phase mixes two placements.
         while self._cuts:
             number, order = self._cuts.pop(0)
@@ -114,7 +114,7 @@ class DemoServer:
         }
         self._across = set()
         if order:
-            outcome = self.mover.outcomes[order - 1]
+            outcome = self.worker.outcomes[order - 1]
             told["outcome"] = {
                 "failed": outcome.failed,
                 "moved": outcome.moved,
@@ -159,7 +159,7 @@ class DemoServer:
 
     def _obey(self, number: int, said: dict[str, Any]) -> None:
         if said.get("order"):
-            self.mover.wait(said["order"], _OUTCOME_S)
+            self.worker.wait(said["order"], _OUTCOME_S)
         if said.get("start"):
             self._compilations.start()
             self._tick_at = time.monotonic() + TICK_S

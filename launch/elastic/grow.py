@@ -3,7 +3,7 @@
     report   a new server tells the first one who it is, and what it serves with; differences are refused
     plan     once all have come: the first server plans for the larger cluster, with the placement in force as its start
     stage    the new servers read their experts while the others serve; one that cannot is the end of it, and nothing changes
-    commit   all leave between two steps and meet anew (`launch.elastic.regroup`), requests and their tokens with them
+    commit   all leave between two steps and meet anew (`launch.elastic.process_group`), requests and their tokens with them
 
 `Growth` is the first server's part, `report` that of a new one.
 """
@@ -26,8 +26,8 @@ from dancemoe_jax.model.experts import ExpertWeights
 from launch.cluster.addresses import join_address, next_address, split_address
 from launch.cluster.fingerprint import cluster_fingerprint
 from launch.cluster.jax_runtime import own_address
-from launch.cluster.rendezvous import answer, difference, hello
-from launch.elastic.regroup import World, decode, encode, order
+from launch.cluster.rendezvous import answer, difference, handshake
+from launch.elastic.process_group import ProcessGroup, decode, encode, order
 from launch.engine.host import Host
 from launch.migration.controller import Controller
 from placement import Cluster, InputError
@@ -57,7 +57,7 @@ class Growth:
         self._controller, self._host, self._facts, self._coordinator = controller, host, facts, coordinator
         self._address = own_address() if jax.process_count() > 1 else split_address(coordinator, "coordinator")[0]
         self._listener: socket.socket | None = None
-        self._guests: dict[str, socket.socket] = {}
+        self._clients: dict[str, socket.socket] = {}
         self._thread: threading.Thread | None = None
         self._stage = ""
         self._lock = threading.Lock()
@@ -81,7 +81,7 @@ class Growth:
         """Take in nobody any more. Whoever waits at one of the sockets finds it at its end."""
         with self._lock:
             listener, self._listener = self._listener, None
-            for waiting in [*self._guests.values(), *([listener] if listener else [])]:
+            for waiting in [*self._clients.values(), *([listener] if listener else [])]:
                 with suppress(OSError):
                     waiting.shutdown(socket.SHUT_RDWR)
         if listener is not None:
@@ -113,70 +113,70 @@ class Growth:
         return {"waiting": list(new), "address": address}
 
     def _grow(self, file: Mapping[str, Any], cluster: Cluster, new: tuple[str, ...], listener: socket.socket) -> None:
-        guests = self._guests
+        clients = self._clients
         try:
-            self._receive(listener, cluster, new, guests)
-            self._controller.undisturbed(lambda: self._commit(file, cluster, guests))
+            self._receive(listener, cluster, new, clients)
+            self._controller.undisturbed(lambda: self._commit(file, cluster, clients))
         except (InputError, OSError) as error:
             problem = " ".join(str(error).split())
             print(f"placement: {', '.join(new)} not added: {problem}", file=sys.stderr, flush=True)
-            for guest in guests.values():
-                answer(guest, problem)
+            for client in clients.values():
+                answer(client, problem)
         finally:
             self.end()
-            for guest in guests.values():
-                guest.close()
-            guests.clear()
+            for client in clients.values():
+                client.close()
+            clients.clear()
             self._stage = ""
 
     def _receive(
-        self, listener: socket.socket, cluster: Cluster, new: tuple[str, ...], guests: dict[str, socket.socket]
+        self, listener: socket.socket, cluster: Cluster, new: tuple[str, ...], clients: dict[str, socket.socket]
     ) -> None:
         """Until all have come, or nobody is waited for any more."""
         facts = described(cluster, self._facts)
-        while len(guests) < len(new):
+        while len(clients) < len(new):
             try:
-                guest, _ = listener.accept()
+                client, _ = listener.accept()
             except OSError:
                 raise InputError("given up") from None
-            name, theirs = hello(guest)
+            name, theirs = handshake(client)
             problem = difference(self._host_name, facts, {name: theirs})
             if name not in new:
                 problem = f"server {name}: it is not waited for; {', '.join(new)} are"
             if problem:
-                answer(guest, problem)
+                answer(client, problem)
                 continue
-            if name in guests:
-                guests[name].close()
-            guests[name] = guest
+            if name in clients:
+                clients[name].close()
+            clients[name] = client
             print(f"placement: {name} has come", file=sys.stderr, flush=True)
 
-    def _commit(self, file: Mapping[str, Any], cluster: Cluster, guests: Mapping[str, socket.socket]) -> None:
-        """Plan, wait until all have staged, and order everybody to regroup."""
-        names = ", ".join(guests)
+    def _commit(self, file: Mapping[str, Any], cluster: Cluster, clients: Mapping[str, socket.socket]) -> None:
+        """Plan, wait until all have staged, and order everybody to reform."""
+        names = ", ".join(clients)
         self._stage = f"{names}: planning"
         decision, target = self._controller.grown(cluster, names)
-        mover, limits = self._controller.mover, self._controller.limits
+        worker, limits = self._controller.worker, self._controller.limits
         where = next_address(self._coordinator)
-        back = World(
+        back = ProcessGroup(
             self._controller.loaded.cluster,
             next_address(where),
-            mover.placement,
-            mover.epoch,
+            worker.placement,
+            worker.epoch,
             f"{names} did not come",
             limits,
         )
-        world = encode(file, World(cluster, where, target, mover.epoch + 1, f"{names} added", limits, back))
+        group = encode(file, ProcessGroup(cluster, where, target, worker.epoch + 1, f"{names} added", limits, back))
         self._stage = f"{names}: staging"
-        for guest in guests.values():
-            guest.sendall(world + b"\n")
-        for name, guest in guests.items():
-            _staged(name, guest)
+        for client in clients.values():
+            client.sendall(group + b"\n")
+        for name, client in clients.items():
+            _staged(name, client)
         self._controller.note(decision)
         self._stage = _COMMITTING
-        order(self._host, world)
-        for guest in guests.values():
-            answer(guest, None)
+        order(self._host, group)
+        for client in clients.values():
+            answer(client, None)
         self._controller.wait_for_end()
 
     @property
@@ -187,11 +187,11 @@ class Growth:
 _WAITING, _COMMITTING = "waiting for new servers", "all become one program"
 
 
-def _staged(name: str, guest: socket.socket) -> None:
+def _staged(name: str, client: socket.socket) -> None:
     """Wait until a new server has read its experts. Raises InputError where it cannot."""
-    guest.settimeout(_STAGE_S)
+    client.settimeout(_STAGE_S)
     try:
-        with guest.makefile("rb") as lines:
+        with client.makefile("rb") as lines:
             told = json.loads(lines.readline(_LONGEST))
     except (OSError, ValueError):
         raise InputError(f"server {name} has gone while it was staging") from None
@@ -212,7 +212,7 @@ def report(
     read: Read,
     staging_bytes: int,
     timeout: float,
-) -> tuple[World, Read]:
+) -> tuple[ProcessGroup, Read]:
     """Be taken in by a cluster that serves: what program to join, and what reads experts, from memory where they are staged.
 
     Args:
@@ -239,8 +239,8 @@ def report(
     with connection, connection.makefile("rwb") as stream:
         connection.settimeout(None)  # others may have to come first
         said = {"server": server, "facts": described(cluster, facts)}
-        world = decode(_told(stream, said, address))
-        placement = world.placement
+        group = decode(_told(stream, said, address))
+        placement = group.placement
         assert placement is not None
         try:
             kept, told = _read_own(placement.resident[placement_devices(cluster, server)], read, staging_bytes)
@@ -253,7 +253,7 @@ def report(
     def staged(layer: int, expert: int) -> ExpertWeights:
         return kept.pop((layer, expert), None) or read(layer, expert)
 
-    return world, staged
+    return group, staged
 
 
 def placement_devices(cluster: Cluster, server: str) -> list[int]:

@@ -20,18 +20,18 @@ from dancemoe_jax.expert_parallel.pool import PoolLayout, local_devices
 from dancemoe_jax.inference.generate import check_prompt
 from dancemoe_jax.inference.sampling import SamplingRows, choose, stack_params
 from dancemoe_jax.inference.steps import GivenRouting, StepResult, Weights, decode_step, init_state, prefill
-from dancemoe_jax.mesh import deal, own_rows, sharded
+from dancemoe_jax.mesh import own_rows, shard_rows, sharded
 from dancemoe_jax.model.config import ModelConfig
 from launch.engine.request import Request
 from launch.engine.token_sample import Sampler
 
 # What a device wishes, and how far its process has come with a migration, as the columns of a step's notes.
-PREFILL, DECODE, DONE, STOP, REGROUP, ORDER, STAGE, GIVEN_UP = range(8)
+PREFILL, DECODE, DONE, STOP, REFORM, ORDER, STAGE, GIVEN_UP = range(8)
 
 
 @dataclasses.dataclass
-class Tally:
-    """What has been done since the last `Engine.take_tally`: int64 arrays [devices, layers] and step counts.
+class StepCounters:
+    """What has been done since the last `Engine.take_counters`: int64 arrays [devices, layers] and step counts.
 
     `asked` counts (step, layer) pairs, `crossed` those in which some token had to leave its server.
     """
@@ -60,8 +60,8 @@ class Engine:
 
     Attributes:
         done, stop: this process has no more requests to come, or wants all to end now; told to all with the next step.
-        regroup: this process is ready to leave for another program, in which all requests go on; told like those.
-        progress: order, stage and given-up order of a migration (launch.migration.mover); told to all with the next step.
+        reform: this process is ready to leave for another program, in which all requests go on; told like those.
+        progress: order, stage and given-up order of a migration (launch.migration.worker); told to all with the next step.
         heard: what all devices said with the last step, int32 [devices, 8].
         steps: taken since the start, by kind; fed: tokens of this process's requests in them.
         sampler: is told the experts of every token that entered here; None asks no step for them.
@@ -88,14 +88,14 @@ class Engine:
         self.epoch = 0
         self.waiting: list[deque[Request]] = [deque() for _ in range(int(self.device_server.max()) + 1)]
         self.running: list[list[Request | None]] = [[None] * sequences for _ in self.device_server]
-        self.done = self.stop = self.regroup = False
+        self.done = self.stop = self.reform = False
         self.progress: tuple[int, int, int] = (0, 0, 0)
-        self.heard = np.zeros((mesh.size, 8), np.int32)
+        self.received = np.zeros((mesh.size, 8), np.int32)
         self.steps, self.fed = {"prefill": 0, "decode": 0}, {"prefill": 0, "decode": 0}
         self.sampler: Sampler | None = None
         self._next: int | None = None
         self._lock = threading.Lock()
-        self._tally = self._empty_tally()
+        self._counters = self._zero_counters()
 
     def submit(self, request: Request) -> None:
         """Queue a request at its server, from any thread. Raises ModelError where its prompt or routing does not fit."""
@@ -140,12 +140,12 @@ class Engine:
     @property
     def leaving(self) -> bool:
         """Whether all have agreed to end, or to leave for another program."""
-        return self.ended or bool(self.heard[:, REGROUP].all())
+        return self.ended or bool(self.received[:, REFORM].all())
 
     @property
     def ended(self) -> bool:
         """Whether all have agreed to end."""
-        return bool(self.heard[:, STOP].any() or self.heard[:, DONE].all())
+        return bool(self.received[:, STOP].any() or self.received[:, DONE].all())
 
     def wake(self) -> None:
         """Have a next step after all; whoever wakes the others has a prompt."""
@@ -169,10 +169,10 @@ class Engine:
             result[self.device_server[device]] += counts
         return result
 
-    def take_tally(self) -> Tally:
+    def take_counters(self) -> StepCounters:
         """What was done since the last call."""
-        tally, self._tally = self._tally, self._empty_tally()
-        return tally
+        counters, self._counters = self._counters, self._zero_counters()
+        return counters
 
     def step(self) -> list[Request]:
         """Take the next step, if there is one; the requests that it finished (their `finished_s` is the caller's)."""
@@ -186,7 +186,7 @@ class Engine:
             request.epochs.add(self.epoch)
         step = self._next
         finished += self._prefill() if step == PREFILL else self._decode()
-        prefill, decode = self.heard[:, PREFILL].any(), self.heard[:, DECODE].any()
+        prefill, decode = self.received[:, PREFILL].any(), self.received[:, DECODE].any()
         self._next = PREFILL if prefill and not (decode and step == PREFILL) else DECODE if decode else None
         return finished
 
@@ -215,26 +215,26 @@ class Engine:
                         break
                     self.running[device][self.running[device].index(None)] = queue.popleft()
 
-    def _notes(self, done: dict[int, int], given: set[int]) -> np.ndarray:
+    def _control(self, done: dict[int, int], given: set[int]) -> np.ndarray:
         """What the devices wish for the step after this one.
 
         Args:
             done: by request (id), prompt tokens in the cache after this step, where it changes that.
             given: requests (ids) that get a token from it.
         """
-        notes = np.zeros((len(self.running), 8), np.int32)
+        control = np.zeros((len(self.running), 8), np.int32)
         for device in self.own:
             for request in filter(None, self.running[device]):
                 if done.get(id(request), request.done) < len(request.prefix):
-                    notes[device, PREFILL] = 1
+                    control[device, PREFILL] = 1
                 elif len(request.output) + (id(request) in given) < request.max_tokens:
-                    notes[device, DECODE] = 1
+                    control[device, DECODE] = 1
             if self.waiting[self.device_server[device]] and None in self.running[device]:
-                notes[device, PREFILL] = 1
-            notes[device, DONE], notes[device, STOP] = self.done and self.idle, self.stop
-            notes[device, REGROUP] = self.regroup
-            notes[device, ORDER:] = self.progress
-        return notes
+                control[device, PREFILL] = 1
+            control[device, DONE], control[device, STOP] = self.done and self.idle, self.stop
+            control[device, REFORM] = self.reform
+            control[device, ORDER:] = self.progress
+        return control
 
     def _routing(self, width: int, rows: list[tuple[int, int, Request, int, int]]) -> GivenRouting | None:
         """Given routing of a step of `width` tokens a device. rows: device, place, request, its first token and how many."""
@@ -246,7 +246,7 @@ class Engine:
             assert request.routed is not None
             ids[device, place : place + count] = request.routed[0][first : first + count]
             weights[device, place : place + count] = request.routed[1][first : first + count]
-        return GivenRouting(deal(self.mesh, ids), deal(self.mesh, weights))
+        return GivenRouting(shard_rows(self.mesh, ids), shard_rows(self.mesh, weights))
 
     def _prefill(self) -> list[Request]:
         devices = len(self.running)
@@ -265,11 +265,11 @@ class Engine:
         self.fed["prefill"] += int(length.sum())
         done = {id(request): request.done + int(length[device, 0]) for device, _, request in chosen}
         ready = [(device, place, r) for device, place, r in chosen if done[id(r)] == len(r.prefix)]
-        notes = self._notes(done, {id(request) for _, _, request in ready})
-        inputs = (tokens, sequence, start, length, notes)
+        control = self._control(done, {id(request) for _, _, request in ready})
+        inputs = (tokens, sequence, start, length, control)
         routing = self._routing(self.chunk, [(d, 0, r, r.done, int(length[d, 0])) for d, _, r in chosen])
         self.state, result = prefill(
-            self.weights, self.state, *(deal(self.mesh, part) for part in inputs), routing, **self.shapes
+            self.weights, self.state, *(shard_rows(self.mesh, part) for part in inputs), routing, **self.shapes
         )
         self._count(result, [(device, range(int(length[device, 0]))) for device, _, _ in chosen])
         following = {device: np.repeat(row, len(self.running[0])) for device, row in own_rows(result.tokens).items()}
@@ -299,11 +299,11 @@ class Engine:
                     chosen.append((device, place, request))
         self.steps["decode"] += 1
         self.fed["decode"] += len(chosen)
-        notes = self._notes({}, {id(request) for _, _, request in chosen})
-        inputs = (tokens, positions, active, notes)
+        control = self._control({}, {id(request) for _, _, request in chosen})
+        inputs = (tokens, positions, active, control)
         routing = self._routing(shape[1], [(d, place, r, int(positions[d, place]), 1) for d, place, r in chosen])
         self.state, result = decode_step(
-            self.weights, self.state, *(deal(self.mesh, part) for part in inputs), routing, **self.shapes
+            self.weights, self.state, *(shard_rows(self.mesh, part) for part in inputs), routing, **self.shapes
         )
         self._count(result, [(device, [place]) for device, place, _ in chosen])
         following = own_rows(result.tokens)
@@ -314,10 +314,10 @@ class Engine:
     def _choose(self, tokens, valid, fresh, logits) -> dict[int, np.ndarray]:
         """Next tokens by the requests' own rules, of each place."""
         rows = [stack_params([request and request.params for request in row]) for row in self.running]
-        rules = SamplingRows(*(deal(self.mesh, np.stack(column)) for column in zip(*rows, strict=True)))
+        rules = SamplingRows(*(shard_rows(self.mesh, np.stack(column)) for column in zip(*rows, strict=True)))
         index = np.array([[len(r.output) if r else 0 for r in row] for row in self.running], np.int32)
-        fed = [deal(self.mesh, part) for part in (tokens, valid, fresh)]
-        self.seen, following = choose(self.seen, *fed, logits, rules, deal(self.mesh, index), mesh=self.mesh)
+        fed = [shard_rows(self.mesh, part) for part in (tokens, valid, fresh)]
+        self.seen, following = choose(self.seen, *fed, logits, rules, shard_rows(self.mesh, index), mesh=self.mesh)
         return own_rows(following)
 
     def _give(self, chosen: list[tuple[int, int, Request]], following: dict[int, np.ndarray]) -> list[Request]:
@@ -327,7 +327,7 @@ class Engine:
             token = int(following[device][place])
             request.output.append(token)
             ended = token == self.config.eos_token and not self.replays
-            if ended or token in request.ends or (request.hear and request.hear(token)):
+            if ended or token in request.stop_token_ids or (request.on_token and request.on_token(token)):
                 request.reason = "stop"
             elif len(request.output) >= request.max_tokens or not self._room(request):
                 request.reason = "length"
@@ -341,21 +341,21 @@ class Engine:
 
     def _count(self, result: StepResult, fed: list[tuple[int, Sequence[int]]]) -> None:
         """Keep the books of a step; fed: devices and the rows of theirs that held a token."""
-        tally, traffic = self._tally, result.traffic
+        counters, traffic = self._counters, result.traffic
         for name in ("local", "remote", "crossings", "rows"):
             for device, layers in own_rows(getattr(traffic, name)).items():
-                getattr(tally, name)[device] += layers
+                getattr(counters, name)[device] += layers
         crossings = np.sum(list(own_rows(traffic.crossings).values()), axis=0)
-        tally.steps += 1
-        tally.asked += self.config.num_moe_layers
-        tally.crossed += int((crossings > 0).sum())
-        self.heard = np.asarray(result.notes)
+        counters.steps += 1
+        counters.asked += self.config.num_moe_layers
+        counters.crossed += int((crossings > 0).sum())
+        self.received = np.asarray(result.control)
         if self.sampler is not None and fed:
             routed = own_rows(result.routed)
             for device, rows in fed:
                 self.sampler.add(int(self.device_server[device]), routed[device][list(rows)])
 
-    def _empty_tally(self) -> Tally:
+    def _zero_counters(self) -> StepCounters:
         shape = (len(self.running), self.config.num_moe_layers)
         local, remote, crossings, rows = np.zeros((4, *shape), np.int64)
-        return Tally(local, remote, crossings, rows)
+        return StepCounters(local, remote, crossings, rows)

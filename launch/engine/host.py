@@ -11,10 +11,10 @@ from typing import Any
 import jax
 
 from launch.cluster.channel import open_channel
-from launch.engine.engine import DONE, ORDER, REGROUP, Engine
+from launch.engine.engine import DONE, ORDER, REFORM, Engine
 from launch.engine.request import Request
 
-_NAP_S = 0.2  # how often a sleeping server looks whether it is to end
+_SLEEP_S = 0.2  # how often a sleeping server looks whether it is to end
 
 
 class Stream:
@@ -27,7 +27,7 @@ class Stream:
     def __init__(self, request: Request) -> None:
         self.request = request
         self._tokens: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        self._hear, request.hear = request.hear, self._take
+        self._on_token, request.on_token = request.on_token, self._take
 
     def __iter__(self) -> Iterator[int]:
         while (token := self._tokens.get()) is not None:
@@ -47,7 +47,7 @@ class Stream:
 
     def _take(self, token: int) -> bool:
         self._tokens.put(token)
-        return bool(self._hear and self._hear(token))
+        return bool(self._on_token and self._on_token(token))
 
 
 class Host:
@@ -67,7 +67,7 @@ class Host:
         self.engine, self.server, self._name = engine, server, name
         self.channel = open_channel(name)
         self.between: Callable[[], bool] = lambda: False
-        self._nap = 0
+        self._sleep_number = 0
         self._streams: dict[int, Stream] = {}
         self._lock = threading.Lock()
         self._looping = self._over = False  # takes steps; never will again
@@ -86,13 +86,13 @@ class Host:
                 return stream
             self.engine.submit(request)
             self._streams[id(request)] = stream
-        self.ring()
+        self.wake()
         return stream
 
     def finish(self) -> None:
         """No more requests will come in here; once that is so everywhere, and all are answered, the loop ends."""
         self.engine.done = True
-        self.ring()
+        self.wake()
 
     def stop(self) -> None:
         """End the loop everywhere after the next step, whatever is running."""
@@ -134,7 +134,7 @@ class Host:
             for stream in self._streams.values():
                 stream.request.restart()
                 engine.submit(stream.request)
-            self.engine, self.channel, self._nap = engine, open_channel(self._name), 0
+            self.engine, self.channel, self._sleep_number = engine, open_channel(self._name), 0
             self.between = lambda: False
 
     def _sleep(self) -> None:
@@ -142,31 +142,31 @@ class Host:
             more = self.between()
             if self._wanted():
                 self._wake_all()
-            if self.channel.get(f"nap/{self._nap}", 0.0 if more else _NAP_S) is not None:
+            if self.channel.get(f"sleep/{self._sleep_number}", 0.0 if more else _SLEEP_S) is not None:
                 break
         # All have heard the one before the last, or they could not be napping again.
         if jax.process_index() == 0:
-            self.channel.drop(f"nap/{self._nap - 2}")
-        self._nap += 1
+            self.channel.drop(f"sleep/{self._sleep_number - 2}")
+        self._sleep_number += 1
         self.engine.wake()
 
     def _wanted(self) -> bool:
         """Whether there is something to tell the others."""
         engine = self.engine
-        told = engine.heard[engine.own[0]]
+        told = engine.received[engine.own[0]]
         news = (
-            (engine.done and not told[DONE]) or engine.regroup > told[REGROUP] or tuple(told[ORDER:]) != engine.progress
+            (engine.done and not told[DONE]) or engine.reform > told[REFORM] or tuple(told[ORDER:]) != engine.progress
         )
         return not engine.idle or engine.stop or bool(news)
 
-    def ring(self) -> None:
+    def wake(self) -> None:
         """Have the loop look for what has changed, if it sleeps; from any thread."""
         with self._lock:
             if self._looping and self.engine.asleep:
                 self._wake_all()
 
     def _wake_all(self) -> None:
-        self.channel.put(f"nap/{self._nap}", b"over")
+        self.channel.put(f"sleep/{self._sleep_number}", b"over")
 
     def _forget(self, request: Request) -> None:
         with self._lock:

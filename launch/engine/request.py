@@ -16,7 +16,7 @@ class Request:
         max_tokens: of the answer; `params.max_tokens` is not looked at.
         arrival_s: when it arrived; `finished_s` when its last token came, on the caller's clock.
         params: how its tokens are chosen.
-        ends: tokens that end it beside the model's own.
+        stop_token_ids: tokens that end it beside the model's own.
         hear: called with every token of the answer; true ends it.
         routed: experts of its tokens and their weights, [tokens, MoE layers, k] each, prompt then answer without its last
             token: a replay (`Engine(replays=True)`), which no end-of-text ends.
@@ -30,8 +30,8 @@ class Request:
     arrival_s: float
     label: str = ""
     params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
-    ends: frozenset[int] = frozenset()
-    hear: Callable[[int], bool] | None = None
+    stop_token_ids: frozenset[int] = frozenset()
+    on_token: Callable[[int], bool] | None = None
     routed: tuple[np.ndarray, np.ndarray] | None = None
     output: list[int] = dataclasses.field(default_factory=list)
     done: int = 0  # prompt tokens in the cache

@@ -21,13 +21,13 @@ import numpy as np
 from launch.cluster.channel import Channel
 from launch.engine.loading import Loaded
 from launch.engine.token_sample import Sample, sampled_shape
+from launch.migration.command import MigrationResult
 from launch.migration.decision import Decision, describe, limited, pace, with_limits
-from launch.migration.mover import Mover
-from launch.migration.order import Outcome
 from launch.migration.planner_process import Planning
 from launch.migration.record import NAME, placement_hash, write_record
 from launch.migration.revision import Revision
 from launch.migration.telemetry import Counted, gather, gather_sample
+from launch.migration.worker import MigrationWorker
 from placement import Cluster, DecayingCounts, InputError, Placement, Profile, Workload
 from placement.migration.adapt import adapt
 from placement.migration.decide import Figures, Policy
@@ -49,9 +49,15 @@ class Controller:
     """
 
     def __init__(
-        self, loaded: Loaded, mover: Mover, channel: Channel, state: Path, policy: Policy, limits: Mapping[str, int]
+        self,
+        loaded: Loaded,
+        worker: MigrationWorker,
+        channel: Channel,
+        state: Path,
+        policy: Policy,
+        limits: Mapping[str, int],
     ) -> None:
-        self.loaded, self.mover, self.policy, self.state = loaded, mover, policy, state
+        self.loaded, self.worker, self.policy, self.state = loaded, worker, policy, state
         self.limits, self.disabled, self.decisions = dict(limits), "", 0
         self.last: Decision | None = None
         shape = loaded.profile.counts.shape
@@ -128,8 +134,8 @@ class Controller:
 
     def _decide(self, decision: Decision, target: Placement | None = None, *, dry: bool = False) -> Decision:
         """Weigh a plan from the window, or a given target, against what is in force; migrate unless dry."""
-        present, usable, policy = self.mover.placement, self.cluster, self.policy
-        decision.epoch, asked = self.mover.epoch, target is not None
+        present, usable, policy = self.worker.placement, self.cluster, self.policy
+        decision.epoch, asked = self.worker.epoch, target is not None
         decision.tokens = float(self._window.counts.sum()) / (present.model["top_k"] * present.resident.shape[1])
         unfit = ""
         try:
@@ -193,10 +199,10 @@ class Controller:
     def _migrate(self, decision: Decision, target: Placement, seen: Profile) -> None:
         self._candidate = None
         likely = self.loaded.likely(target.resident, seen)
-        self._moving = number = self.mover.send(target, likely, decision.reason)
-        outcome: Outcome | None = None
+        self._moving = number = self.worker.send(target, likely, decision.reason)
+        outcome: MigrationResult | None = None
         while outcome is None and not self._ended.is_set():
-            outcome = self.mover.wait(number, 0.5)
+            outcome = self.worker.wait(number, 0.5)
         self._moving = None
         if outcome is None:
             return
@@ -211,12 +217,12 @@ class Controller:
         }
         if outcome.failed:
             decision.verdict, decision.why = "failed", outcome.failed
-        decision.epoch = self.mover.epoch
+        decision.epoch = self.worker.epoch
         self._record(decision.reason)
 
     def _record(self, reason: str) -> None:
         try:
-            write_record(self.state, self.mover.placement, self.mover.epoch, reason, self.limits)
+            write_record(self.state, self.worker.placement, self.worker.epoch, reason, self.limits)
         except InputError as error:
             self.disabled = str(error)
             print(
@@ -246,14 +252,14 @@ class Controller:
             InputError: no plan fits.
         """
         self._peek()
-        decision = Decision(time.time(), "migrate add", "adopted", f"{names} added", self.mover.epoch)
+        decision = Decision(time.time(), "migrate add", "adopted", f"{names} added", self.worker.epoch)
         seen = self.profile(self._window.counts)
         seen = seen if seen.counts.any() else self.loaded.profile
         more = len(cluster.names) - len(seen.servers)
         counts = np.concatenate([seen.counts, np.tile(seen.counts.mean(0).round().astype(np.int64), (more, 1, 1))])
         seen = dataclasses.replace(seen, counts=counts, servers=cluster.names)
         usable = limited(cluster, self.limits)
-        present = adapt(self.mover.placement, usable)
+        present = adapt(self.worker.placement, usable)
         target, figures = self._planning.weigh(
             Revision(seen, cluster, usable, present, self.policy, workload=self._workload, chunks=self._chunks)
         )
@@ -285,10 +291,10 @@ class Controller:
             number = self._moving
             if number is None:
                 raise InputError("--abort: no migration is under way")
-            self.mover.give_up(number)
+            self.worker.give_up(number)
             return {"aborted": number}
         if not self._busy.acquire(timeout=1.0):
-            raise InputError(f"a migration is under way ({self.mover.stage_name}); wait for it, or --abort it")
+            raise InputError(f"a migration is under way ({self.worker.stage_name}); wait for it, or --abort it")
         try:
             return self._change(str(what), asked)
         finally:
@@ -330,15 +336,15 @@ class Controller:
 
     def status(self) -> dict[str, Any]:
         """How things stand."""
-        mover = self.mover
+        worker = self.worker
         return {
-            "epoch": mover.epoch,
-            "hash": placement_hash(mover.placement),
-            "strategy": mover.placement.strategy,
+            "epoch": worker.epoch,
+            "hash": placement_hash(worker.placement),
+            "strategy": worker.placement.strategy,
             "moving": self._moving,
-            "stage": mover.stage_name,
-            "staged_bytes": mover.staged_bytes,
-            "peak_staged_bytes": mover.peak_bytes,
+            "stage": worker.stage_name,
+            "staged_bytes": worker.staged_bytes,
+            "peak_staged_bytes": worker.peak_bytes,
             "disabled": self.disabled,
             "limits": self.limits,
             "record": str(self.state / NAME),

@@ -16,10 +16,10 @@ from launch.engine.loading import Loaded
 from launch.engine.token_sample import Sampler, sampled_shape
 from launch.migration.control import ControlServer
 from launch.migration.controller import Controller
-from launch.migration.mover import Mover
 from launch.migration.peers import reading
 from launch.migration.record import NAME, Record, clear_leftovers
 from launch.migration.telemetry import Reporter
+from launch.migration.worker import MigrationWorker
 from placement import Cluster, InputError, Placement, Profile
 from placement.migration.adapt import adapt, fitted
 from placement.migration.decide import Policy
@@ -80,7 +80,9 @@ class Start:
 
 
 @contextmanager
-def migrating(host: Host, loaded: Loaded, policy: Policy, state: Path | None, start: Start) -> Iterator[Mover]:
+def migrating(
+    host: Host, loaded: Loaded, policy: Policy, state: Path | None, start: Start
+) -> Iterator[MigrationWorker]:
     """Experts of this host migrate within the block.
 
     Args:
@@ -93,11 +95,13 @@ def migrating(host: Host, loaded: Loaded, policy: Policy, state: Path | None, st
 
 
 @contextmanager
-def _migrating(host: Host, loaded: Loaded, policy: Policy, state: Path | None, start: Start) -> Iterator[Mover]:
-    mover = Mover(
+def _migrating(
+    host: Host, loaded: Loaded, policy: Policy, state: Path | None, start: Start
+) -> Iterator[MigrationWorker]:
+    worker = MigrationWorker(
         loaded,
         host.channel,
-        host.ring,
+        host.wake,
         staging_bytes=policy.staging_bytes,
         bandwidth=policy.bandwidth,
         epoch=start.epoch,
@@ -108,11 +112,11 @@ def _migrating(host: Host, loaded: Loaded, policy: Policy, state: Path | None, s
 
     def between() -> bool:
         reporter.between()
-        return mover.between()
+        return worker.between()
 
     with ExitStack() as stack:
         if state is not None:
-            controller = Controller(loaded, mover, host.channel, state, policy, start.limits)
+            controller = Controller(loaded, worker, host.channel, state, policy, start.limits)
             answer = controller.answer
             if start.facts is not None:
                 growth = Growth(controller, host, start.facts, start.coordinator)
@@ -123,8 +127,8 @@ def _migrating(host: Host, loaded: Loaded, policy: Policy, state: Path | None, s
             clear_leftovers(state)  # the folder is ours from here on
             stack.callback(controller.end)
             controller.start(start.reason)
-        stack.callback(mover.end)
+        stack.callback(worker.end)
         stack.callback(reporter.end)
         host.between = between
-        mover.start()
-        yield mover
+        worker.start()
+        yield worker

@@ -10,8 +10,8 @@ from typing import Any
 from dancemoe_jax.errors import ModelError
 from dancemoe_jax.inference.sampling import SamplingParams
 from dancemoe_jax.model.config import ModelConfig
-from dancemoe_jax.text.detokenizer import TextStream
-from dancemoe_jax.text.tokenizer import TextCodec
+from dancemoe_jax.text.detokenizer import IncrementalDetokenizer
+from dancemoe_jax.text.tokenizer import TokenizerBundle
 from launch.engine.host import Host
 from launch.engine.request import Request
 from placement import Cluster, InputError
@@ -27,8 +27,8 @@ class Feeder:
         shares: takes a share of the lines that name no server; one that has come later does not.
     """
 
-    def __init__(self, codec: TextCodec, config: ModelConfig, lines: Any, shares: bool) -> None:
-        self.codec, self.config = codec, config
+    def __init__(self, bundle: TokenizerBundle, config: ModelConfig, lines: Any, shares: bool) -> None:
+        self.bundle, self.config = bundle, config
         self.finished = threading.Event()
         self._lines, self._shares = lines, shares
         self._print = threading.Lock()
@@ -78,7 +78,7 @@ class Feeder:
                 pass
             text.finish()
             output = request.output
-            if output and output[-1] in request.ends:
+            if output and output[-1] in request.stop_token_ids:
                 output = output[:-1]
             answer |= {
                 "text": text.text,
@@ -106,16 +106,22 @@ class Feeder:
         }
         params = SamplingParams(**values)
         if isinstance(given.get("prompt"), str) and "messages" not in given:
-            prompt = self.codec.encode(given["prompt"])
+            prompt = self.bundle.encode(given["prompt"])
         elif isinstance(given.get("messages"), list) and "prompt" not in given:
-            prompt = self.codec.encode_chat(given["messages"])
+            prompt = self.bundle.encode_chat(given["messages"])
         else:
             raise InputError("must have either a text prompt or a list messages")
         own = set() if self.config.eos_token is None else {self.config.eos_token}
-        ends = frozenset(self.codec.eos_tokens | own | set(params.stop_tokens))
-        text = _Text(TextStream(self.codec.tokenizer, params.stop, prompt), ends)
+        stop_token_ids = frozenset(self.bundle.eos_tokens | own | set(params.stop_tokens))
+        text = _Text(IncrementalDetokenizer(self.bundle.tokenizer, params.stop, prompt), stop_token_ids)
         request = Request(
-            self.host.server, prompt, params.max_tokens, time.monotonic(), params=params, ends=ends, hear=text.hear
+            self.host.server,
+            prompt,
+            params.max_tokens,
+            time.monotonic(),
+            params=params,
+            stop_token_ids=stop_token_ids,
+            on_token=text.on_token,
         )
         return request, text
 
@@ -123,12 +129,12 @@ class Feeder:
 class _Text:
     """An answer's text, from its tokens."""
 
-    def __init__(self, stream: TextStream, ends: frozenset[int]) -> None:
-        self.stream, self.ends, self.text = stream, ends, ""
+    def __init__(self, stream: IncrementalDetokenizer, stop_token_ids: frozenset[int]) -> None:
+        self.stream, self.stop_token_ids, self.text = stream, stop_token_ids, ""
 
-    def hear(self, token: int) -> bool:
+    def on_token(self, token: int) -> bool:
         """Take a token; whether a stop text has ended the answer."""
-        if token not in self.ends:
+        if token not in self.stop_token_ids:
             self.text += self.stream.push(token)
         return self.stream.stopped
 

@@ -20,7 +20,7 @@ from dancemoe_jax.model.experts import ExpertWeights
 from launch.cluster.jax_runtime import leave_program
 from launch.cluster.join import join
 from launch.elastic.grow import report
-from launch.elastic.regroup import Regrouping, World
+from launch.elastic.process_group import GroupChange, ProcessGroup
 from launch.engine.host import Host, ending
 from launch.engine.loading import Loaded, load
 from launch.engine.memory import sizes
@@ -29,7 +29,7 @@ from launch.serve.attach_migration import Start, migrating, resumed
 from placement import Cluster, InputError
 from placement.migration.decide import Policy
 
-_REGROUP_S = 30.0  # for the others to come to the next program: all have said that they are ready
+_REFORM_S = 30.0  # for the others to come to the next program: all have said that they are ready
 
 
 @dataclass(eq=False)
@@ -57,7 +57,7 @@ class Server:
     host: Host | None = field(default=None, init=False)
     _since: float = field(default=0.0, init=False)  # when it began to load, or to serve nobody
 
-    def serve(self, world: World, given: str, record: Record | None = None) -> None:
+    def serve(self, group: ProcessGroup, given: str, record: Record | None = None) -> None:
         """Serve until all agree to end.
 
         Args:
@@ -67,7 +67,7 @@ class Server:
         Raises:
             InputError, ModelError: the servers do not come together, or the model cannot be loaded.
         """
-        self._go_on(self._program(world, record, {"placement": given}))
+        self._go_on(self._program(group, record, {"placement": given}))
 
     def join_serving(self, address: str, cluster: Cluster) -> None:
         """Serve as a new server of a cluster that serves, which waits for it at the address.
@@ -77,47 +77,47 @@ class Server:
         """
         assert self.policy is not None
         file = ExpertFile(self.path, jnp.dtype(self.options["dtype"]), self.options["int8"])
-        world, read = report(
+        group, read = report(
             address, cluster, self.name, self.facts, file.read, self.policy.staging_bytes, self.timeout
         )
-        self._go_on(self._program(world, read=read))
+        self._go_on(self._program(group, read=read))
 
-    def _go_on(self, world: World | None) -> None:
-        while world is not None:
+    def _go_on(self, group: ProcessGroup | None) -> None:
+        while group is not None:
             leave_program()
             try:
-                world = self._program(world)
+                group = self._program(group)
             except _NotTogether as error:
-                if world.back is None:
+                if group.back is None:
                     raise InputError(str(error)) from None
                 print(f"placement: {error}; all go on as before", file=sys.stderr, flush=True)
-                world = world.back
+                group = group.back
 
     def _program(
         self,
-        world: World,
+        group: ProcessGroup,
         record: Record | None = None,
         also: Mapping[str, str] | None = None,
         read: Callable[[int, int], ExpertWeights] | None = None,
-    ) -> World | None:
+    ) -> ProcessGroup | None:
         """Be one server of one program; the next one, if there is to be one.
 
         Args:
             also: facts of this program alone; read: reads experts where not straight from the checkpoint.
         """
-        cluster, first = world.cluster, self.host is None and read is None
+        cluster, first = group.cluster, self.host is None and read is None
         with contextlib.ExitStack() as stack:
             try:
-                timeout = self.timeout if self.host is None else _REGROUP_S
+                timeout = self.timeout if self.host is None else _REFORM_S
                 facts = {**self.facts, **(also or {})}
-                joined = join(cluster, self.name, coordinator=world.coordinator, agree=facts, timeout=timeout)
+                joined = join(cluster, self.name, coordinator=group.coordinator, agree=facts, timeout=timeout)
                 devices = stack.enter_context(joined)
             except InputError as error:
                 if self.host is None:
                     raise
                 raise _NotTogether(str(error)) from None
             self._since = self._since or time.monotonic()
-            placed, epoch = world.placement, world.epoch
+            placed, epoch = group.placement, group.epoch
             if self.policy is not None and first:
                 placed, epoch = resumed(record, placed, sizes(self.path, self.config, cluster, **self.options), cluster)
             loaded = load(
@@ -126,10 +126,10 @@ class Server:
             host = self._moved(loaded, cluster)
             print(f"{self.name}: serving after {time.monotonic() - self._since:.1f} s", file=sys.stderr, flush=True)
             stack.enter_context(ending(host))
-            regrouping = Regrouping(host, cluster)
-            stack.callback(regrouping.end)
+            change = GroupChange(host, cluster)
+            stack.callback(change.end)
             if self.policy is not None:
-                start = Start(epoch, world.reason, world.limits, self.facts, world.coordinator)
+                start = Start(epoch, group.reason, group.limits, self.facts, group.coordinator)
                 stack.enter_context(migrating(host, loaded, self.policy, self.state, start))
             if first or read is not None:
                 self.begin(host, cluster)
@@ -141,7 +141,7 @@ class Server:
                 return None
             self._since = time.monotonic()
             loaded.engine.release()
-            return regrouping.world
+            return change.group
 
     def _moved(self, loaded: Loaded, cluster: Cluster) -> Host:
         """The host of this process, with what has been loaded for this program."""

@@ -81,7 +81,7 @@ class ModelShape:
 
     @property
     def other_bytes(self) -> int:
-        """Bytes of everything that is no expert; fp8 checkpoints quantise its matrices too, the others do not."""
+        """Bytes of everything that is no expert; fp8 checkpoints quantize its matrices too, the others do not."""
         matrices = "fp8" if self.dtype == "fp8" else self.base
         return _bytes(self.other_matrix * BITS[matrices] + self.other_rest * BITS[self.base])
 
@@ -129,8 +129,8 @@ class ModelShape:
         base = _TORCH.get(str(parsed.get("torch_dtype") or parsed.get("dtype")), "bf16")
         if dtype is not None and dtype not in BITS:
             raise InputError(f"--dtype: {show(dtype)} is unknown; choose from {', '.join(BITS)}")
-        quantised = parsed.get("quantization_config")
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        quantized = parsed.get("quantization_config")
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
         if dtype is None and method is not None and method not in BITS:
             raise InputError(
                 f"{source}: quantization_config.quant_method = {show(method)}: its sizes are not known; give the "

@@ -131,7 +131,7 @@ def divergence_of_chance(counts: np.ndarray, other: np.ndarray) -> np.ndarray:
     taken as independent; those of one token or text are not, so real chance is somewhat larger.
 
     Args:
-        counts, other: [..., E], as counted, not normalised.
+        counts, other: [..., E], as counted, not normalized.
 
     Returns:
         float64 [...].

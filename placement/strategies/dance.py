@@ -3,7 +3,7 @@
 import numpy as np
 
 from placement.data.problem import Problem
-from placement.strategies.device_assignment import mend, spread
+from placement.strategies.device_assignment import repair, spread
 
 
 def dance(problem: Problem, *, previous: np.ndarray | None = None, seed: int = 0) -> np.ndarray:
@@ -22,7 +22,7 @@ def dance(problem: Problem, *, previous: np.ndarray | None = None, seed: int = 0
     """
     counts = cover_layers(problem, layer_counts(problem))
     held = cover_experts(problem, most_used(problem, counts, previous))
-    return mend(problem, spread(problem, held, previous))
+    return repair(problem, spread(problem, held, previous))
 
 
 def entropy(p: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""From servers to devices: spread each server's experts over its devices, and mend what byte budgets break."""
+"""From servers to devices: spread each server's experts over its devices, and repair what byte budgets break."""
 
 import numpy as np
 
@@ -68,7 +68,7 @@ def _expected_load(problem: Problem, held: np.ndarray) -> np.ndarray:
     return np.where(nowhere, 0.0, server_load(problem, held | nowhere))
 
 
-def mend(problem: Problem, resident: np.ndarray) -> np.ndarray:
+def repair(problem: Problem, resident: np.ndarray) -> np.ndarray:
     """Cover what has no copy, then use the memory that is left; changes nothing where neither is needed.
 
     Experts of unequal sizes need not fill devices exactly. One without a copy takes free room on the server that uses

@@ -84,7 +84,7 @@ def test_impossible_configurations_are_refused(change, words):
     [
         {},
         {"tie_embeddings": False, "eos_token": 7},
-        {"routing": Routing(normalise=False), "rope": Rope(theta=1e6)},
+        {"routing": Routing(normalize=False), "rope": Rope(theta=1e6)},
         {"dense_layers": (1,), "dense_size": 40, "qkv_bias": True, "o_bias": True},
     ],
 )
@@ -114,7 +114,7 @@ def test_config_json_of_other_versions(tmp_path):
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
         ({"rope_scaling": {"rope_type": "ntk"}}, "rope type = 'ntk' is not supported"),
         ({"rope_scaling": {"rope_type": "linear"}}, "'factor' is missing"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantised by 'awq'"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantized by 'awq'"),
         ({"rope_scaling": "yarn"}, "rope parameters are 'yarn'"),
         ({"mlp_only_layers": [0, 1]}, "dense_layers = [0, 1]"),
     ],
@@ -199,7 +199,7 @@ def test_dense_experts_are_the_weighted_sum():
 def test_router_weights():
     h, router = jax.random.normal(jax.random.key(0), (50, 32)), jax.random.normal(jax.random.key(1), (32, 6))
     weights, ids, logits = route(CONFIG, router, h)
-    raw, raw_ids, _ = route(dataclasses.replace(CONFIG, routing=Routing(normalise=False)), router, h)
+    raw, raw_ids, _ = route(dataclasses.replace(CONFIG, routing=Routing(normalize=False)), router, h)
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
     np.testing.assert_array_equal(ids, raw_ids)
     np.testing.assert_allclose(raw, np.sort(jax.nn.softmax(logits))[:, :-3:-1], rtol=1e-6)

@@ -149,7 +149,7 @@ def test_int8_experts_are_close_and_half_the_size(name):
         ("deepseek_v3", {"kv_lora_rank": None}, "kv_rank = None"),
         ("deepseek_v3", {"rope_scaling": {"type": "longrope"}}, "rope type = 'longrope' is not supported"),
         ("gpt_oss", {"layer_types": ["chunked_attention"] * 3}, "'chunked_attention' is not supported"),
-        ("olmoe", {"quantization_config": {"quant_method": "gptq"}}, "quantised by 'gptq' are not supported"),
+        ("olmoe", {"quantization_config": {"quant_method": "gptq"}}, "quantized by 'gptq' are not supported"),
     ],
 )
 def test_what_cannot_be_loaded_is_refused_in_one_line(tmp_path, name, change, words):

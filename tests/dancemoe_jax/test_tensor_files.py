@@ -207,8 +207,8 @@ def test_one_expert_costs_its_own_bytes(tmp_path, monkeypatch):
     read, original = [], module._read_into
     monkeypatch.setattr(module, "_read_into", lambda f, o, array: (read.append(array.nbytes), original(f, o, array)))
     plain = np.zeros((8, 32, 32), np.float32)
-    quantised = {"q_blocks": np.zeros((8, 32, 1, 16), np.uint8), "q_scales": np.zeros((8, 32, 1), np.uint8)}
-    save_file({"w": plain, **quantised}, tmp_path / "model.safetensors")
+    quantized = {"q_blocks": np.zeros((8, 32, 1, 16), np.uint8), "q_scales": np.zeros((8, 32, 1), np.uint8)}
+    save_file({"w": plain, **quantized}, tmp_path / "model.safetensors")
     files = TensorFiles(tmp_path)
     assert not read
     files.read("w", 3)

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from dancemoe_jax import make_mesh, pool_layout, routing_tables
 from dancemoe_jax.expert_parallel.links import live_links
 from dancemoe_jax.expert_parallel.two_stage import exchange
-from dancemoe_jax.mesh import AXIS, deal, own_rows, put, replicated
+from dancemoe_jax.mesh import AXIS, own_rows, put, replicated, shard_rows
 from launch.cluster.join import join
 from placement import Cluster
 from tests.helpers.cluster_of_devices import DEVICE_SERVER
@@ -73,7 +73,7 @@ with join(Cluster.from_dict({"server": SERVERS}), server, coordinator=coordinato
     for call in range(int(calls)):
         own, pairs, busy = draw(np.random.default_rng(call), int(layers), scale)
         everywhere = put((*pairs, busy, scale), replicated(mesh))
-        error, rows = step(*(deal(mesh, part) for part in own), *everywhere)
+        error, rows = step(*(shard_rows(mesh, part) for part in own), *everywhere)
         worst = max(worst, *(float(e) for e in own_rows(error).values()))
         sent += sum(int(r) for r in own_rows(rows).values())
     print("done", worst, sent, step._cache_size(), flush=True)

@@ -16,11 +16,11 @@ import jax
 from jax._src import compiler  # lets only the first process of a program write to the cache
 
 import launch.migration.controller
-import launch.migration.mover
 import launch.migration.planner_process
+import launch.migration.worker
 from launch.__main__ import main
-from launch.migration.mover import Mover
 from launch.migration.record import NAME
+from launch.migration.worker import MigrationWorker
 
 FIRST_ONLY = ("planning", "before the record", "record written", "before the rename", "after the rename")
 EVERYWHERE = ("staging", "between rounds", "before writing", "after writing", "before tables", "after tables")
@@ -59,22 +59,22 @@ def inject(phase: str, n: int) -> None:
         carried[0] = True
         following(*args)
 
-    carried, following = [False], Mover._carry_out  # whether a migration has begun
-    Mover._carry_out = carry_out
+    carried, following = [False], MigrationWorker._carry_out  # whether a migration has begun
+    MigrationWorker._carry_out = carry_out
     if phase == "planning":
         # The question has gone to the process that plans, and no answer has come.
         vars(launch.migration.planner_process)["pickle"] = SimpleNamespace(
             **{**vars(pickle), "load": fatal(pickle.load, n)}
         )
     elif phase == "staging":
-        stage = launch.migration.mover.stage
-        launch.migration.mover.stage = lambda *args: stage(*args[:4], fatal(args[4], n))
+        stage = launch.migration.worker.stage
+        launch.migration.worker.stage = lambda *args: stage(*args[:4], fatal(args[4], n))
     elif phase == "between rounds":
-        Mover._round = fatal(Mover._round, n, after=True)
+        MigrationWorker._round = fatal(MigrationWorker._round, n, after=True)
     elif phase.endswith("writing"):
-        Mover._write = fatal(Mover._write, n, after=phase == "after writing", when=carried_out)
+        MigrationWorker._write = fatal(MigrationWorker._write, n, after=phase == "after writing", when=carried_out)
     elif phase.endswith("tables"):
-        Mover._adopt = fatal(Mover._adopt, n, after=phase == "after tables")
+        MigrationWorker._adopt = fatal(MigrationWorker._adopt, n, after=phase == "after tables")
     elif phase == "before the record":
         launch.migration.controller.write_record = fatal(launch.migration.controller.write_record, 1, when=carried_out)
     elif phase == "record written":

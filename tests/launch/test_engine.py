@@ -68,11 +68,11 @@ def test_tally_counts_every_assignment_once_and_starts_anew(rng):
         engine.submit(Request(server, [5, 6, 7, 8, 9], 5, 0.0))
     while not engine.idle:
         engine.step()
-    tally = engine.take_tally()
-    np.testing.assert_array_equal((tally.local + tally.remote).sum(0), engine.counts().sum((0, 2)))
-    assert tally.asked == tally.steps * small.config.num_layers
-    assert 0 < tally.crossed <= tally.asked
-    assert engine.take_tally().steps == 0
+    counters = engine.take_counters()
+    np.testing.assert_array_equal((counters.local + counters.remote).sum(0), engine.counts().sum((0, 2)))
+    assert counters.asked == counters.steps * small.config.num_layers
+    assert 0 < counters.crossed <= counters.asked
+    assert engine.take_counters().steps == 0
 
 
 def test_prompts_that_do_not_fit_are_refused_before_they_are_queued(rng):

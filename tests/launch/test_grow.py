@@ -17,7 +17,7 @@ from dancemoe_jax.checkpoint.reader import bundled_model
 from dancemoe_jax.errors import ModelError
 from dancemoe_jax.inference.sampling import SamplingParams
 from launch.__main__ import main
-from launch.cluster.rendezvous import hello
+from launch.cluster.rendezvous import handshake
 from launch.commands.serve import add_arguments, facts_of, policy_of
 from launch.elastic.grow import Growth, described, report
 from launch.engine.engine import Engine
@@ -66,13 +66,13 @@ def test_requests_go_on_in_another_engine_with_the_tokens_they_have(rng):
     alone.finish()
 
     host, heard = Host(engine_of(small, rng), 0), queue.SimpleQueue()
-    requests = [Request(0, p, 20, 0.0, params=s, hear=lambda t: bool(heard.put(t))) for p, s in given]
+    requests = [Request(0, p, 20, 0.0, params=s, on_token=lambda t: bool(heard.put(t))) for p, s in given]
     streams = [host.submit(request) for request in requests]
     loop = threading.Thread(target=lambda: heard.put(host.run()))
     loop.start()
     for _ in range(25):
         heard.get()
-    host.engine.regroup = True
+    host.engine.reform = True
     loop.join(60)
     assert not loop.is_alive()
     had = [len(request.output) for request in requests]
@@ -210,10 +210,10 @@ def test_a_server_that_cannot_read_or_does_not_come_leaves_all_as_it_was(files, 
             report(address, cluster, "edge-c", facts, lambda *_: None, 0, 5.0)
         address = ask(state, question)["address"]
         host, _, port = address.rpartition(":")
-        with socket.create_connection((host, int(port))) as guest:  # reports, and goes
+        with socket.create_connection((host, int(port))) as client:  # reports, and goes
             said = {"server": "edge-c", "facts": described(cluster, facts)}
-            guest.sendall(json.dumps(said).encode() + b"\n")
-            assert b"edge-c" in guest.recv(100_000)
+            client.sendall(json.dumps(said).encode() + b"\n")
+            assert b"edge-c" in client.recv(100_000)
 
         def slowly(layer, expert):
             time.sleep(0.1)
@@ -231,13 +231,13 @@ def test_a_server_that_cannot_read_or_does_not_come_leaves_all_as_it_was(files, 
             except InputError as error:
                 refused.append(str(error))
 
-        guest = threading.Thread(target=come)
-        guest.start()
+        client = threading.Thread(target=come)
+        client.start()
         while "staging" not in ask(state, {"what": "status"})["growth"]:
             time.sleep(0.1)
         assert ask(state, {"what": "abort"}) == {"aborted": "growth"}
         assert ask(state, {"what": "status"})["growth"] == ""
-        guest.join(60)
+        client.join(60)
         assert "takes in nobody any more" in refused[0]
 
         def lacking(layer, expert):
@@ -252,8 +252,8 @@ def test_a_server_that_cannot_read_or_does_not_come_leaves_all_as_it_was(files, 
         while ask(state, {"what": "status"})["growth"]:
             time.sleep(0.1)
         address = ask(state, question)["address"]
-        world, _ = report(address, cluster, "edge-c", facts, lambda *_: weights, 0, 5.0)
-        assert world.epoch == 1
+        group, _ = report(address, cluster, "edge-c", facts, lambda *_: weights, 0, 5.0)
+        assert group.epoch == 1
         assert process.wait(240) == 0, errors
     assert any("edge-c has gone while it was staging" in line for line in errors)
     assert any("not added: server edge-c: layer 0 expert" in line for line in errors)
@@ -289,4 +289,4 @@ def test_a_guest_that_is_no_server_is_sent_away():
     left, right = socket.socketpair()
     with left, right:
         left.sendall(b"GET / HTTP/1.1\r\n")
-        assert hello(right) == ("", {})
+        assert handshake(right) == ("", {})

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import dancemoe_jax.checkpoint.arena
-import launch.migration.mover
+import launch.migration.worker
 from dancemoe_jax.checkpoint.arena import Arena, room
 from dancemoe_jax.errors import ModelError
 from dancemoe_jax.inference.steps import decode_step, prefill
@@ -24,13 +24,13 @@ from launch.engine.host import Host
 from launch.engine.loading import Loaded
 from launch.engine.request import Request
 from launch.engine.token_sample import Sampler, sampled_shape
+from launch.migration.command import MigrationCommand
 from launch.migration.control import ControlServer, ask
 from launch.migration.controller import Controller
 from launch.migration.decision import Decision
-from launch.migration.mover import Mover
-from launch.migration.order import Order
 from launch.migration.record import NAME, read_record, write_record
 from launch.migration.telemetry import Reporter
+from launch.migration.worker import MigrationWorker
 from placement import Cluster, InputError, Profile
 from placement.migration.adapt import adapt
 from placement.migration.decide import Policy
@@ -51,20 +51,20 @@ class Serving:
         profile = Profile(counts, CLUSTER.names, model="small", top_k=3, hidden_size=32, expert_bytes=EXPERT)
         self.loaded = Loaded(self.engine, CLUSTER, placement_of(resident), slots, profile, read or small.read)
         self.host = Host(self.engine, 0)
-        self.mover = Mover(self.loaded, self.host.channel, self.host.ring, **options)
+        self.worker = MigrationWorker(self.loaded, self.host.channel, self.host.wake, **options)
         sampler = Sampler(sampled_shape(profile), half_life=500)
         self.reporter = Reporter(self.engine, self.host.channel, 0.02, sampler, 0.02)
         self.policy = Policy(interval=0, half_life=500, staging_bytes=options.get("staging_bytes", 2**30))
-        self.controller = Controller(self.loaded, self.mover, self.host.channel, state, self.policy, {})
+        self.controller = Controller(self.loaded, self.worker, self.host.channel, state, self.policy, {})
         self.host.between = self.between
         self.loop = threading.Thread(target=self.host.run, daemon=True)
 
     def between(self):
         self.reporter.between()
-        return self.mover.between()
+        return self.worker.between()
 
     def start(self):
-        self.mover.start()
+        self.worker.start()
         self.controller.start()
         self.loop.start()
 
@@ -72,13 +72,13 @@ class Serving:
         self.host.finish()
         self.loop.join(60)
         self.controller.end()
-        self.mover.end()
+        self.worker.end()
         self.reporter.end()
         assert not self.loop.is_alive()
 
     def move(self, resident):
-        number = self.mover.send(placement_of(resident), np.zeros((3, resident.shape[1], 3), bool), "test")
-        outcome = self.mover.wait(number, 60)
+        number = self.worker.send(placement_of(resident), np.zeros((3, resident.shape[1], 3), bool), "test")
+        outcome = self.worker.wait(number, 60)
         assert outcome is not None
         return outcome
 
@@ -109,7 +109,7 @@ class SpoiledArena(Arena):
 @pytest.mark.parametrize("staging", [2**30, 3 * EXPERT])
 def test_tokens_are_the_reference_s_while_experts_move(serving, rng, staging, monkeypatch):
     monkeypatch.setattr(dancemoe_jax.checkpoint.arena, "LARGE", 0)
-    monkeypatch.setattr(launch.migration.mover, "Arena", SpoiledArena)
+    monkeypatch.setattr(launch.migration.worker, "Arena", SpoiledArena)
     small, staged = Small.make(), []
 
     def into(arena, array):
@@ -140,8 +140,8 @@ def test_tokens_are_the_reference_s_while_experts_move(serving, rng, staging, mo
         resident = random_resident(rng)
         outcome = one.move(resident)
         assert outcome.failed == ""
-        assert (one.mover.placement.resident == resident).all()
-        assert (one.mover.slots >= 0).tolist() == resident.tolist()
+        assert (one.worker.placement.resident == resident).all()
+        assert (one.worker.slots >= 0).tolist() == resident.tolist()
         assert outcome.rounds >= 1
     ends.set()
     asking.join()
@@ -155,7 +155,7 @@ def test_tokens_are_the_reference_s_while_experts_move(serving, rng, staging, mo
     assert prefill._cache_size() + decode_step._cache_size() == compiled
     if staging < 2**30:
         largest = max(sum(a.nbytes for a in one.small.read(0, 0)[:2]), 1)
-        assert one.mover.peak_bytes <= 4 * 3 * largest  # three a server, the last one's share on two devices
+        assert one.worker.peak_bytes <= 4 * 3 * largest  # three a server, the last one's share on two devices
 
 
 def test_a_sleeping_cluster_migrates_too(serving, rng):
@@ -180,7 +180,7 @@ def test_a_checkpoint_that_cannot_be_read_leaves_a_placement_that_serves(serving
     one = serving(read=read, staging_bytes=2 * EXPERT)
     broken.set()
     resident = random_resident(rng)
-    before = one.mover.placement.resident
+    before = one.worker.placement.resident
     gains = [d for d in range(4) if not before[d, 1, 3]]
     resident[gains, 1, 3] = True
     for device in gains:
@@ -190,7 +190,7 @@ def test_a_checkpoint_that_cannot_be_read_leaves_a_placement_that_serves(serving
         resident[device][drop] = resident[device].sum() <= CAPACITY[device]
     outcome = one.move(resident)
     assert "expert 3 is damaged" in outcome.failed
-    assert one.mover.placement.resident.any(0).all()
+    assert one.worker.placement.resident.any(0).all()
     stream = one.host.submit(Request(2, PROMPTS[2], 8, 0.0))
     assert list(stream) == one.small.reference_text(PROMPTS[2], 8)
     broken.clear()
@@ -200,11 +200,11 @@ def test_a_checkpoint_that_cannot_be_read_leaves_a_placement_that_serves(serving
 def test_a_migration_is_given_up_on_request(serving, rng):
     one = serving(bandwidth=20_000.0)
     resident = random_resident(rng)
-    number = one.mover.send(placement_of(resident), np.zeros((3, 3, 3), bool), "test")
+    number = one.worker.send(placement_of(resident), np.zeros((3, 3, 3), bool), "test")
     time.sleep(0.3)
-    assert one.mover.stage_name.startswith("staging")
-    one.mover.give_up(number)
-    outcome = one.mover.wait(number, 20)
+    assert one.worker.stage_name.startswith("staging")
+    one.worker.give_up(number)
+    outcome = one.worker.wait(number, 20)
     assert outcome is not None
     assert outcome.failed == "given up on request"
     stream = one.host.submit(Request(2, PROMPTS[2], 8, 0.0))
@@ -238,7 +238,7 @@ def test_staging_gives_way_to_serving(serving, rng):
 def test_an_order_travels(rng):
     present, target = placement_of(random_resident(rng)), placement_of(random_resident(rng))
     likely = rng.random((3, 3, 3)) < 0.5
-    order = Order.decode(Order(7, target, likely, 3, "because").encode(), present)
+    order = MigrationCommand.decode(MigrationCommand(7, target, likely, 3, "because").encode(), present)
     assert (order.number, order.epoch, order.reason) == (7, 3, "because")
     assert (order.placement.resident == target.resident).all()
     assert (order.likely == likely).all()
@@ -282,7 +282,7 @@ def test_a_steady_workload_migrates_once_and_is_recorded(serving, tmp_path):
     record = read_record(tmp_path)
     assert record is not None
     assert record.epoch == 1
-    assert (record.placement.resident == one.mover.placement.resident).all()
+    assert (record.placement.resident == one.worker.placement.resident).all()
     lines = [json.loads(line) for line in (tmp_path / "decisions.jsonl").read_text().splitlines()]
     assert [line["verdict"] for line in lines] == verdicts
     adopted = lines[1]
@@ -376,11 +376,11 @@ def test_control_drains_a_server_and_takes_it_back(serving, rng, tmp_path):
         assert (status["epoch"], status["moving"]) == (0, None)
         dry = ask(tmp_path, {"what": "memory", "memory": {"a": 0}, "dry": True})
         assert dry["verdict"] == "adopted"
-        assert one.mover.epoch == 0
+        assert one.worker.epoch == 0
         assert one.controller.limits == {}
         done = ask(tmp_path, {"what": "memory", "memory": {"a": 0}})
         assert done["verdict"] == "adopted"
-        assert not one.mover.placement.resident[0].any()
+        assert not one.worker.placement.resident[0].any()
         record = read_record(tmp_path)
         assert record is not None
         assert record.limits == {"a/0": 0}
@@ -395,7 +395,7 @@ def test_control_drains_a_server_and_takes_it_back(serving, rng, tmp_path):
         ask(tmp_path, {"what": "memory", "memory": {"a": None}})
         done = ask(tmp_path, {"what": "to", "placement": placement_of(target).to_dict(), "source": "x.json"})
         assert done["verdict"] == "adopted"
-        assert (one.mover.placement.resident == target).all()
+        assert (one.worker.placement.resident == target).all()
         with pytest.raises(InputError, match="no migration is under way"):
             ask(tmp_path, {"what": "abort"})
         with pytest.raises(InputError, match="no such server"):

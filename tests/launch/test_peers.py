@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dancemoe_jax import ModelError
-from dancemoe_jax.model.experts import ExpertWeights, quantise
+from dancemoe_jax.model.experts import ExpertWeights, quantize
 from launch.bench.harness.namespaces import Testbed, inside, missing
 from launch.migration.peers import ExpertServer, PeerReader, quickest
 from placement import Cluster
@@ -36,7 +36,7 @@ def weights(layer, expert, arena=None):
     rng = np.random.default_rng([layer, expert])
     plain = ExpertWeights(rng.normal(size=(40, 60)).astype(np.float32), rng.normal(size=(30, 40)).astype(np.float32))
     if layer == 1:
-        plain = quantise(plain)
+        plain = quantize(plain)
     if layer == 2:
         plain = ExpertWeights(*(w.astype(ml_dtypes.bfloat16) for w in plain[:2]))
     return plain

@@ -18,7 +18,7 @@ from launch.cluster.fingerprint import cluster_fingerprint, folder_fingerprint
 from launch.cluster.jax_runtime import from_environment
 from launch.cluster.join import join
 from launch.cluster.processes import ServerFailed, prefixed, start, to_files
-from launch.cluster.rendezvous import meeting
+from launch.cluster.rendezvous import rendezvous
 from launch.cluster.signals import Interrupts
 from placement import Cluster, InputError
 from tests.helpers.paths import HELPERS, ROOT
@@ -193,7 +193,7 @@ def meet(given, *, names=NAMES, timeout=20.0):
 
     def come(key, name, facts):
         try:
-            with meeting(names, name, address, facts, timeout):
+            with rendezvous(names, name, address, facts, timeout):
                 told[key] = ""
                 if name == names[0]:  # stands for JAX's service, which the others wait for
                     with socket.create_server(("127.0.0.1", int(address.split(":")[1]))) as service:
@@ -246,7 +246,7 @@ def test_whatever_connects_without_being_a_server_is_ignored():
 
     def first():
         try:
-            with meeting(NAMES[:2], "edge-a", f"127.0.0.1:{port}", {}, 2.0):
+            with rendezvous(NAMES[:2], "edge-a", f"127.0.0.1:{port}", {}, 2.0):
                 pass
         except InputError as error:
             outcome.append(str(error))

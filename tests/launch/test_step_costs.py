@@ -21,7 +21,7 @@ TRUE = StepCosts(
     (0.01, 0.002, 0.0005),
     message_seconds=3e-4,
     row_seconds=5e-5,
-    crowding=0.4,
+    contention=0.4,
     prefill_overhead=3e-3,
     decode_overhead=2e-4,
 )
@@ -69,5 +69,5 @@ def test_known_costs_are_found_again(trace):
     np.testing.assert_array_equal(measured.bandwidth, true.bandwidth)
     assert costs.prefill == pytest.approx(TRUE.prefill, rel=1e-6)
     assert costs.decode == pytest.approx(TRUE.decode, rel=1e-6)
-    for name in ("message_seconds", "row_seconds", "crowding", "prefill_overhead", "decode_overhead"):
+    for name in ("message_seconds", "row_seconds", "contention", "prefill_overhead", "decode_overhead"):
         assert getattr(costs, name) == pytest.approx(getattr(TRUE, name), rel=0.1), name

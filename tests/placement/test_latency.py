@@ -13,7 +13,7 @@ from placement.costs.network_use import traffic
 from placement.costs.routing import serving_server
 from placement.costs.step_time import predict
 from placement.costs.token_sets import chains, token_sets
-from placement.strategies.latency.local_search import polish
+from placement.strategies.latency.local_search import local_search
 from placement.strategies.latency.plan import latency
 from tests.helpers.paths import DEEPSEEK
 from tests.placement.test_dance import deepseek_halves
@@ -172,7 +172,7 @@ def test_previous_stays_unless_something_is_faster(problem):
 def test_polish_keeps_memory_and_never_lengthens_decode(problem):
     problem = replace(problem, workload=Workload(1, 0, 1, assignment_seconds=0.0), speed=np.ones(len(problem.speed)))
     start = problem.held(STRATEGIES["dance"](problem))
-    end = polish(problem, token_sets(problem), start)
+    end = local_search(problem, token_sets(problem), start)
     assert end.any(0).all()
     assert (end.sum((1, 2)) >= start.sum((1, 2))).all()
     capacity = np.add.reduceat(problem.usable_bytes, problem.first_device)

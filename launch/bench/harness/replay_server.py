@@ -24,7 +24,7 @@ from dancemoe_jax import fill_pool, make_mesh, migrate, place_decoder, place_tab
 from dancemoe_jax.expert_parallel.pool import pool_layout
 from dancemoe_jax.expert_parallel.tables import Tables, assign_slots, routing_tables
 from dancemoe_jax.inference.steps import GivenRouting, State, Weights, decode_step, init_state, prefill
-from dancemoe_jax.mesh import AXIS, deal
+from dancemoe_jax.mesh import AXIS, shard_rows
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.model.decoder import Decoder
 from dancemoe_jax.model.experts import ExpertWeights
@@ -165,18 +165,18 @@ class Server:
     def _agree(self, *seconds: float) -> list[float]:
         """Those of the slowest server."""
         took = np.tile(np.array(seconds, np.float32), (self.mesh.size, 1))
-        return [float(s) for s in np.asarray(self._slowest(deal(self.mesh, took)))[0]]
+        return [float(s) for s in np.asarray(self._slowest(shard_rows(self.mesh, took)))[0]]
 
     def _take(self, weights: Weights, state: State, rows: Rows, transport: str):
-        routing = GivenRouting(deal(self.mesh, rows.ids), deal(self.mesh, rows.weights))
+        routing = GivenRouting(shard_rows(self.mesh, rows.ids), shard_rows(self.mesh, rows.weights))
         tokens = (rows.position * 7 + rows.sequence) % VOCABULARY
         options = {**self.shapes, "transport": transport, "wire_dtype": WIRE}
         if rows.prefill:
             one = (rows.sequence[:, :1], rows.start[:, None], rows.length[:, None])
-            inputs = [deal(self.mesh, part) for part in (tokens[:, None], *one)]
+            inputs = [shard_rows(self.mesh, part) for part in (tokens[:, None], *one)]
             take = prefill
         else:
-            inputs = [deal(self.mesh, part) for part in (tokens, rows.position, rows.active)]
+            inputs = [shard_rows(self.mesh, part) for part in (tokens, rows.position, rows.active)]
             take = decode_step
         jax.block_until_ready(inputs)
         begin = time.perf_counter()

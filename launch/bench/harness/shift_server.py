@@ -91,7 +91,7 @@ class Served:
             routed=(replayed.ids, replayed.weights),
         )
         served = cls(request, replayed.arrival_s)
-        request.hear = served._hear
+        request.on_token = served._hear
         return served
 
     def _hear(self, token: int) -> bool:
@@ -213,11 +213,11 @@ class Feeder:
         before, engine = self.host.between, self.host.engine
 
         def between() -> bool:
-            tally, now = engine.take_tally(), time.monotonic() - self.start_s
-            if now >= 0 and tally.steps:
+            counters, now = engine.take_counters(), time.monotonic() - self.start_s
+            if now >= 0 and counters.steps:
                 counts = self.windows.setdefault(int(now // window_s), [0, 0])
-                counts[0] += int(tally.local.sum())
-                counts[1] += int(tally.remote.sum())
+                counts[0] += int(counters.local.sum())
+                counts[1] += int(counters.remote.sum())
             return before()
 
         self.host.between = between

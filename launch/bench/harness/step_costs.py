@@ -21,7 +21,7 @@ from placement.simulation.lockstep.predict import StepCosts
 
 _PINGS = 3  # of which the fastest counts: what slows a message down in a step comes from steps
 _DRAWS = 3  # steps whose tokens are drawn to tell what messages a step of a kind has
-_FITTED = ("message_seconds", "row_seconds", "crowding", "prefill_overhead", "decode_overhead")
+_FITTED = ("message_seconds", "row_seconds", "contention", "prefill_overhead", "decode_overhead")
 _BEGIN = (1e-4, 1e-5, 0.3, 1e-3, 1e-5)
 
 

@@ -39,7 +39,7 @@ class Exchange:
         row_bytes, sum_bytes: of a row on its way out and back.
         message_seconds: of a sender, for each message; row_seconds: of a row each way, half at either end: packed, copied,
             added up.
-        crowding: by how much longer these take for each device beyond two that takes part in a layer, as a share.
+        contention: by how much longer these take for each device beyond two that takes part in a layer, as a share.
     """
 
     server: np.ndarray
@@ -54,7 +54,7 @@ class Exchange:
     sum_bytes: int
     message_seconds: float = 0.0
     row_seconds: float = 0.0
-    crowding: float = 0.0
+    contention: float = 0.0
 
     @classmethod
     def build(
@@ -64,7 +64,7 @@ class Exchange:
         *,
         message_seconds: float = 0.0,
         row_seconds: float = 0.0,
-        crowding: float = 0.0,
+        contention: float = 0.0,
         serving: np.ndarray | None = None,
         likely: np.ndarray | None = None,
     ) -> "Exchange":
@@ -73,7 +73,7 @@ class Exchange:
         Args:
             problem: with the latency of its links.
             resident: bool [D, L, E], every expert resident somewhere.
-            message_seconds, row_seconds, crowding: as attributes.
+            message_seconds, row_seconds, contention: as attributes.
             serving: whose copies serve each server, int [N, L, E]; default: `serving_server`.
             likely: servers that a token of another is nearly sure to need, bool [N, L, N]; default: by the problem's
                 own statistics.
@@ -99,7 +99,7 @@ class Exchange:
             sum_bytes=VALUE_BYTES * problem.hidden_size,
             message_seconds=message_seconds,
             row_seconds=row_seconds,
-            crowding=crowding,
+            contention=contention,
         )
 
     def seconds(self, ids: Sequence[np.ndarray], compute: float, overhead: float = 0.0) -> float:
@@ -122,7 +122,7 @@ class Exchange:
             clock = [time + compute / layers for time in clock]
             if meets[layer]:
                 part = [bool(live[layer][device].any() or live[layer][:, device].any()) for device in range(devices)]
-                crowd = 1 + self.crowding * max(0, sum(part) - 2)
+                crowd = 1 + self.contention * max(0, sum(part) - 2)
                 clock = [time + crowd * overhead * own for time, own in zip(clock, part, strict=True)]
                 self._layer(layer, live[layer], [want[:, layer] for want in wants], crowd, clock, ports)
         return max(clock)

@@ -24,7 +24,7 @@ from placement.files import InputError, show
 from placement.simulation.lockstep.exchange import Exchange
 from placement.simulation.lockstep.scheduler import Member, Served, serve
 
-_MESSAGES = ("message_seconds", "row_seconds", "crowding")
+_MESSAGES = ("message_seconds", "row_seconds", "contention")
 _OVERHEADS = ("prefill_overhead", "decode_overhead")
 
 
@@ -36,7 +36,7 @@ class StepCosts:
         prefill, decode: the three of each kind of step.
         message_seconds: of a device, to send a message.
         row_seconds: of a row in a message, each way, beside its bytes, half at either end.
-        crowding: by how much longer these and overheads take for each device beyond two that takes part in a layer, where
+        contention: by how much longer these and overheads take for each device beyond two that takes part in a layer, where
             devices share cores.
         prefill_overhead, decode_overhead: seconds of a device in each layer in which it takes part, beside messages.
     """
@@ -45,7 +45,7 @@ class StepCosts:
     decode: tuple[float, float, float]
     message_seconds: float = 0.0
     row_seconds: float = 0.0
-    crowding: float = 0.0
+    contention: float = 0.0
     prefill_overhead: float = 0.0
     decode_overhead: float = 0.0
 

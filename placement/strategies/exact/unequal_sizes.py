@@ -6,7 +6,7 @@ import numpy as np
 
 from placement.data.problem import Problem
 from placement.files import InputError
-from placement.strategies.device_assignment import mend, spread
+from placement.strategies.device_assignment import repair, spread
 from placement.strategies.exact.transportation import LARGEST, best_response, transport
 
 _SMALL = 3_000  # servers x layers x experts up to which the mixed-integer solver is asked
@@ -51,7 +51,7 @@ def solve_unequal(problem: Problem, price: np.ndarray, previous: np.ndarray | No
     """
     found, refusal = [], None
     try:
-        found.append(mend(problem, spread(problem, _from_prices(problem, price), previous)))
+        found.append(repair(problem, spread(problem, _from_prices(problem, price), previous)))
     except InputError as error:
         refusal = error
     if problem.frequency.size <= _SMALL:

@@ -48,7 +48,7 @@ class _Prices:
     computing: np.ndarray
 
 
-def polish(problem: Problem, sets: TokenSets, held: np.ndarray, previous: np.ndarray | None = None) -> np.ndarray:
+def local_search(problem: Problem, sets: TokenSets, held: np.ndarray, previous: np.ndarray | None = None) -> np.ndarray:
     """Swap copies while the expected time of `problem.workload` falls: bool [N, L, E], covered and as full as `held`.
 
     A move is a server's copy given up for another; or an only copy handed to a server that gives up one for it, which
@@ -71,7 +71,7 @@ def polish(problem: Problem, sets: TokenSets, held: np.ndarray, previous: np.nda
     if partners == 1:
         effects.shift = None
     prices = _prices(problem)
-    loyal = 0.0 if previous is None else problem.held(previous) * 1e-12
+    tie_break = 0.0 if previous is None else problem.held(previous) * 1e-12
     capacity = np.add.reduceat(problem.usable_bytes, problem.first_device)
     tried: set[Move] = set()
     stale, spent = np.arange(layers), 0
@@ -82,7 +82,7 @@ def polish(problem: Problem, sets: TokenSets, held: np.ndarray, previous: np.nda
         spent += cost * len(stale) // layers
         least = _LEAST * effects.time.sum() if least is None else least
         room = capacity - held.sum(2) @ problem.expert_bytes
-        moves = [] if spent > _WORK else _choose(problem, effects, loyal, room, least, tried)
+        moves = [] if spent > _WORK else _choose(problem, effects, tie_break, room, least, tried)
         if not moves:
             return held
         before = effects.time.copy()
@@ -186,14 +186,14 @@ def _measure(
 def _choose(
     problem: Problem,
     effects: _Effects,
-    loyal: np.ndarray | float,
+    tie_break: np.ndarray | float,
     room: np.ndarray,
     least: float,
     tried: set[Move],
 ) -> list[Move]:
     """Moves that shorten the time, the most useful first, no two of them in one layer."""
     servers, layers, _ = problem.shape
-    drop, add = effects.drop + loyal, effects.add - loyal
+    drop, add = effects.drop + tie_break, effects.add - tie_break
     out, into = drop.argmin(-1), add.argmin(-1)  # [N, L]
     loss, gain = drop.min(-1), add.min(-1)
     # A server's bytes after layer l loses a copy and layer j gets one: [N, j, l]

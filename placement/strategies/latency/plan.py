@@ -14,9 +14,9 @@ from placement.costs.step_time import predict
 from placement.costs.token_sets import TokenSets, chains, token_sets
 from placement.data.problem import Problem
 from placement.strategies.dance import dance
-from placement.strategies.device_assignment import mend, spread
+from placement.strategies.device_assignment import repair, spread
 from placement.strategies.exact.optimum import exact
-from placement.strategies.latency.local_search import polish
+from placement.strategies.latency.local_search import local_search
 from placement.strategies.latency.whole_layers import Hull, host_layers, layer_worth, room_left
 
 _EQUAL = 1e-9  # relative difference of seconds below which plans are equally fast
@@ -48,10 +48,10 @@ def latency(problem: Problem, *, previous: np.ndarray | None = None, seed: int =
     plans += [_to_devices(problem, held, previous) for held in _whole_layers(problem, sets)]
     best = _fastest(problem, plans, previous)
     held = problem.held(best)
-    polished = polish(problem, sets, held, previous)
-    if (polished == held).all():
+    improved = local_search(problem, sets, held, previous)
+    if (improved == held).all():
         return best
-    return _fastest(problem, [best, _to_devices(problem, polished, previous)], previous)
+    return _fastest(problem, [best, _to_devices(problem, improved, previous)], previous)
 
 
 def _fastest(problem: Problem, plans: list[np.ndarray], previous: np.ndarray | None) -> np.ndarray:
@@ -67,7 +67,7 @@ def _fastest(problem: Problem, plans: list[np.ndarray], previous: np.ndarray | N
 
 
 def _to_devices(problem: Problem, held: np.ndarray, previous: np.ndarray | None) -> np.ndarray:
-    return mend(problem, spread(problem, held, previous))
+    return repair(problem, spread(problem, held, previous))
 
 
 def _fits(problem: Problem, resident: np.ndarray) -> bool:

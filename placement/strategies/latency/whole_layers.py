@@ -101,13 +101,13 @@ def _exchange(problem: Problem, chain: Chains, worth: np.ndarray, host: np.ndarr
     whole, room = problem.expert_bytes * experts, room_left(problem, np.zeros(problem.shape, bool))
     nothing = np.zeros((layers, experts), bool)
     hulls = [Hull(problem, chain, server, worth[server], nothing) for server in range(servers)]
-    toll = _toll(problem, worth.mean(-1), room / max(1, whole.sum()))
+    penalty = _penalty(problem, worth.mean(-1), room / max(1, whole.sum()))
 
     def saving(server: int, mine: np.ndarray) -> float:
         left = room[server] - int(whole[mine].sum())
         if left < 0:
             return -np.inf
-        return hulls[server].value(mine, left) + float(worth[server, mine].sum() - mine.sum() * toll[server])
+        return hulls[server].value(mine, left) + float(worth[server, mine].sum() - mine.sum() * penalty[server])
 
     mine = host == np.arange(servers)[:, None]  # [N, L]
     value = np.array([saving(server, mine[server]) for server in range(servers)])
@@ -140,7 +140,7 @@ def _exchange(problem: Problem, chain: Chains, worth: np.ndarray, host: np.ndarr
     return host
 
 
-def _toll(problem: Problem, worth: np.ndarray, share: np.ndarray) -> np.ndarray:
+def _penalty(problem: Problem, worth: np.ndarray, share: np.ndarray) -> np.ndarray:
     """Seconds that the other servers pay for a layer hosted at m rather than at their usual partner, float64 [N].
 
     Args:

@@ -8,16 +8,16 @@ from launch.cluster.join import join
 from placement import Cluster
 
 SERVERS = [{"name": f"edge-{x}", "devices": [{"memory": 1}]} for x in "abc"]
-server, coordinator, naps = sys.argv[1:]
+server, coordinator, rounds = sys.argv[1:]
 with join(Cluster.from_dict({"server": SERVERS}), server, coordinator=coordinator, timeout=60):
     channel = ClusterChannel()
-    for nap in range(int(naps)):
-        assert channel.get(f"nap/{nap}", 0.05) is None
+    for number in range(int(rounds)):
+        assert channel.get(f"sleep/{number}", 0.05) is None
         if server == "edge-c":
             time.sleep(0.1)
-            print("rung", time.time(), flush=True)
-            channel.put(f"nap/{nap}", b"over")
-        while channel.get(f"nap/{nap}", 0.2) is None:
+            print("woken", time.time(), flush=True)
+            channel.put(f"sleep/{number}", b"over")
+        while channel.get(f"sleep/{number}", 0.2) is None:
             pass
         print("woke", time.time(), flush=True)
         time.sleep(0.1)

@@ -10,7 +10,7 @@ from placement import Placement
 
 
 @dataclass(frozen=True, eq=False)
-class Order:
+class MigrationCommand:
     """A placement to reach.
 
     Attributes:
@@ -46,7 +46,7 @@ class Order:
 
 
 @dataclass(eq=False)
-class Outcome:
+class MigrationResult:
     """What has become of an order, on this server.
 
     Attributes:

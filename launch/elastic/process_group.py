@@ -13,12 +13,12 @@ from typing import Any
 from launch.engine.host import Host
 from placement import Cluster, Placement
 
-_NAME = "regroup"
+_NAME = "reform"
 _LOOK_S = 0.5
 
 
 @dataclass(frozen=True, eq=False)
-class World:
+class ProcessGroup:
     """A program of servers.
 
     Attributes:
@@ -35,27 +35,27 @@ class World:
     epoch: int = 0
     reason: str = "start"
     limits: Mapping[str, int] = field(default_factory=dict)
-    back: "World | None" = None
+    back: "ProcessGroup | None" = None
 
 
-def encode(file: Mapping[str, Any], world: World) -> bytes:
+def encode(file: Mapping[str, Any], group: ProcessGroup) -> bytes:
     """A world as it travels to those who know the cluster of its `back`; `decode` reads it. file: the parsed cluster file."""
-    assert world.back is not None
-    return json.dumps({"cluster": dict(file), "world": _told(world), "back": _told(world.back)}).encode()
+    assert group.back is not None
+    return json.dumps({"cluster": dict(file), "world": _told(group), "back": _told(group.back)}).encode()
 
 
-def _told(world: World) -> dict[str, Any]:
-    assert world.placement is not None
+def _told(group: ProcessGroup) -> dict[str, Any]:
+    assert group.placement is not None
     about = {
-        "coordinator": world.coordinator,
-        "epoch": world.epoch,
-        "reason": world.reason,
-        "limits": dict(world.limits),
+        "coordinator": group.coordinator,
+        "epoch": group.epoch,
+        "reason": group.reason,
+        "limits": dict(group.limits),
     }
-    return {"placement": world.placement.to_dict(), **about}
+    return {"placement": group.placement.to_dict(), **about}
 
 
-def decode(data: bytes, present: Cluster | None = None) -> World:
+def decode(data: bytes, present: Cluster | None = None) -> ProcessGroup:
     """A world that has travelled. present: the cluster that serves, on its servers.
 
     Raises:
@@ -63,23 +63,25 @@ def decode(data: bytes, present: Cluster | None = None) -> World:
     """
     told = json.loads(data)
 
-    def world(cluster: Cluster, said: Mapping[str, Any], back: World | None = None) -> World:
+    def group(cluster: Cluster, said: Mapping[str, Any], back: ProcessGroup | None = None) -> ProcessGroup:
         placement = Placement.from_dict(said["placement"], f"the placement for {said['reason']}")
-        return World(cluster, said["coordinator"], placement, said["epoch"], said["reason"], said["limits"], back)
+        return ProcessGroup(
+            cluster, said["coordinator"], placement, said["epoch"], said["reason"], said["limits"], back
+        )
 
-    back = world(present, told["back"]) if present is not None else None
-    return world(Cluster.from_dict(told["cluster"], "the new cluster file"), told["world"], back)
+    back = group(present, told["back"]) if present is not None else None
+    return group(Cluster.from_dict(told["cluster"], "the new cluster file"), told["world"], back)
 
 
-class Regrouping:
-    """Waits for the order to regroup, and has the host leave once all servers have heard it.
+class GroupChange:
+    """Waits for the order to reform, and has the host leave once all servers have heard it.
 
     Attributes:
         world: the next one; None before it has been ordered.
     """
 
     def __init__(self, host: Host, cluster: Cluster) -> None:
-        self.world: World | None = None
+        self.group: ProcessGroup | None = None
         self._host, self._cluster, self._ended = host, cluster, threading.Event()
         self._thread = threading.Thread(target=self._wait, name="regrouping", daemon=True)
         self._thread.start()
@@ -89,8 +91,8 @@ class Regrouping:
         while not self._ended.is_set():
             data = channel.get(_NAME, _LOOK_S)
             if data is not None:
-                self.world, engine.regroup = decode(data, self._cluster), True
-                self._host.ring()
+                self.group, engine.reform = decode(data, self._cluster), True
+                self._host.wake()
                 return
 
     def end(self) -> None:
@@ -99,6 +101,6 @@ class Regrouping:
         self._thread.join()
 
 
-def order(host: Host, world: bytes) -> None:
-    """Have all servers regroup. On the first server."""
-    host.channel.put(_NAME, world)
+def order(host: Host, group: bytes) -> None:
+    """Have all servers reform. On the first server."""
+    host.channel.put(_NAME, group)

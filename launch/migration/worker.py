@@ -31,7 +31,7 @@ from launch.cluster.channel import Channel
 from launch.cluster.priority import STAGING, give_way
 from launch.engine.engine import GIVEN_UP, ORDER, STAGE, Engine
 from launch.engine.loading import Loaded
-from launch.migration.order import Order, Outcome
+from launch.migration.command import MigrationCommand, MigrationResult
 from placement import Placement, diff
 from placement.migration.diff import Round
 
@@ -74,7 +74,7 @@ class _InForce:
     tables: Tables
 
 
-class Mover:
+class MigrationWorker:
     """Carries out orders on this server.
 
     `between` has to be called between any two steps, by the thread that takes them.
@@ -94,7 +94,7 @@ class Mover:
         self,
         loaded: Loaded,
         channel: Channel,
-        ring: Callable[[], None],
+        wake: Callable[[], None],
         *,
         staging_bytes: int = 2**30,
         bandwidth: float | None = None,
@@ -102,15 +102,15 @@ class Mover:
     ) -> None:
         self.engine: Engine = loaded.engine
         self.placement, self.slots, self.epoch = loaded.placement, loaded.slots, epoch
-        self.outcomes: list[Outcome] = []
+        self.outcomes: list[MigrationResult] = []
         self.changed = threading.Condition()
         self.stage_name = "idle"
         self.staged_bytes = self.peak_bytes = 0
-        self._loaded, self._channel, self._ring = loaded, channel, ring
+        self._loaded, self._channel, self._wake = loaded, channel, wake
         self._staging_bytes, self._bandwidth = staging_bytes, bandwidth
         self._job: _Job | None = None
         self._given_up = 0  # the last order that somebody has given up
-        self._outcome = Outcome(0)
+        self._outcome = MigrationResult(0)
         self._calls_at_once = 1  # of WRITE_ROWS experts, between two steps
         self._progress = threading.Lock()
         self._last = 0.0
@@ -140,16 +140,18 @@ class Mover:
     def send(self, placement: Placement, likely: np.ndarray, reason: str) -> int:
         """Order all servers, this one included, to reach a placement; the order's number. One process sends, one at a time."""
         number = len(self.outcomes) + 1
-        self._channel.put(f"order/{number}", Order(number, placement, likely, self.epoch + 1, reason).encode())
+        self._channel.put(
+            f"order/{number}", MigrationCommand(number, placement, likely, self.epoch + 1, reason).encode()
+        )
         return number
 
     def give_up(self, number: int) -> None:
         """Have all servers end an order where it is; later than the last commit, nothing happens."""
         with self._progress:
             self.engine.progress = (*self.engine.progress[:2], number)
-        self._ring()
+        self._wake()
 
-    def wait(self, number: int, seconds: float) -> Outcome | None:
+    def wait(self, number: int, seconds: float) -> MigrationResult | None:
         """The outcome of an order here, or None if it has not ended within so many seconds."""
         with self.changed:
             self.changed.wait_for(lambda: len(self.outcomes) >= number or self._ended, seconds)
@@ -162,10 +164,10 @@ class Mover:
             number = len(self.outcomes) + 1
             data = self._channel.get(f"order/{number}", _LOOK_S)
             if data is not None:
-                self._carry_out(Order.decode(data, self.placement))
+                self._carry_out(MigrationCommand.decode(data, self.placement))
 
-    def _carry_out(self, order: Order) -> None:
-        outcome = self._outcome = Outcome(order.number)
+    def _carry_out(self, order: MigrationCommand) -> None:
+        outcome = self._outcome = MigrationResult(order.number)
         begin, before = time.monotonic(), self.placement
         try:
             rounds = diff(
@@ -188,7 +190,7 @@ class Mover:
             self.outcomes.append(outcome)
             self.changed.notify_all()
 
-    def _round(self, order: Order, index: int, step: Round) -> None:
+    def _round(self, order: MigrationCommand, index: int, step: Round) -> None:
         begin = time.monotonic()
         self.stage_name = f"staging round {index + 1}"
         resident, released = self.placement.resident.copy(), None
@@ -219,7 +221,7 @@ class Mover:
         self._outcome.bytes += staged.nbytes
         self.staged_bytes = 0
 
-    def _in_force(self, order: Order, resident: np.ndarray, slots: np.ndarray) -> _InForce:
+    def _in_force(self, order: MigrationCommand, resident: np.ndarray, slots: np.ndarray) -> _InForce:
         placement = Placement(resident, order.placement.devices, order.placement.strategy, order.placement.model)
         return _InForce(placement, slots, self._loaded.tables(slots, order.likely))
 
@@ -256,7 +258,7 @@ class Mover:
     def _report(self, job: _Job, ahead: int = 0) -> None:
         with self._progress:
             self.engine.progress = (job.order, job.stage + ahead, self.engine.progress[2])
-        self._ring()
+        self._wake()
 
     def _reason(self, number: int) -> str:
         if self._ended:
@@ -273,7 +275,7 @@ class Mover:
     def between(self) -> bool:
         """Do what is due between two steps; whether there is more that needs no step in between."""
         engine, begin = self.engine, time.monotonic()
-        self._given_up = max(self._given_up, int(engine.heard[:, GIVEN_UP].max()))
+        self._given_up = max(self._given_up, int(engine.received[:, GIVEN_UP].max()))
         job = self._job
         if job is None or job.over.is_set():
             self._last = begin
@@ -324,5 +326,5 @@ class Mover:
             job.step = "writing"
 
     def _all_at(self, order: int, at: int) -> bool:
-        heard = self.engine.heard
-        return bool((heard[:, ORDER] == order).all() and (heard[:, STAGE] >= at).all())
+        received = self.engine.received
+        return bool((received[:, ORDER] == order).all() and (received[:, STAGE] >= at).all())
