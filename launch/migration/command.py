@@ -35,7 +35,7 @@ class MigrationCommand:
         return buffer.getvalue()
 
     @classmethod
-    def decode(cls, data: bytes, present: Placement) -> "Order":
+    def decode(cls, data: bytes, present: Placement) -> "MigrationCommand":
         """An order to change the placement in force."""
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             about = json.loads(str(arrays["about"]))
