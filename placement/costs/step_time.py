@@ -41,10 +41,10 @@ def predict(problem: Problem, resident: np.ndarray) -> dict[str, Any]:
     busiest = ((load / problem.speed[:, None]).max(0) / np.where(total > 0, total, 1.0)).sum()
     compute = problem.top_k * work.assignment_seconds * busiest
 
-    decode_network = use.waiting(share, work.active).sum() + _rows(problem, use.pairs, share, work.active).sum()
-    prefill_network = (share @ use.waiting(tokens=work.prefill_tokens)).sum() + work.prefill_tokens * _rows(
-        problem, use.pairs, share, 1
-    ).sum()
+    rows = _rows(problem, use.pairs, share, work.active).sum()
+    decode_network = use.waiting(share, work.active).sum() + rows
+    rows = work.prefill_tokens * _rows(problem, use.pairs, share, 1).sum()
+    prefill_network = (share @ use.waiting(tokens=work.prefill_tokens)).sum() + rows
     alone = [
         seconds + _rows(problem, use.pairs, own, 1).sum()
         for seconds, own in zip(use.waiting().sum(-1), np.eye(len(share)), strict=True)
