@@ -30,7 +30,7 @@ from launch.migration.telemetry import Counted, gather, gather_sample
 from launch.migration.worker import MigrationWorker
 from placement import Cluster, DecayingCounts, InputError, Placement, Profile, Workload
 from placement.migration.adapt import adapt
-from placement.migration.decide import Figures, Policy
+from placement.migration.decide import Confirmation, Figures, Policy
 
 DECISIONS = "decisions.jsonl"
 _END_S = 5.0  # for a revision to end, when serving does
@@ -70,8 +70,7 @@ class Controller:
         self._sample = self._gather_sample()
         self._latest: Profile | None = None  # what the last interval counted, if a request began in it
         self._observed_at = time.time()
-        self._candidate: Placement | None = None  # a plan that would pay by the counts that it was made from
-        self._paid = 0  # in how many intervals since it has
+        self._waiting: Confirmation[Placement] = Confirmation()
         self._workload, self._chunks = Workload(), 0.0
         self._busy, self._ended = threading.Lock(), threading.Event()
         self._moving: int | None = None
@@ -149,25 +148,21 @@ class Controller:
                 return self.note(decision, dry)
             seen = self.loaded.profile
         proven = not asked and not unfit and not dry and self._proven(present)
-        target, figures = self._weigh(seen, present, self._candidate if proven else target, unfit=bool(unfit))
+        target, figures = self._weigh(seen, present, self._waiting.plan if proven else target, unfit=bool(unfit))
         decision.take(figures)
-        objection = figures.objection(policy)
+        why = figures.objection(policy)
         if not figures.rounds:
             decision.why = "nothing to move"
         elif self.disabled:
             decision.why = f"migrations have stopped: {self.disabled}"
         elif unfit or asked:
             decision.verdict, decision.why = "adopted", unfit or "asked for"
-        elif objection:
-            decision.why = objection
-        elif not proven and policy.confirm > 1:
-            decision.why = "has yet to pay in an interval that it was not planned from"
-            if not dry and self._candidate is None:
-                self._candidate, self._paid = target, 0
+        elif why := why or self._waiting.objection(policy, target, proven, keep=not dry):
+            decision.why = why
         else:
             decision.verdict, decision.why = "adopted", "pays"
         if proven and decision.verdict != "adopted":
-            self._candidate = None
+            self._waiting.plan = None
         if decision.verdict == "adopted" and not dry:
             self._migrate(decision, target, seen)
         return self.note(decision, dry)
@@ -181,23 +176,18 @@ class Controller:
         )
 
     def _proven(self, present: Placement) -> bool:
-        """Whether the candidate has paid in as many intervals after it was planned as the policy asks for.
+        """Whether the plan that waits has paid in as many intervals after it was made as the policy asks for.
 
-        A plan looks best on the counts that it was made from, the more so the fewer they are; what it saves shows in
-        others. An interval in which no request began says nothing: whoever was served in it, the plan may be made from.
+        An interval in which no request began says nothing: the plan may be made from those who were served in it.
         """
-        candidate, policy = self._candidate, self.policy
-        if candidate is None or self._latest is None:
+        plan = self._waiting.plan
+        if plan is None or self._latest is None:
             return False
         latest, self._latest = self._latest, None
-        if self._weigh(latest, present, candidate)[1].objection(policy):
-            self._candidate = None
-            return False
-        self._paid += 1
-        return self._paid >= policy.confirm - 1
+        return self._waiting.proven(self.policy, self._weigh(latest, present, plan)[1].objection(self.policy))
 
     def _migrate(self, decision: Decision, target: Placement, seen: Profile) -> None:
-        self._candidate = None
+        self._waiting.plan = None
         likely = self.loaded.likely(target.resident, seen)
         self._moving = number = self.worker.send(target, likely, decision.reason)
         outcome: MigrationResult | None = None
@@ -306,7 +296,7 @@ class Controller:
         if what == "to":
             target = Placement.from_dict(asked["placement"], str(asked["source"]))
         elif what == "memory":
-            self._candidate = None
+            self._waiting.plan = None
             self.limits = with_limits(self.loaded.profile, self.loaded.cluster, self.limits, asked["memory"])
         elif what != "plan":
             raise InputError(f"{what!r} is unknown; known are status, plan, to, memory, abort")

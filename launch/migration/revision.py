@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 import placement
-from placement import Cluster, Diff, Placement, Profile, Workload, should_migrate
+from placement import Cluster, Diff, Placement, Profile, Workload
+from placement.migration import decide
 from placement.migration.adapt import fitted
 from placement.migration.decide import Figures, Policy
 
@@ -49,14 +50,8 @@ def weigh(asked: Revision) -> tuple[Placement, Figures]:
     moves = placement.diff(asked.present, target, asked.cluster, staging_bytes=policy.staging_bytes)
     old, new = (_costs(asked, plan) for plan in (asked.present, target))
     transfer = _transfer(moves, asked.cluster, policy)
-    verdict = should_migrate(
-        moves,
-        policy.horizon * asked.chunks * (old["step_seconds"] - new["step_seconds"]),
-        horizon=policy.horizon,
-        interference=policy.interference,
-        stall_seconds=policy.stall * len(moves.rounds),
-        transfer_seconds=transfer,
-    )
+    steps = (old["step_seconds"], new["step_seconds"])
+    verdict = decide.weigh(policy, *steps, asked.chunks, transfer, len(moves.rounds))
     return target, Figures(
         step_s=old["step_seconds"],
         planned_step_s=new["step_seconds"],

@@ -20,6 +20,7 @@ from placement.data.cluster import Cluster
 from placement.data.problem import Problem
 from placement.data.profile import Profile
 from placement.files import InputError, read_bytes, show
+from placement.migration.decide import Policy
 from placement.planner import STRATEGIES, plan
 from placement.simulation.grid import Cell, Grid, run_grid, trends
 from placement.simulation.independent.events import Simulation, simulate
@@ -260,7 +261,7 @@ def _replan(arguments: argparse.Namespace, cluster: Cluster, name: str) -> Repla
     def planner(problem: Problem, previous: np.ndarray) -> np.ndarray:
         return STRATEGIES[name](problem, previous=previous, seed=arguments.seed)
 
-    return Replan(planner, cluster.load_bandwidth, arguments.replan)
+    return Replan(planner, cluster.load_bandwidth, Policy(name, interval=arguments.replan))
 
 
 def _print_simulations(done: Mapping[str, Simulation], cluster: Cluster, arrivals: Arrivals) -> None:

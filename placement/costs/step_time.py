@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from placement.costs.network_use import traffic
+from placement.costs.network_use import network_use
 from placement.costs.routing import device_load, serving_server
 from placement.data.problem import VALUE_BYTES, Problem
 
@@ -33,7 +33,7 @@ def predict(problem: Problem, resident: np.ndarray) -> dict[str, Any]:
         `decode_network_seconds_by_server`, each server active alone.
     """
     work = problem.workload
-    use = traffic(problem, serving_server(problem, problem.held(resident)))
+    use = network_use(problem, serving_server(problem, problem.held(resident)))
     demand = problem.frequency.sum((1, 2)) > 0
     share = demand / max(1, demand.sum())
     load = device_load(problem, resident)
@@ -41,13 +41,13 @@ def predict(problem: Problem, resident: np.ndarray) -> dict[str, Any]:
     busiest = ((load / problem.speed[:, None]).max(0) / np.where(total > 0, total, 1.0)).sum()
     compute = problem.top_k * work.assignment_seconds * busiest
 
-    exchanges = _expected(use.levels, np.einsum("n,nlv->lv", share, use.within) ** work.active).sum()
-    decode_network = exchanges + _rows(problem, use.pairs, share, work.active).sum()
-    chunk = _expected(use.levels, np.einsum("n,nlv->lv", share, use.within**work.prefill_tokens)).sum()
-    prefill_network = chunk + work.prefill_tokens * _rows(problem, use.pairs, share, 1).sum()
+    rows = _rows(problem, use.pairs, share, work.active).sum()
+    decode_network = use.waiting(share, work.active).sum() + rows
+    rows = work.prefill_tokens * _rows(problem, use.pairs, share, 1).sum()
+    prefill_network = (share @ use.waiting(tokens=work.prefill_tokens)).sum() + rows
     alone = [
-        _expected(use.levels, use.within[n]).sum() + _rows(problem, use.pairs, np.eye(len(share))[n], 1).sum()
-        for n in range(len(share))
+        seconds + _rows(problem, use.pairs, own, 1).sum()
+        for seconds, own in zip(use.waiting().sum(-1), np.eye(len(share)), strict=True)
     ]
     decode, prefill = decode_network + work.active * compute, prefill_network + work.prefill_tokens * compute
     crossings = np.einsum("n,nlm->", share, use.pairs)
@@ -60,11 +60,6 @@ def predict(problem: Problem, resident: np.ndarray) -> dict[str, Any]:
         "prefill_seconds": float(prefill),
         "step_seconds": float(prefill + work.decode_steps * decode),
     }
-
-
-def _expected(levels: np.ndarray, within: np.ndarray) -> np.ndarray:
-    """E[v] of a distribution over the last axis given by P(at most v)."""
-    return (levels * np.diff(within, axis=-1, prepend=0.0)).sum(-1)
 
 
 def _rows(problem: Problem, pairs: np.ndarray, share: np.ndarray, active: int) -> np.ndarray:

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from placement.costs.network_use import network_need
+from placement.costs.network_use import network_use
 from placement.costs.routing import device_load, serving_server
 from placement.data.problem import VALUE_BYTES, Problem
 
@@ -47,19 +47,26 @@ def summary(problem: Problem, resident: np.ndarray) -> dict[str, Any]:
     """
     held = problem.held(resident)
     active = problem.frequency.sum((1, 2)) > 0
-    need, distinct, basis = network_need(problem, serving_server(problem, held))
+    use = network_use(problem, serving_server(problem, held))
     result: dict[str, Any] = {}
     for key, values in (
         ("remote_share", remote_share(problem.frequency, held)),
-        ("network_probability", need),
-        ("distinct_remote_servers", distinct),
+        ("network_probability", use.need.mean(-1)),
+        ("distinct_remote_servers", use.distinct.mean(-1)),
     ):
         result[key] = float(values[active].mean()) if active.any() else 0.0
         result[f"{key}_by_server"] = dict(zip(problem.names, values.tolist(), strict=True))
-    result["basis"] = basis
+    result["basis"] = _basis(active, use.counted)
     round_trip_bytes = 2 * VALUE_BYTES * problem.hidden_size * problem.shape[1]
     result["bytes_per_token"] = result["distinct_remote_servers"] * round_trip_bytes
     result["balance"] = balance(problem, resident)
     result["used_bytes"] = problem.used_bytes(resident).tolist()
     result["budget_bytes"] = problem.budget.tolist()
     return result
+
+
+def _basis(active: np.ndarray, counted: np.ndarray) -> str:
+    """What the need of the network rests on: "tokens", "counts", or "mixed" where only some servers have tokens."""
+    if not counted.any():
+        return "counts"
+    return "mixed" if (active & ~counted).any() else "tokens"

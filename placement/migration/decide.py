@@ -1,10 +1,12 @@
-"""Whether a migration pays: one rule for the runtime and for the simulator."""
+"""Whether a migration pays: one rule, with its margin and its confirmation, for the runtime and for the simulator."""
 
-import dataclasses
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from placement.files import InputError, show
 from placement.migration.diff import Diff
+
+Plan = TypeVar("Plan")
 
 
 @dataclass(frozen=True)
@@ -51,17 +53,22 @@ def should_migrate(
         InputError: a horizon that is not above 0, or negative interference, stall or transfer.
     """
     transfer = diff.seconds if transfer_seconds is None else transfer_seconds
+    if not diff.rounds:
+        transfer = stall_seconds = 0.0
+    verdict = _verdict(saving_seconds, transfer, stall_seconds, horizon, interference)
+    return verdict if diff.rounds else Verdict(0.0, 0.0)
+
+
+def _verdict(saving: float, transfer: float, stall: float, horizon: float, interference: float) -> Verdict:
     if not horizon > 0:
         raise InputError(f"horizon = {show(horizon)}: must be more than 0 seconds")
-    for key, value in (("interference", interference), ("stall", stall_seconds), ("transfer", transfer)):
+    for key, value in (("interference", interference), ("stall", stall), ("transfer", transfer)):
         if not value >= 0:
             raise InputError(f"{key} = {show(value)}: must be at least 0")
-    if not diff.rounds:
-        return Verdict(0.0, 0.0)
-    return Verdict(saving_seconds * max(0.0, 1 - transfer / horizon), interference * transfer + stall_seconds)
+    return Verdict(saving * max(0.0, 1 - transfer / horizon), interference * transfer + stall)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Policy:
     """When and how the placement is revised.
 
@@ -88,7 +95,7 @@ class Policy:
     staging_bytes: int = 2**30
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Figures:
     """What speaks for a plan. Seconds; `saving_s` and `cost_s` over the horizon."""
 
@@ -105,8 +112,75 @@ class Figures:
 
     def objection(self, policy: Policy) -> str:
         """Why not to migrate, or ""."""
-        if not self.saving_s > (1 + policy.margin) * self.cost_s:
-            return "does not pay"
-        if self.planned_step_s > (1 - policy.least) * self.step_s:
-            return f"saves less than {100 * policy.least:g} % of a step"
-        return ""
+        return objection(policy, Verdict(self.saving_s, self.cost_s), self.step_s, self.planned_step_s)
+
+
+def weigh(
+    policy: Policy, step_s: float, planned_step_s: float, steps_per_second: float, transfer_s: float, rounds: int
+) -> Verdict:
+    """What a migration saves over the policy's horizon, and what it costs.
+
+    saving = horizon x steps per second x (step - planned step), as far as the transfer leaves of the horizon;
+    cost = interference x transfer + stall x rounds
+
+    Args:
+        step_s: seconds of a unit of serving under the placement in force; planned_step_s: under the plan. The runtime's
+            unit is a prompt chunk and its decode steps, the simulator's is a request.
+        steps_per_second: how many of them the servers serve, on average.
+        transfer_s: how long weights travel.
+        rounds: times for which serving stands still; 0 if nothing moves.
+    """
+    if not rounds:
+        return Verdict(0.0, 0.0)
+    saving = policy.horizon * steps_per_second * (step_s - planned_step_s)
+    return _verdict(saving, transfer_s, policy.stall * rounds, policy.horizon, policy.interference)
+
+
+def objection(policy: Policy, verdict: Verdict, step_s: float, planned_step_s: float) -> str:
+    """Why not to migrate, or "": it has to save more than it costs by a margin, and a share of every step."""
+    if not verdict.saving_seconds > (1 + policy.margin) * verdict.cost_seconds:
+        return "does not pay"
+    if planned_step_s > (1 - policy.least) * step_s:
+        return f"saves less than {100 * policy.least:g} % of a step"
+    return ""
+
+
+@dataclass
+class Confirmation(Generic[Plan]):
+    """A plan that waits until it has paid in intervals that it was not made from.
+
+    A plan looks best on the counts that it was made from, the more so the fewer they are; what it saves shows in others.
+
+    Attributes:
+        plan: the one that waits, or None.
+        paid: in how many intervals since it was made it would have paid.
+    """
+
+    plan: Plan | None = None
+    paid: int = 0
+
+    def proven(self, policy: Policy, objection: str) -> bool:
+        """Whether the plan that waits has paid often enough, now that one more interval is over.
+
+        Args:
+            objection: what speaks against it in that interval alone; it then waits no more.
+        """
+        if objection:
+            self.plan = None
+            return False
+        self.paid += 1
+        return self.paid >= policy.confirm - 1
+
+    def objection(self, policy: Policy, plan: Plan, proven: bool, keep: bool = True) -> str:
+        """Why not to migrate yet to a plan against which nothing else speaks, or "".
+
+        Args:
+            plan: the one just made, or the one that waited.
+            proven: that it is the latter and has paid often enough.
+            keep: let the plan wait, if none does.
+        """
+        if proven or policy.confirm <= 1:
+            return ""
+        if keep and self.plan is None:
+            self.plan, self.paid = plan, 0
+        return "has yet to pay in an interval that it was not planned from"

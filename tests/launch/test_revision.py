@@ -10,9 +10,15 @@ import pytest
 
 from launch.migration.decision import pace
 from launch.migration.revision import Revision, weigh
-from placement import Cluster, Profile, Workload
-from placement.migration.decide import Figures, Policy
+from placement import Cluster, Placement, Problem, Profile, Workload
+from placement.data.arrivals import Arrivals
+from placement.migration.decide import Confirmation, Figures, Policy
+from placement.simulation.independent.events import simulate
+from placement.simulation.independent.replan import Replan, weigh_plan
+from placement.simulation.independent.unit_costs import Compute
 from tests.helpers.cluster_of_devices import CAPACITY, EXPERT, placement_of, random_resident
+
+CHUNK = Workload(active=1, prefill_tokens=8, decode_steps=4)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +48,67 @@ def test_the_pace_of_a_workload(seen, workload, chunks):
 def test_what_speaks_against_a_plan(saving, cost, step, planned, says):
     figures = Figures(step, planned, 0.5, 0.1, saving, cost, 1.0, 100, 1, 1)
     assert figures.objection(Policy(margin=0.05, least=0.03)) == says
+
+
+def two_servers(counts):
+    """A cluster of two, room for one of two experts on each, and what its users activate."""
+    devices = [{"memory": 1000, "load_bandwidth": "10MB/s"}]
+    tables = [{"name": name, "devices": devices} for name in ("a", "b")]
+    cluster = Cluster.from_dict({"server": tables, "network": {"bandwidth": "10Mbps", "latency": "5ms"}})
+    seen = Profile(np.array(counts)[:, None], cluster.names, model="m", top_k=1, hidden_size=512, expert_bytes=1000)
+    return cluster, seen
+
+
+@pytest.mark.parametrize(
+    ("counts", "every", "policy", "says"),
+    [
+        ([[90, 10], [10, 90]], 2.0, Policy(), ""),
+        ([[90, 10], [10, 90]], 1e5, Policy(), "does not pay"),  # hardly any request
+        ([[90, 10], [10, 90]], 2.0, Policy(stall=1e5), "does not pay"),
+        ([[90, 10], [10, 90]], 2.0, Policy(margin=1e6), "does not pay"),
+        ([[90, 10], [10, 90]], 2.0, Policy(horizon=5e-5), "does not pay"),  # over before the weights are there
+        ([[90, 10], [10, 90]], 2.0, Policy(interference=1e6), "does not pay"),
+        ([[10, 90], [90, 10]], 2.0, Policy(), "does not pay"),
+        ([[505, 495], [495, 505]], 0.1, Policy(), "saves less than 3 % of a step"),
+        ([[505, 495], [495, 505]], 0.1, Policy(least=1e-6), ""),
+        ([[90, 10], [10, 90]], 2.0, Policy(least=0.99), "saves less than 99 % of a step"),
+    ],
+)
+def test_the_simulator_decides_as_the_runtime_does(counts, every, policy, says):
+    """One prompt chunk of 8 tokens and 4 decode steps come at each server every so many seconds."""
+    cluster, seen = two_servers(counts)
+    problem = Problem.build(seen, cluster)
+    before = np.array([[[0, 1]], [[1, 0]]], bool)
+    after = before[::-1]
+    model = {"name": "m", "layers": 1, "experts": 2, "top_k": 1, "expert_bytes": 1000}
+    old, new = (Placement(resident, cluster.device_names, "test", model) for resident in (before, after))
+    _, figures = weigh(Revision(seen, cluster, cluster, old, policy, target=new, workload=CHUNK, chunks=2 / every))
+    compute = Compute(prefill_token=1e-5, expert_share=0.5, decode_step=1e-5, decode_token=1e-5)
+    replan = Replan(lambda *_: after, cluster.load_bandwidth, policy)
+    simulated = weigh_plan(problem, before, after, np.array([8, 5]), np.full(2, 1 / every), compute, replan)
+    assert figures.objection(policy) == simulated.objection == says
+
+
+def test_the_simulator_confirms_as_the_runtime_does():
+    """Of the first interval's plan, proven in the second; where servers trade places all the time, never."""
+    cluster, seen = two_servers([[90, 10], [10, 90]])
+    problem, before = Problem.build(seen, cluster), np.array([[[0, 1]], [[1, 0]]], bool)
+    arrivals = Arrivals.poisson(2, 2.0, 300.0, [[8, 5]], seed=1)
+    compute = Compute(prefill_token=1e-5, expert_share=0.5, decode_step=1e-5, decode_token=1e-5)
+    for confirm, reasons in (
+        (1, [""]),
+        (2, ["has yet to pay in an interval that it was not planned from", ""]),
+        (3, ["has yet to pay in an interval that it was not planned from"] * 2 + [""]),
+    ):
+        replan = Replan(lambda *_: before[::-1], cluster.load_bandwidth, Policy(interval=50.0, confirm=confirm))
+        done = simulate(problem, before, arrivals, compute, replan=replan).migrations
+        assert [one["why"] for one in done[:confirm]] == reasons
+        assert [one["adopted"] for one in done[:confirm]] == [reason == "" for reason in reasons]
+        waiting, decided = Confirmation(), []
+        for _ in range(confirm):
+            proven = waiting.plan is not None and waiting.proven(replan.policy, "")
+            decided.append(waiting.objection(replan.policy, "plan", proven))
+        assert decided == reasons
 
 
 def test_staging_takes_as_long_as_the_slowest_server(rng):

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement import Cluster, InputError, Problem, Profile, evaluate, plan
-from placement.costs.network_use import network_need
+from placement.costs.network_use import network_use
 from placement.costs.routing import copy_preference, device_load, pair_price, server_load, serving_server
-from placement.costs.summary import balance, remote_share
+from placement.costs.summary import balance, remote_share, summary
 
 quick = settings(max_examples=80, deadline=None, derandomize=True)
 
@@ -44,8 +44,9 @@ def test_remote_share_and_network_need_by_counting(instance):
     assert problem.tokens is not None
     held = problem.held(resident)
     serving = serving_server(problem, held)
-    need, distinct, basis = network_need(problem, serving)
-    assert basis == "tokens"
+    use = network_use(problem, serving)
+    need, distinct = use.need.mean(-1), use.distinct.mean(-1)
+    assert summary(problem, resident)["basis"] == "tokens"
     share = remote_share(problem.frequency, held)
     for n in range(len(problem.names)):
         calls = remote = needs = partners = 0
@@ -100,26 +101,25 @@ def two_servers(counts, devices=(1, 1), **meta):
 def test_need_from_counts_takes_experts_as_independent():
     _, _, problem = two_servers([[[4, 3, 2, 1]], [[0, 0, 0, 0]]], top_k=2)
     held = np.array([[[1, 1, 0, 0]], [[0, 0, 1, 1]]], bool)
-    need, distinct, basis = network_need(problem, serving_server(problem, held))
-    assert basis == "counts"
-    assert np.allclose(need, [1 - (1 - 0.4) * (1 - 0.2), 0])
-    assert np.allclose(distinct, need)
+    use = network_use(problem, serving_server(problem, held))
+    assert summary(problem, held)["basis"] == "counts"
+    # The second server has no statistics: it wants what the first one wants, of which it lacks the first two.
+    assert np.allclose(use.need[:, 0], [1 - (1 - 0.4) * (1 - 0.2), 1 - (1 - 0.8) * (1 - 0.6)])
+    assert np.allclose(use.distinct, use.need)
 
 
 def test_expert_that_every_token_takes_is_certain():
     _, _, problem = two_servers([[[5, 0]], [[0, 5]]])
     held = np.array([[[0, 1]], [[1, 0]]], bool)
-    need, _, _ = network_need(problem, serving_server(problem, held))
-    assert need.tolist() == [1, 1]
+    assert network_use(problem, serving_server(problem, held)).need.tolist() == [[1], [1]]
 
 
 def test_need_without_tokens_of_every_server_is_mixed():
     ids, server = np.array([[[0]]]), np.array([0])
     _, _, problem = two_servers([[[1, 0]], [[1, 1]]], ids=ids, server=server, sequence=server)
     held = np.array([[[1, 0]], [[0, 1]]], bool)
-    need, _, basis = network_need(problem, serving_server(problem, held))
-    assert basis == "mixed"
-    assert need.tolist() == [0, 0.5]
+    assert network_use(problem, serving_server(problem, held)).need.tolist() == [[0], [0.5]]
+    assert summary(problem, held)["basis"] == "mixed"
 
 
 def test_balance_counts_speed_and_copies():

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement import STRATEGIES, Cluster, InputError, Problem, Profile, Workload, evaluate, plan
-from placement.costs.network_use import traffic
+from placement.costs.network_use import network_use
 from placement.costs.routing import serving_server
 from placement.costs.step_time import predict
 from placement.costs.token_sets import chains, token_sets
@@ -128,9 +128,9 @@ def test_busiest_device_computes():
 
 @given(instances(kinds=(COUNTS,)))
 @quick
-def test_traffic_from_counts_agrees_with_its_own_draws(problem):
+def test_network_use_from_counts_is_consistent(problem):
     serving = serving_server(problem, problem.held(anywhere(problem)))
-    found = traffic(problem, serving)
+    found = network_use(problem, serving)
     assert (np.diff(found.within, axis=-1) >= -1e-12).all()
     assert np.allclose(found.within[..., -1], 1)
     # Nothing within level 0 means that some partner is needed; a partner that is needed is needed by some call.

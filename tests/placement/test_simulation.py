@@ -13,6 +13,7 @@ from placement import Cluster, InputError, Problem, Profile, plan
 from placement.__main__ import main
 from placement.data.arrivals import Arrivals
 from placement.data.workload import Workload
+from placement.migration.decide import Policy
 from placement.planner import STRATEGIES
 from placement.simulation.grid import Grid, grid_cluster, run_grid, spread_profile, trends
 from placement.simulation.independent.events import simulate
@@ -219,7 +220,7 @@ def test_a_migration_that_pays():
     problem, resident = two_servers()
     arrivals = Arrivals.poisson(2, 3.0, 300.0, [[200, 20]], seed=1)
     stay = simulate(problem, resident, arrivals, SLOW)
-    replan = Replan(swap_planner, np.full(2, 0.1), interval=60.0, stall=0.5)
+    replan = Replan(swap_planner, np.full(2, 0.1), Policy(interval=60.0, stall=0.5, confirm=1))
     move = simulate(problem, resident, arrivals, SLOW, replan=replan)
     taken = [m for m in move.migrations if m["adopted"]]
     assert len(taken) == 1
@@ -235,7 +236,7 @@ def test_a_migration_that_pays():
 def test_a_migration_that_does_not_pay():
     problem, resident = two_servers()
     arrivals = Arrivals.poisson(2, 30.0, 300.0, [[20, 2]], seed=1)
-    replan = Replan(swap_planner, np.full(2, 0.1), interval=60.0, stall=50.0)
+    replan = Replan(swap_planner, np.full(2, 0.1), Policy(interval=60.0, stall=50.0))
     done = simulate(problem, resident, arrivals, SLOW, replan=replan)
     assert done.migrations
     assert not any(m["adopted"] for m in done.migrations)
@@ -253,7 +254,7 @@ def test_a_shift_and_the_way_back():
     stay = simulate(problem, good, arrivals, SLOW, shift=100.0)
     before, after = arrivals.seconds < 90, arrivals.seconds > 110
     assert stay.latency[after].mean() > 1.1 * stay.latency[before].mean()
-    replan = Replan(swap_planner, np.full(2, 1.0), interval=60.0)
+    replan = Replan(swap_planner, np.full(2, 1.0), Policy(interval=60.0))
     follow = simulate(problem, good, arrivals, SLOW, shift=100.0, replan=replan)
     assert any(m["adopted"] for m in follow.migrations)
     assert follow.latency[after].mean() < stay.latency[after].mean()
@@ -275,7 +276,7 @@ def test_migrated_weights_are_on_the_links():
     problem, resident = two_servers()
     problem = replace(problem, expert_bytes=np.array([10**6]))
     arrivals = Arrivals.poisson(2, 3.0, 200.0, [[200, 20]], seed=1)
-    replan = Replan(swap_planner, np.full(2, 1.0), interval=60.0, always=True)
+    replan = Replan(swap_planner, np.full(2, 1.0), Policy(interval=60.0), always=True)
     done = simulate(problem, resident, arrivals, SLOW, replan=replan)
     moves = [m for m in done.migrations if m["adopted"]]
     assert [m["bytes"] for m in moves] == [2 * 10**6]

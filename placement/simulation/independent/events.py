@@ -24,8 +24,9 @@ import numpy as np
 
 from placement.data.arrivals import Arrivals
 from placement.data.problem import Problem
+from placement.migration.decide import Confirmation
 from placement.simulation.independent.contention import Customers
-from placement.simulation.independent.replan import DECAY, Load, Replan, loads, observe, pays, trade_places
+from placement.simulation.independent.replan import DECAY, Load, Replan, observe, trade_places, weigh_plan
 from placement.simulation.independent.unit_costs import DECODED, PROMPT, STEP, Compute, Steps, ports
 
 _IDLE, _PREFILL, _DECODE = range(3)
@@ -43,7 +44,7 @@ class Simulation:
         link_utilisation: share of the time for which the link's bytes keep it busy, float64 [N, N].
         port_utilisation: the same for all bytes out of and into a server, float64 [2, N].
         device_utilisation: share of the time in which each device computes, float64 [D].
-        migrations: per revision `seconds` (when), `adopted`, `bytes`, `transfer_seconds`, `gain_seconds`.
+        migrations: per revision `seconds` (when), `adopted`, `why` (not), `bytes`, `transfer_seconds`, `gain_seconds`.
         events: events handled.
     """
 
@@ -139,8 +140,9 @@ class _Run:
         self.port_out, self.port_in, _ = ports(problem)
         self.now, self.resume, self.events = 0.0, 0.0, 0
         self.shift = np.inf if shift is None else shift
-        self.revise = np.inf if replan is None else replan.interval
+        self.revise = np.inf if replan is None else replan.policy.interval
         self.plan: np.ndarray | None = None  # on its way
+        self.waiting: Confirmation[np.ndarray] = Confirmation()
         self.left = np.full(2 * servers, np.inf)  # units until a row's next event
         self.amount = np.zeros((servers, 3))  # units of work in one unit of a row
         self.doing = [_IDLE] * servers
@@ -150,8 +152,7 @@ class _Run:
         self.decoding: list[list[tuple[float, int]]] = [[] for _ in range(servers)]  # (last step, request)
         self.first, self.finished = (np.zeros(len(arrivals)) for _ in range(2))
         self.work = np.zeros((servers, 3))  # units done since the last `_account`
-        self.seen = np.zeros((2, servers))
-        self.since_revision = np.zeros(servers)
+        self.seen, self.since_revision = np.zeros((2, servers)), np.zeros((2, servers))
         self.link_bytes, self.device_busy = np.zeros((servers, servers)), np.zeros(len(resident))
         self.migrations: list[dict[str, Any]] = []
         self.load: list[Load] = []
@@ -270,7 +271,7 @@ class _Run:
         self.device_busy += np.einsum("nu,und->d", self.work, self.steps.device_seconds)
         tokens = self.work[:, PROMPT] + self.work[:, DECODED]
         self.seen[self.current] += tokens
-        self.since_revision += tokens
+        self.since_revision[self.current] += tokens
         self.work[:] = 0.0
 
     def _shift(self) -> None:
@@ -285,26 +286,33 @@ class _Run:
         self._account()
         replan = self.replan
         assert replan is not None
-        self.revise += replan.interval
+        self.revise += replan.policy.interval
         if self.plan is not None or not self.since_revision.any():
             return
-        observed = observe(self.workloads, self.seen[: len(self.workloads)])
-        plan = replan.planner(observed, self.resident)
-        load = loads(observed, self.resident, plan, replan.load_bandwidth)
-        seconds = max(part.disk_seconds + part.link_seconds for part in load)
-        steps = [Steps.build(observed, resident, self.compute) for resident in (self.resident, plan)]
+        known = slice(len(self.workloads))
         lengths = np.array([self.arrivals.prompt.mean(), self.arrivals.output.mean()])
-        rate = self.since_revision / (lengths.sum() - 1.0) / replan.interval
-        worth, gain = pays(observed, steps[0], steps[1], lengths, rate, seconds, replan)
-        total = sum(part.total_bytes for part in load)
-        adopted = total > 0 and (worth or replan.always)
-        record = {"seconds": self.now, "adopted": adopted, "bytes": total, "transfer_seconds": seconds}
-        self.migrations.append({**record, "gain_seconds": gain})
+        rate = self.since_revision.sum(0) / (lengths.sum() - 1.0) / replan.policy.interval
+        proven = False
+        if self.waiting.plan is not None:
+            latest = observe(self.workloads, self.since_revision[known])
+            tried = weigh_plan(latest, self.resident, self.waiting.plan, lengths, rate, self.compute, replan)
+            proven = self.waiting.proven(replan.policy, tried.objection)
+        observed = observe(self.workloads, self.seen[known])
+        waited = self.waiting.plan if proven else None
+        plan = replan.planner(observed, self.resident) if waited is None else waited
+        found = weigh_plan(observed, self.resident, plan, lengths, rate, self.compute, replan)
+        why = found.objection or self.waiting.objection(replan.policy, plan, proven)
+        adopted = found.bytes > 0 and (not why or replan.always)
+        record = {"seconds": self.now, "adopted": adopted, "bytes": found.bytes, "why": why}
+        gain = found.verdict.saving_seconds - found.verdict.cost_seconds
+        self.migrations.append({**record, "transfer_seconds": found.transfer_seconds, "gain_seconds": gain})
         self.seen *= DECAY
         self.since_revision[:] = 0.0
+        if proven or adopted:
+            self.waiting.plan = None
         if adopted:
-            self.plan, self.load = plan, load
-            for n, part in enumerate(load):
+            self.plan, self.load = plan, found.load
+            for n, part in enumerate(found.load):
                 self.left[self.servers + n] = 1.0 if part.total_bytes else np.inf
             self._use(self.steps)
 
@@ -320,5 +328,5 @@ class _Run:
             assert self.replan is not None
             self._account()
             self.resident, self.plan, self.load = self.plan, None, []
-            self.resume = self.now + self.replan.stall
+            self.resume = self.now + self.replan.policy.stall
             self._use(Steps.build(self.workloads[self.current], self.resident, self.compute))

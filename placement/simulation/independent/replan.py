@@ -1,12 +1,13 @@
 """Replanning while a simulation runs: what has been seen, whether a move pays, and how weights travel. Holds no clock."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from placement.data.problem import Problem, Tokens
-from placement.simulation.independent.unit_costs import Steps, ports
+from placement.migration.decide import Policy, Verdict, objection, weigh
+from placement.simulation.independent.unit_costs import Compute, Steps, ports
 
 DECAY = 0.5  # what counts keep of their weight from one interval to the next
 Planner = Callable[[Problem, np.ndarray], np.ndarray]
@@ -19,15 +20,13 @@ class Replan:
     Attributes:
         planner: problem and resident bool [D, L, E] in force -> the next one.
         load_bandwidth: bytes/s from each device's storage, float64 [D].
-        interval: seconds between revisions.
-        stall: seconds for which every server stands still when a new placement takes over.
+        policy: when a revision is due and what it has to save, the runtime's rule; its strategy and bandwidth are not used.
         always: adopt every plan, whether it pays or not.
     """
 
     planner: Planner
     load_bandwidth: np.ndarray
-    interval: float = 300.0
-    stall: float = 0.05
+    policy: Policy = field(default_factory=lambda: Policy(interval=300.0))
     always: bool = False
 
 
@@ -131,29 +130,57 @@ def loads(problem: Problem, old: np.ndarray, new: np.ndarray, load_bandwidth: np
     return result
 
 
-def pays(
-    problem: Problem, old: Steps, new: Steps, lengths: np.ndarray, rate: np.ndarray, seconds: float, replan: Replan
-) -> tuple[bool, float]:
-    """Does a move save more request time over the next interval than it costs?
+@dataclass(frozen=True, eq=False)
+class Weighed:
+    """A plan against what is in force.
 
-    saving = sum_n rate_n (t_n(old) - t_n(new)) (interval - transfer): it starts when the weights have arrived;
-    cost = stall * sum_n (1 + rate_n t_n(old)): every server and every request in progress stands still.
+    Attributes:
+        load: what each server takes in, [N].
+        transfer_seconds: until the last one has it.
+        verdict: what it saves and costs, in seconds of a server.
+        objection: why not to migrate, or "".
+    """
+
+    load: list[Load]
+    transfer_seconds: float
+    verdict: Verdict
+    objection: str
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.total_bytes for part in self.load)
+
+
+def weigh_plan(
+    seen: Problem,
+    old: np.ndarray,
+    new: np.ndarray,
+    lengths: np.ndarray,
+    rate: np.ndarray,
+    compute: Compute,
+    replan: Replan,
+) -> Weighed:
+    """Does a move pay by the runtime's rule (`migration.decide`)? Its unit of serving is a request.
 
     Args:
-        old: unit costs in force, under the workload that has been seen.
-        new: those of the plan.
+        seen: the workload as statistics show it.
+        old: bool [D, L, E] in force.
+        new: bool [D, L, E], the plan.
         lengths: mean prompt and output tokens, [2].
         rate: requests per second at each server, float64 [N].
-        seconds: transfer time.
-        replan: interval and stall.
-
-    Returns:
-        The verdict, and saving - cost in seconds of request time.
+        compute: speed of the devices.
+        replan: the policy, and how fast weights come from storage.
     """
-    time = np.array([[request_seconds(steps, n, lengths) for n in range(len(rate))] for steps in (old, new)])
-    saving = float((rate * (time[0] - time[1])).sum()) * max(replan.interval - seconds, 0.0)
-    cost = replan.stall * float((1.0 + rate * time[0]).sum())
-    return saving > cost, saving - cost
+    load = loads(seen, old, new, replan.load_bandwidth)
+    transfer = max(part.disk_seconds + part.link_seconds for part in load)
+    share = rate / max(rate.sum(), 1e-300)
+    step, planned = (
+        sum(part * request_seconds(steps, n, lengths) for n, part in enumerate(share))
+        for steps in (Steps.build(seen, resident, compute) for resident in (old, new))
+    )
+    rounds = int(any(part.total_bytes for part in load))
+    verdict = weigh(replan.policy, step, planned, float(rate.mean()), transfer, rounds)
+    return Weighed(load, transfer, verdict, objection(replan.policy, verdict, step, planned))
 
 
 def request_seconds(steps: Steps, server: int, lengths: np.ndarray) -> float:

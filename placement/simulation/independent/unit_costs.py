@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from placement.costs.network_use import NetworkUse, network_use
 from placement.costs.routing import serving_server
-from placement.data.problem import VALUE_BYTES, Problem, Tokens
+from placement.data.problem import VALUE_BYTES, Problem
 
-_CHUNK = 2**22  # array elements handled at once where a full array would be large
 DENSE, OUT, EXPERTS, BACK = range(4)  # the groups of a step, one after the other in every layer
 PROMPT, DECODED, STEP = range(3)  # the units of work: a prompt token, a decoded token, a decode step
 
@@ -72,8 +72,7 @@ class Steps:
         link_bytes: from row to column per token that entered at a server, there and back: float64 [N source, N, N] as
             two parts, `bytes_out` [N, N] from the source to others; what comes back is its transpose.
         device_seconds: computing on each device per unit, float64 [3, N source, D].
-        exchange_seconds: round trip differences by rank of the link, float64 [N, K].
-        exchange_needed: P(a token needs a server among the slowest), float64 [N, L, K].
+        use: how often tokens need which exchange.
         resources: number of resources.
     """
 
@@ -83,8 +82,7 @@ class Steps:
     base: np.ndarray
     bytes_out: np.ndarray
     device_seconds: np.ndarray
-    exchange_seconds: np.ndarray
-    exchange_needed: np.ndarray
+    use: NetworkUse
     resources: int
 
     def waiting(self, server: int, tokens: float) -> float:
@@ -93,8 +91,7 @@ class Steps:
         sum_l E[max over exchanges of alpha_nm] with alpha_nm the round trip of the pair; an exchange takes place where
         at least one token needs it.
         """
-        needed = 1.0 - (1.0 - self.exchange_needed[server]) ** tokens
-        return float((needed * self.exchange_seconds[server]).sum())
+        return float(self.use.of(server).waiting(tokens=tokens).sum())
 
     def alone(self, server: int, amount: np.ndarray) -> float:
         """Seconds of a step on an idle cluster; amount of each unit, float64 [3]."""
@@ -107,20 +104,14 @@ class Steps:
 
         Args:
             problem: the workload that runs: token-level sets where a server has them, else counts with experts taken
-                as independent (see `cost.network_need`). A server without any wants what the others want.
+                as independent (`network_use`). A server without any wants what the others want.
             resident: bool [D, L, E], every expert resident somewhere.
             compute: speed of the devices.
         """
         serving = serving_server(problem, problem.held(resident))
-        alpha = problem.exchange_seconds.copy()
-        np.fill_diagonal(alpha, -1.0)
-        by_delay = np.argsort(-alpha, axis=1, kind="stable")
-        pair, first = _needs(problem, serving, np.argsort(by_delay, axis=1))
-        ordered = np.take_along_axis(alpha, by_delay, 1)[:, :-1]  # the last is the server itself
-        difference = -np.diff(ordered, axis=1, append=0.0)
-        kept = np.flatnonzero(difference.any(0))
+        use = network_use(problem, serving)
         calls = _device_calls(problem, resident, serving)
-        volume = pair * (problem.hidden_size * VALUE_BYTES)
+        volume = use.pairs * (problem.hidden_size * VALUE_BYTES)
         entries, base, resources = _entries(problem, volume, calls, compute)
         return cls(
             unit=np.array([entry[2:] for entry in entries]).T,
@@ -129,57 +120,9 @@ class Steps:
             base=base,
             bytes_out=volume.sum(1),
             device_seconds=_device_seconds(problem, calls, compute),
-            exchange_seconds=difference[:, kept],
-            exchange_needed=first[..., kept],
+            use=use,
             resources=resources,
         )
-
-
-def _needs(problem: Problem, serving: np.ndarray, rank: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """P(a token of n needs m in layer l) and P(it needs one of the k + 1 slowest): both float64 [N, L, N].
-
-    Args:
-        serving: int64 [N, L, E].
-        rank: of each server seen from each source, int64 [N, N]; 0 the slowest to reach, N - 1 the source itself.
-    """
-    servers, layers, experts = problem.shape
-    chosen = np.minimum(1.0, problem.top_k * problem.demand)
-    spared = np.log1p(-np.minimum(chosen, 1.0 - 1e-15)).reshape(servers * layers, experts)
-    target = np.arange(servers * layers)[:, None] * servers + serving.reshape(servers * layers, experts)
-    log_spared = np.bincount(target.ravel(), spared.ravel(), servers * layers * servers).reshape(servers, layers, -1)
-    log_spared[np.arange(servers), :, np.arange(servers)] = 0.0
-    pair = 1.0 - np.exp(log_spared)
-    by_delay = np.argsort(rank, axis=1)
-    first = 1.0 - np.exp(np.take_along_axis(log_spared, by_delay[:, None], -1).cumsum(-1))
-    if problem.tokens is not None and len(problem.tokens.ids):
-        count = np.bincount(problem.tokens.server, minlength=servers)
-        counted = _needs_of_tokens(problem.tokens, serving, rank)
-        share = [c / np.maximum(count, 1)[:, None, None] for c in counted]
-        known = (count > 0)[:, None, None]
-        pair, first = np.where(known, share[0], pair), np.where(known, share[1], first)
-    return pair, first
-
-
-def _needs_of_tokens(tokens: Tokens, serving: np.ndarray, rank: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How many recorded tokens need each server, and one of the slowest: both float64 [N, L, N]."""
-    servers, layers, _ = serving.shape
-    layer = np.arange(layers)
-    pair, first = (np.zeros(servers * layers * servers) for _ in range(2))
-    step = max(1, _CHUNK // tokens.ids[0].size)
-    for start in range(0, len(tokens.ids), step):
-        rows = slice(start, start + step)
-        source = tokens.server[rows].astype(np.int64)
-        target = serving[source[:, None, None], layer[:, None], tokens.ids[rows]]
-        place = np.sort(rank[source[:, None, None], target], -1)
-        new = np.ones(place.shape, bool)
-        new[..., 1:] = place[..., 1:] != place[..., :-1]
-        where = (source[:, None] * layers + layer) * servers
-        first += np.bincount((where + place[..., 0]).ravel(), minlength=len(first))
-        pair += np.bincount((where[..., None] + place)[new], minlength=len(pair))
-    by_rank = pair.reshape(servers, layers, servers)
-    needed = np.take_along_axis(by_rank, rank[:, None], -1)
-    needed[np.arange(servers), :, np.arange(servers)] = 0.0
-    return needed, first.reshape(servers, layers, servers).cumsum(-1)
 
 
 def _device_calls(problem: Problem, resident: np.ndarray, serving: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ the expected time falls.
 
 import numpy as np
 
-from placement.costs.network_use import traffic
+from placement.costs.network_use import network_use
 from placement.costs.routing import serving_server
 from placement.costs.step_time import predict
 from placement.costs.token_sets import TokenSets, chains, token_sets
@@ -93,7 +93,7 @@ def _whole_layers(problem: Problem, sets: TokenSets) -> list[np.ndarray]:
     plans = [plan(np.ones(problem.shape[1]))]
     if problem.workload.active == 1 or demand.sum() < 2:
         return plans
-    need = 1 - traffic(problem, serving_server(problem, plans[0])).within[demand, :, 0].mean(0)
+    need = network_use(problem, serving_server(problem, plans[0])).need[demand].mean(0)
     plans.append(plan((1 - need) ** (problem.workload.active - 1)))
     whole = problem.expert_bytes * problem.shape[2]
     bytes_for_all = whole[np.argsort(need, kind="stable")].cumsum() * (demand.sum() - 1)
