@@ -7,20 +7,19 @@ every run. They are kept in `.pytest_cache/jax`; a test that counts compilations
 import os
 from collections.abc import Iterator
 
+import jax
+import numpy as np
+import pytest
+
 from tests.helpers.paths import ROOT
 
 for _name, _value in {
-    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache/jax"),
-    "JAX_COMPILATION_CACHE_MAX_SIZE": str(2 * 10**9),  # with a limit jax takes a lock, so that workers may share it
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    "jax_compilation_cache_dir": str(ROOT / ".pytest_cache/jax"),
+    "jax_compilation_cache_max_size": 2 * 10**9,  # with a limit jax takes a lock, so that workers may share it
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": 0,
 }.items():
-    os.environ.setdefault(_name, _value)
-
-import jax  # noqa: E402  (it reads the environment when it is imported)
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-
+    jax.config.update(_name, type(_value)(os.environ.setdefault(_name.upper(), str(_value))))  # and in what tests start
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "allow")
 
