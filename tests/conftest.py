@@ -1,7 +1,7 @@
 """Shared by all tests: eight virtual CPU devices, and compiled programs that are kept on disk between tests and runs.
 
-Most of the suite's time would go into compiling the same programs again: in every worker, in every process that a test starts, and in
-every run. They are kept in `.pytest_cache/jax`; a test that counts compilations counts them all the same.
+Most of the suite's time would go into compiling the same programs again: in every worker, in every process that a test
+starts, and in every run. They are kept in `.pytest_cache/jax`; a test that counts compilations counts them all the same.
 """
 
 import os

@@ -59,11 +59,28 @@ ORDER = {
 }
 LONGEST_FUNCTION, LONGEST_MODULE = 60, 350
 RETIRED = {  # words of earlier versions, each with the field's own
-    "deal": "shard", "mend": "repair", "polish": "local search", "toll": "penalty", "loyal": "tie-break", "crowding": "contention",
-    "Tally": "StepCounters", "TextStream": "IncrementalDetokenizer", "TextCodec": "TokenizerBundle", "hear": "on_token",
-    "heard": "received", "nap": "sleep", "ring": "wake", "meeting": "rendezvous", "guest": "client", "hello": "handshake",
-    "World": "ProcessGroup", "regroup": "re-form", "Mover": "MigrationWorker", "normalise": "normalize", "quantise": "quantize",
-}  # fmt: skip
+    "deal": "shard",
+    "mend": "repair",
+    "polish": "local search",
+    "toll": "penalty",
+    "loyal": "tie-break",
+    "crowding": "contention",
+    "Tally": "StepCounters",
+    "TextStream": "IncrementalDetokenizer",
+    "TextCodec": "TokenizerBundle",
+    "hear": "on_token",
+    "heard": "received",
+    "nap": "sleep",
+    "rung": "woken",
+    "meeting": "rendezvous",
+    "guest": "client",
+    "hello": "handshake",
+    "World": "ProcessGroup",
+    "regroup": "re-form",
+    "Mover": "MigrationWorker",
+    "normalise": "normalize",
+    "quantise": "quantize",
+}
 HARD = ("had better", "of no account", "whoever", "where they have met")
 
 
