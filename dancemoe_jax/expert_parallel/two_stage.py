@@ -101,7 +101,7 @@ def _two_stages(layer, compute, transport, live, eager):
             computed = (row < fill) & (row >= tokens) if apart else row < fill
             mine = (codes > 0) & ((codes - 1) // links.slots == place[me]) & computed[:, None]
             # What lives here has not been through the wire's dtype.
-            x, weights = x.at[:tokens].set(layer.x), weights.at[:tokens].set(layer.topk_weights)
+            x, weights = _starting(x, layer.x), _starting(weights, layer.topk_weights)
             return _prefix(compute(x, jnp.where(mine, (codes - 1) % links.slots, -1), weights), total)
 
         return branch
@@ -121,8 +121,12 @@ def _two_stages(layer, compute, transport, live, eager):
 
 def _prefix(rows, total):
     """An array of `total` rows that starts with these; the others hold anything."""
-    rest = _varying(jax.lax.empty((total, rows.shape[1]), rows.dtype))
-    return jax.lax.dynamic_update_slice_in_dim(rest, rows, 0, axis=0)
+    return _starting(_varying(jax.lax.empty((total, rows.shape[1]), rows.dtype)), rows)
+
+
+def _starting(array, rows):
+    """The array with these rows first. (`array.at[:n].set` makes an index without elements, which jax 0.11.2 crashes on.)"""
+    return jax.lax.dynamic_update_slice_in_dim(array, rows, 0, axis=0)
 
 
 def _varying(a):

@@ -54,14 +54,15 @@ class StepResult(NamedTuple):
         tokens: int32 [devices, rows], the greedy next token of every row.
         logits: float32 [devices, rows, vocab] they come from; with `all_logits` [devices, rows, chunk, vocab].
         traffic: int32 [devices, MoE layers] each.
-        notes: int32 [devices, n], what was passed in, of all devices on all of them.
+        control: int32 [devices, n], the control words that were passed in, those of all devices on all of them; None where
+            there were none.
         routed: int32 [devices, tokens, MoE layers, k], experts of every row's tokens, empty rows included.
     """
 
     tokens: jax.Array
     logits: jax.Array
     traffic: Traffic
-    control: jax.Array
+    control: jax.Array | None
     routed: jax.Array
 
 
@@ -124,7 +125,7 @@ def decode_step(
     """One token for every active sequence: token and its position in, the next token out.
 
     Args:
-        notes: numbers of each device that all are to hear, at no cost beyond the step's own.
+        control: numbers of each device that all are to receive, at no cost beyond the step's own.
         routing: takes the place of the router's.
         transport: how rows travel; default: as fits the mesh (dispatch.default_transport).
         wire_dtype: what rows between servers are rounded to, for less traffic than the activations' own type makes.
@@ -135,7 +136,7 @@ def decode_step(
         step = _Step(config, layout, transport or default_transport(mesh), wire_dtype, DECODE_TILE, *rest)
         return _run(step, weights, state, tokens[0][:, None], rows, None)
 
-    return _over_devices(local, mesh)(weights, state, tokens, positions, active, _control(mesh, control), routing)
+    return _over_devices(local, mesh)(weights, state, tokens, positions, active, control, routing)
 
 
 @functools.partial(jax.jit, static_argnames=(*_SHAPES, "all_logits"), donate_argnames=("state",))
@@ -162,7 +163,7 @@ def prefill(
         sequences: which of the device's sequences each row belongs to; rows of one step belong to different ones.
         starts: position of each chunk's first token.
         lengths: tokens of the chunk that count; 0 for a row without work.
-        notes, routing, transport, wire_dtype: as in `decode_step`.
+        control, routing, transport, wire_dtype: as in `decode_step`.
         all_logits: give the logits at every position of the chunk, not only at its last token.
 
     Returns:
@@ -175,12 +176,7 @@ def prefill(
         step = _Step(config, layout, transport or default_transport(mesh), wire_dtype, PREFILL_TILE, *rest)
         return _run(step, weights, state, tokens[0], positions, sequences[0], all_logits)
 
-    control = _control(mesh, control)
     return _over_devices(local, mesh)(weights, state, tokens, sequences, starts, lengths, control, routing)
-
-
-def _control(mesh, control):
-    return jnp.zeros((mesh.size, 0), jnp.int32) if control is None else control
 
 
 def _over_devices(local, mesh):
@@ -207,7 +203,7 @@ class _Step(NamedTuple):
     transport: Transport
     wire_dtype: Any
     tile: int
-    control: jax.Array
+    control: jax.Array | None
     routing: GivenRouting | None
 
 
@@ -219,7 +215,7 @@ def _run(step, weights, state, tokens, positions, sequences, all_logits=False):
     sequence = jnp.arange(rows) if sequences is None else sequences
     cache_positions = jnp.broadcast_to(jnp.arange(config.max_position), (rows, config.max_position))
     tables = weights.tables._replace(device=weights.tables.device[0], slot=weights.tables.slot[0])
-    busy, control = _tell_all(valid.any(), step.control[0])
+    busy, control = _tell_all(valid.any(), step.control)
     compute = functools.partial(slot_experts, layout, weights.pool, tile=step.tile, limit=config.swiglu_limit)
 
     def body(carry, layer_inputs):
@@ -280,8 +276,10 @@ def _run(step, weights, state, tokens, positions, sequences, all_logits=False):
 
 
 def _tell_all(busy, control):
-    """Of every device whether it has tokens, and its notes: the one exchange that every step has."""
-    own = jnp.concatenate([busy[None].astype(jnp.int32), control])
+    """Of every device whether it has tokens, and its control word: the one exchange that every step has."""
+    own = busy[None].astype(jnp.int32)
+    if control is not None:
+        own = jnp.concatenate([own, control[0]])
     here = jnp.arange(jax.lax.axis_size(AXIS)) == jax.lax.axis_index(AXIS)
     everyone = jax.lax.psum(jnp.where(here[:, None], own, 0), AXIS)
-    return everyone[:, 0] > 0, everyone[:, 1:]
+    return everyone[:, 0] > 0, None if control is None else everyone[:, 1:]

@@ -25,7 +25,7 @@ from dancemoe_jax.model.config import ModelConfig
 from launch.engine.request import Request
 from launch.engine.token_sample import Sampler
 
-# What a device wishes, and how far its process has come with a migration, as the columns of a step's notes.
+# What a device wishes, and how far its process has come with a migration, as the columns of a step's control word.
 PREFILL, DECODE, DONE, STOP, REFORM, ORDER, STAGE, GIVEN_UP = range(8)
 
 

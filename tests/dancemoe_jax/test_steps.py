@@ -173,6 +173,20 @@ def test_steps_lower_for_cuda(rng):
     assert "ragged_all_to_all" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.parametrize("transport", ["pairs", "ragged", "all_to_all", "fixed"])
+def test_steps_have_no_array_without_elements(transport, rng):
+    """As a constant it crashes the compiler of jax 0.11.2."""
+    small = Small.make()
+    _, weights = small.place(random_resident(rng))
+    state = init_state(small.config, small.mesh, 2)
+    grid, shapes = np.zeros((4, 2), np.int32), {**small.shapes, "transport": transport}
+    decoding = decode_step.lower(weights, state, grid, grid, grid == 0, **shapes).as_text()
+    chunk, row = np.zeros((4, 1, 8), np.int32), grid[:, :1]
+    for text in (decoding, prefill.lower(weights, state, chunk, row, row, row, **shapes).as_text()):
+        assert re.findall(r"tensor<(?:\d+x)*4x.*?>", text)
+        assert not re.findall(r"tensor<(?:\d+x)*0x.*?>", text)
+
+
 def holds(equation, *names):
     """Whether an equation of a jaxpr, or one inside of it, is one of these."""
     if any(name in f"{equation.primitive.name} {equation.params.get('name', '')}" for name in names):
