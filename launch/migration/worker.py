@@ -138,7 +138,7 @@ class MigrationWorker:
         self._threads.shutdown(wait=False)
 
     def send(self, placement: Placement, likely: np.ndarray, reason: str) -> int:
-        """Command all servers, this one included, to reach a placement. One process sends, one at a time. Returns its number."""
+        """Command all servers, this one included, to reach a placement. Returns its number."""
         number = len(self.outcomes) + 1
         self._channel.put(
             f"order/{number}", MigrationCommand(number, placement, likely, self.epoch + 1, reason).encode()
