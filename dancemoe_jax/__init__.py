@@ -2,29 +2,57 @@
 
 A placement, as `resident` bool [devices, layers, experts], comes from outside (the package `placement`, or anything
 else); what is in here runs it: `fill_pool` and `routing_tables` put it in force, `prefill` and `decode_step` serve,
-`migrate` changes it between two steps.
+`migrate` changes it between two steps. Every error for input that cannot be used is a `DanceMoEError`.
 """
 
-from dancemoe_jax.checkpoint.reader import bundled_model, load_model
-from dancemoe_jax.errors import ModelError
-from dancemoe_jax.expert_parallel.migrate import commit, migrate, stage
-from dancemoe_jax.expert_parallel.pool import ExpertPool, fill_pool, pool_layout, resident_bytes
-from dancemoe_jax.expert_parallel.tables import assign_slots, routing_tables
+from dancemoe_jax.checkpoint.reader import ExpertFile, Model, bundled_model, load_model
+from dancemoe_jax.errors import ArgumentError, DanceMoEError, ModelError, PlacementError, RequestError
+from dancemoe_jax.expert_parallel.migrate import Staged, commit, migrate, stage
+from dancemoe_jax.expert_parallel.pool import ExpertPool, PoolLayout, fill_pool, pool_layout, resident_bytes
+from dancemoe_jax.expert_parallel.tables import Tables, assign_slots, routing_tables
 from dancemoe_jax.inference.generate import generate
-from dancemoe_jax.inference.steps import Weights, decode_step, init_state, place_decoder, place_tables, prefill
+from dancemoe_jax.inference.sampling import SamplingParams
+from dancemoe_jax.inference.steps import (
+    State,
+    StepResult,
+    Weights,
+    decode_step,
+    init_state,
+    place_decoder,
+    place_tables,
+    prefill,
+)
 from dancemoe_jax.mesh import make_mesh
 from dancemoe_jax.model.config import ModelConfig
+from dancemoe_jax.model.decoder import Decoder, Experts, forward
+from dancemoe_jax.model.experts import ExpertWeights
 
 __all__ = [
+    "ArgumentError",
+    "DanceMoEError",
+    "Decoder",
+    "ExpertFile",
     "ExpertPool",
+    "ExpertWeights",
+    "Experts",
+    "Model",
     "ModelConfig",
     "ModelError",
+    "PlacementError",
+    "PoolLayout",
+    "RequestError",
+    "SamplingParams",
+    "Staged",
+    "State",
+    "StepResult",
+    "Tables",
     "Weights",
     "assign_slots",
     "bundled_model",
     "commit",
     "decode_step",
     "fill_pool",
+    "forward",
     "generate",
     "init_state",
     "load_model",

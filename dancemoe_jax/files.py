@@ -9,9 +9,68 @@ from typing import Any
 
 from dancemoe_jax.errors import ModelError
 
+# The largest configuration or index of a published model has 10 MB and 8 levels.
+LONGEST_JSON, DEEPEST_JSON = 2**28, 64
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+def write_json(file: Path, value: dict[str, Any], *, lines: bool = True) -> None:
+    """Write a JSON object: indented for people, or with `lines=False` as short as can be, on one line."""
+    text = json.dumps(value, indent=2) if lines else json.dumps(value)
+    file.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(file: Path, remedy: str = "download it again", *, optional: bool = False) -> dict[str, Any]:
+    """Read a JSON object, a file of at most `LONGEST_JSON` bytes that nests at most `DEEPEST_JSON` deep.
+
+    Args:
+        remedy: what helps where it cannot be read, for the message.
+        optional: give an empty object where there is no file.
+
+    Raises:
+        ModelError: it is missing, too large, no JSON, or JSON that is no object.
+    """
+    if optional and not file.exists():
+        return {}
+    try:
+        with file.open("rb") as opened:
+            data = opened.read(LONGEST_JSON + 1)
+    except FileNotFoundError:
+        raise ModelError(f"{file}: no such file; {remedy}") from None
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read ({error.strerror or error}); {remedy}") from None
+    return parse_json(data, str(file), remedy)
+
+
+def parse_json(data: bytes, where: str, remedy: str) -> dict[str, Any]:
+    """The same from the file's bytes; `where` is named in errors."""
+    if len(data) > LONGEST_JSON:
+        raise ModelError(f"{where}: longer than {LONGEST_JSON} bytes; {remedy}")
+    try:
+        value = json.loads(data.decode("utf-8-sig"))
+    except RecursionError:
+        value, depth = {}, DEEPEST_JSON + 1
+    except ValueError as error:
+        raise ModelError(f"{where}: not readable as JSON ({error}); {remedy}") from None
+    else:
+        depth = _depth(value)
+    if depth > DEEPEST_JSON:
+        raise ModelError(f"{where}: lists and objects nest deeper than {DEEPEST_JSON} levels; {remedy}")
+    if not isinstance(value, dict):
+        raise ModelError(f"{where}: holds a {type(value).__name__}, must be a JSON object; {remedy}")
+    return value
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return depth
 
 
 def write_directory(out: Path, write: Callable[[Path], None]) -> None:
@@ -46,34 +105,3 @@ def replace_directory(fresh: Path, place: Path) -> None:
             old.rename(place)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{file}: no such file; a model store needs it, convert the model again") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file}: not readable as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{file}: holds {type(value).__name__}, must be an object")
-    return value
-
-
-def write_json_line(file: Path, value: dict[str, Any]) -> None:
-    file.write_text(json.dumps(value) + "\n", encoding="utf-8")
-
-
-def read_optional_json(file: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no file."""
-    if not file.exists():
-        return {}
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{file}: not readable as JSON ({error}); download it again or remove it") from None
-    if not isinstance(fields, dict):
-        raise ModelError(
-            f"{file}: holds a {type(fields).__name__}, must be a JSON object; download it again or remove it"
-        )
-    return fields

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from dancemoe_jax.errors import ModelError
+from dancemoe_jax.errors import DanceMoEError
 from placement import InputError
 
 COMMANDS = {
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments) or 0
-    except (InputError, ModelError) as error:
+    except (InputError, DanceMoEError) as error:
         print(f"launch {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output left, as `head` does; nobody is there to be told

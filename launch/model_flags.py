@@ -17,7 +17,7 @@ def add_model_arguments(parser) -> None:
     """The flags of `load`."""
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and activations (float32)")
     parser.add_argument("--int8", action="store_true", help="hold routed experts as int8, a scale per output channel")
-    parser.add_argument("--devices", type=int, default=1, help="devices to deal the experts over (1)")
+    parser.add_argument("--devices", type=int, default=1, help="devices to share the experts (1)")
     parser.add_argument("--context", type=int, help=f"longest sequence (the model's, at most {LONGEST_CONTEXT})")
 
 

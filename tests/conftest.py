@@ -21,7 +21,7 @@ for _name, _value in {
 }.items():
     jax.config.update(_name, type(_value)(os.environ.setdefault(_name.upper(), str(_value))))  # and in what tests start
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_numpy_rank_promotion", "allow")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -54,7 +54,7 @@ def room(size: int, arena: Arena | None) -> np.ndarray:
 
 
 def staging_threads(expert_bytes: int) -> int:
-    """How many threads had better stage experts of a size.
+    """How many threads stage experts of a size fastest.
 
     Large ones wait for the disk, and where all cores compute then again for a core, so more are under way. Small ones
     wait for the interpreter, which more threads would only keep from serving.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 from flax import nnx
 
-from dancemoe_jax.checkpoint.families import Source, expert_sources, layer_sources, whole_sources
+from dancemoe_jax.checkpoint.sources import Source, expert_sources, layer_sources, whole_sources
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.model.decoder import Decoder
 

@@ -42,9 +42,8 @@ def find_extents(database: Path) -> dict[str, Extent]:
     version = ts.ocdbt.dump(base).result()["versions"][-1]
     if version["root_height"]:  # entries of the root are other nodes; a bundle has too few keys for that
         return {}
-    entries = {
-        bytes(e["key"]).decode(): e for e in ts.ocdbt.dump(base, version["root"]["location"]).result()["entries"]
-    }
+    root = ts.ocdbt.dump(base, version["root"]["location"]).result()
+    entries = {bytes(entry["key"]).decode(): entry for entry in root["entries"]}
     extents = {}
     for key, entry in entries.items():
         name, _, chunk = key.partition("/c/")
@@ -78,7 +77,7 @@ def read_extent(extent: Extent, shape: tuple[int, ...], dtype: np.dtype, arena: 
 
     Args:
         arena: where large arrays go. They are read past the page cache unless they are in it: that takes half the
-            processor time, which somebody may need who computes meanwhile. Such an array may not be aligned to its type.
+            processor time, which computing meanwhile may need. Such an array may not be aligned to its type.
 
     Raises:
         OSError: it cannot be read.
@@ -122,5 +121,5 @@ def _is_cached(extent: Extent) -> bool:
     found = (ctypes.c_uint64 * 5)()  # pages that are cached, dirty, in writeback, evicted, recently evicted
     with open(extent.file, "rb") as file:
         part = (ctypes.c_uint64 * 2)(extent.offset, extent.size)
-        told = _syscall(_CACHESTAT, file.fileno(), part, found, 0) if sys.platform == "linux" else -1
-    return told != 0 or found[0] * mmap.PAGESIZE > extent.size / 2
+        status = _syscall(_CACHESTAT, file.fileno(), part, found, 0) if sys.platform == "linux" else -1
+    return status != 0 or found[0] * mmap.PAGESIZE > extent.size / 2

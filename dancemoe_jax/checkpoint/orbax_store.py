@@ -25,7 +25,7 @@ from orbax.checkpoint import v1 as ocp
 from dancemoe_jax.checkpoint.arena import Arena
 from dancemoe_jax.checkpoint.extents import Extent, find_extents, read_extent
 from dancemoe_jax.errors import ModelError
-from dancemoe_jax.files import read_json, replace_directory, write_json_line
+from dancemoe_jax.files import read_json, replace_directory, write_json
 
 FORMAT = "dancemoe.model/1"
 MANIFEST, CONFIG, RECIPE = "model.json", "config.json", "recipe.json"
@@ -55,7 +55,8 @@ class ExpertStore:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        manifest, self.config_fields = read_json(self.path / MANIFEST), read_json(self.path / CONFIG)
+        remedy = "a model store needs it, convert the model again"
+        manifest, self.config_fields = (read_json(self.path / name, remedy) for name in (MANIFEST, CONFIG))
         if manifest.get("format") != FORMAT:
             raise ModelError(f"{self.path / MANIFEST}: format is {manifest.get('format')!r}, must be {FORMAT!r}")
         try:
@@ -92,18 +93,16 @@ class ExpertStore:
         arrays = self._read_extents(bundle, expert, arena)
         if arrays is not None and _checksum(arrays) == checksum:
             return arrays
-        return _read_checked(
-            self.path / bundle, {name: f"{expert:05}.{name}" for name in self._arrays}, checksum, where
-        )
+        keys = {name: f"{expert:05}.{name}" for name in self._arrays}
+        return _read_checked(self.path / bundle, keys, checksum, where)
 
     def _read_extents(self, bundle: str, expert: int, arena: Arena | None) -> Arrays | None:
         """An expert's arrays from where they lie, unchecked; None where they are stored in another way, or not to be read."""
         try:
             if bundle not in self._extents:
                 self._extents[bundle] = find_extents(self.path / bundle / _ORBAX_STATE)
-            extents = [
-                self._extents[bundle][f"{expert:05}.{name}"] for name in self._arrays
-            ]  # all of them, or none is read
+            # All of them, or none is read.
+            extents = [self._extents[bundle][f"{expert:05}.{name}"] for name in self._arrays]
             return {
                 name: read_extent(extent, shape, dtype, arena)
                 for extent, (name, (shape, dtype)) in zip(extents, self.expert_arrays().items(), strict=True)
@@ -175,7 +174,7 @@ class StoreWriter:
         if _recipe(self._part) != recipe:
             shutil.rmtree(self._part, ignore_errors=True)
             self._part.mkdir(parents=True)
-            write_json_line(self._part / RECIPE, recipe)
+            write_json(self._part / RECIPE, recipe, lines=False)
         self._decoder: dict[str, dict[str, Any]] = {}
         self._experts: dict[str, Any] = {"per_bundle": 1, "arrays": {}, "crc32": []}
 
@@ -214,8 +213,9 @@ class StoreWriter:
         """Put the store in its place, with `config.json` and copies of `files` (the tokenizer's)."""
         for file in files:
             shutil.copyfile(file, self._part / file.name)
-        write_json_line(self._part / CONFIG, dict(config_fields))
-        write_json_line(self._part / MANIFEST, {"format": FORMAT, "decoder": self._decoder, "experts": self._experts})
+        write_json(self._part / CONFIG, dict(config_fields), lines=False)
+        manifest = {"format": FORMAT, "decoder": self._decoder, "experts": self._experts}
+        write_json(self._part / MANIFEST, manifest, lines=False)
         os.sync()
         replace_directory(self._part, self.path)
         (self.path / RECIPE).unlink()
@@ -231,10 +231,9 @@ class StoreWriter:
         # Weights hardly compress, and inflating them would be slower than reading them.
         context.array.saving.use_compression = False
         context.memory.deepcopy_host_arrays = False
+        described: Any = {name: _describe(leaf) for name, leaf in tree.items()}
         with context:
-            ocp.save(
-                str(self._part / bundle), tree, custom_metadata={name: _describe(leaf) for name, leaf in tree.items()}
-            )
+            ocp.save(str(self._part / bundle), tree, custom_metadata=described)
 
     def _saved(self, bundle: str) -> dict[str, Any]:
         """What `_save` wrote about the leaves."""

@@ -1,7 +1,7 @@
 """Model directories in the Hugging Face layout: checked before anything is loaded, written whole or not at all.
 
 A directory holds `config.json`, `tokenizer.json` and `model.safetensors` (or shards and their index). Which tensor is which
-parameter is families.py's business, how its bytes are stored tensors.py's. Routed experts come back as host arrays, or one
+parameter is sources.py's business, how its bytes are stored tensor_files.py's. Routed experts come back as host arrays, or one
 at a time straight from the file, because which device gets which expert is not decided here.
 """
 
@@ -19,15 +19,9 @@ from tokenizers import Tokenizer
 
 from dancemoe_jax.checkpoint.arena import Arena
 from dancemoe_jax.checkpoint.expected_tensors import abstract_decoder, expected_tensors, expert_shapes, present
-from dancemoe_jax.checkpoint.families import (
-    Source,
-    expert_sources,
-    layer_sources,
-    read_config,
-    stored_dtype,
-    whole_sources,
-)
+from dancemoe_jax.checkpoint.families import read_config
 from dancemoe_jax.checkpoint.orbax_store import DecoderTensors, ExpertStore, is_store
+from dancemoe_jax.checkpoint.sources import Source, expert_sources, layer_sources, stored_dtype, whole_sources
 from dancemoe_jax.checkpoint.tensor_files import TensorFiles
 from dancemoe_jax.errors import ModelError
 from dancemoe_jax.model.config import ModelConfig
@@ -35,7 +29,6 @@ from dancemoe_jax.model.decoder import Decoder, Experts
 from dancemoe_jax.model.experts import ExpertWeights, dequantize, quantize
 from dancemoe_jax.text.tokenizer import load_tokenizer
 
-WEIGHTS = "model.safetensors"
 _READABLE = ("F16", "F32", "F64", "BF16", "F8_E4M3", "F8_E5M2", "MXFP4")
 
 
@@ -55,7 +48,7 @@ class ExpertFile:
     """A model on disk, its routed experts read one at a time; opening it checks all of its tensors.
 
     Args:
-        path: a Hugging Face directory, or a store of Orbax checkpoints (store.py).
+        path: a Hugging Face directory, or a store of Orbax checkpoints (orbax_store.py).
         dtype: of all weights that are read.
         int8: whether experts are rounded to int8 with a scale per output channel as they are read. A store may hold them
             like that already; they stay so.
@@ -124,13 +117,11 @@ class ExpertFile:
         for (start, stop), layers in zip(self.config.runs, decoder.runs, strict=True):
             for field in present(layers, layer_sources(self.config, start)):
                 shape = getattr(layers, field).shape
-                stacked = _aligned_empty(
-                    shape, stored_dtype(layer_sources(self.config, start)[field].names[0], self._dtype)
-                )
+                source = layer_sources(self.config, start)[field]
+                stacked = _aligned_empty(shape, stored_dtype(source.names[0], self._dtype))
                 for index in range(start, stop):
-                    _bits(stacked)[index - start] = _bits(
-                        self._read(layer_sources(self.config, index)[field], shape[1:])
-                    )
+                    source = layer_sources(self.config, index)[field]
+                    _bits(stacked)[index - start] = _bits(self._read(source, shape[1:]))
                 setattr(layers, field, nnx.Param(jnp.asarray(stacked)))
         return decoder
 
@@ -216,9 +207,9 @@ def _check(path: Path, config: ModelConfig, tensors: TensorFiles | DecoderTensor
             )
     if store is not None:
         shapes = {field: shape for field, (shape, _) in store.expert_arrays().items() if not field.startswith("s_")}
-        asked = {f: shape for f, shape in expert_shapes(config).items() if config.expert_bias or f.startswith("w_")}
+        wanted = {f: shape for f, shape in expert_shapes(config).items() if config.expert_bias or f.startswith("w_")}
         held = (store.num_layers, store.num_experts, shapes)
-        if held != (config.num_moe_layers, config.num_experts, asked):
+        if held != (config.num_moe_layers, config.num_experts, wanted):
             raise ModelError(f"{path}: holds experts {held}, config.json asks for others; convert the model again")
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dancemoe_jax.errors import ModelError
+from dancemoe_jax.files import read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {
@@ -93,7 +94,7 @@ class TensorFiles:
     def read(self, name: str, index: int | slice | None = None, dtype: Any = None) -> np.ndarray:
         """A tensor, or the part of its leading axis that `index` selects; no other bytes are read.
 
-        Quantised tensors come decoded, MXFP4 in the layout of unquantised ones: [experts, inputs, outputs].
+        Quantized tensors come decoded, MXFP4 in the layout of unquantized ones: [experts, inputs, outputs].
 
         Args:
             index: an integer (drops the axis) or a slice of step 1.
@@ -137,11 +138,11 @@ def _stored_tensors(path: Path) -> dict[str, _Stored]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = read_json(index, "not an index of shards, download it again")["weight_map"]
         # A shard is a file of this directory and nothing beyond it.
         if shards and all(isinstance(s, str) and Path(s).name == s for s in shards.values()):
             return shards
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         pass
     raise ModelError(f"{index}: not an index of shards ('weight_map'); download it again")
 
@@ -167,13 +168,10 @@ def _header(file: Path) -> dict[str, _Stored]:
 def _float8_block(path: Path) -> tuple[int, int]:
     """Rows and columns that share one float8 scale."""
     file = path / "config.json"
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-        block = (fields.get("quantization_config") or {}).get("weight_block_size") or (128, 128)
-    except FileNotFoundError:
-        return 128, 128
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"{file}: not readable as a model's configuration ({error})") from None
+    quantization = read_json(file, optional=True).get("quantization_config") or {}
+    if not isinstance(quantization, dict):
+        raise ModelError(f"{file}: quantization_config = {quantization!r}, must be an object; download it again")
+    block = quantization.get("weight_block_size") or (128, 128)
     if not (isinstance(block, list | tuple) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
         raise ModelError(f"{file}: quantization_config.weight_block_size = {block!r}, must be [rows, columns]")
     return block[0], block[1]

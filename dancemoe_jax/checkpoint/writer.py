@@ -12,15 +12,9 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from dancemoe_jax.checkpoint.expected_tensors import present
-from dancemoe_jax.checkpoint.families import (
-    Source,
-    expert_sources,
-    fields_of,
-    layer_sources,
-    stored_dtype,
-    whole_sources,
-)
-from dancemoe_jax.checkpoint.reader import WEIGHTS
+from dancemoe_jax.checkpoint.families import fields_of
+from dancemoe_jax.checkpoint.sources import Source, expert_sources, layer_sources, stored_dtype, whole_sources
+from dancemoe_jax.checkpoint.tensor_files import WEIGHTS
 from dancemoe_jax.errors import ModelError
 from dancemoe_jax.files import write_directory, write_json
 from dancemoe_jax.model.config import ModelConfig
@@ -43,9 +37,8 @@ def stored_tensors(
 
     def of_module(module: nnx.Module, sources: dict[str, Source], index: int | None = None):
         fields = present(module, sources)
-        arrays = {
-            f: np.asarray(getattr(module, f)[...] if index is None else getattr(module, f)[index]) for f in fields
-        }
+        where = ... if index is None else index
+        arrays = {field: np.asarray(getattr(module, field)[where]) for field in fields}
         done: set[tuple[str, ...]] = set()
         for field in fields:
             names = sources[field].names
@@ -95,9 +88,11 @@ def save_hf(out: Path, config: ModelConfig, decoder: Decoder, experts: Experts, 
             "that is written with a model has 256 bytes and the end-of-text token 256"
         )
     weights = jax.tree.map(np.asarray, experts.weights)
-    tensors = dict(
-        stored_tensors(config, decoder, lambda layer, e: jax.tree.map(lambda a: a[layer, e], weights), np.dtype(dtype))
-    )
+
+    def read(layer: int, expert: int) -> ExpertWeights:
+        return jax.tree.map(lambda a: a[layer, expert], weights)
+
+    tensors = dict(stored_tensors(config, decoder, read, np.dtype(dtype)))
     tokenizer_fields = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END_OF_TEXT,

@@ -10,40 +10,58 @@ from dancemoe_jax.mesh import AXIS
 
 
 def size_classes(tokens: int, most: int = 4) -> list[int]:
-    """Rows per pair of devices that an exchange may be sized for: all tokens of the step, half of them, a quarter …"""
+    """Rows per pair of devices that an exchange may be sized for: all tokens of the step, half of them, a quarter …
+
+    >>> size_classes(20)
+    [3, 5, 10, 20]
+    """
     return sorted({-(-tokens // 2**i) for i in range(most)})
 
 
-def exchange_all_to_all(compute, server, need, x, topk_weights, device, slot, fixed, wire):
-    """Buffers of one size for every pair of devices: the smallest of a few that holds the busiest pair, agreed by all."""
+def all_to_all_experts(compute, server, need, x, topk_weights, device, slot, fixed, wire):
+    """Sum of each token's routed experts, with buffers of one size for every pair of devices (inside shard_map).
+
+    The size is the smallest of a few that holds the busiest pair, agreed by all; with `fixed` that of all tokens, always.
+
+    Args:
+        compute: (x, slots, topk_weights) -> weighted sums over the experts in this device's slots.
+        server: int [devices], of each device.
+        need: whether any device may need another in this layer, the same on all devices.
+        device, slot: int [tokens, k], where each assignment is served; device -1 for none.
+        wire: dtype of rows on the wire.
+
+    Returns:
+        The sums [tokens, hidden], and how many rows this device sent to other servers.
+    """
     me, devices = jax.lax.axis_index(AXIS), server.size
     out = compute(x, jnp.where(device == me, slot, -1), topk_weights)
-    needs = (device[:, :, None] == jnp.arange(devices)).any(1) & (jnp.arange(devices) != me)
+    every = jnp.arange(devices)
+    needs = (device[:, :, None] == every[None, None]).any(1) & (every != me)[None]
     away = (server != server[me]).sum()
 
-    def exchange(size: int):
+    def elsewhere(size: int):
         def branch(x, topk_weights):
             with jax.named_scope(f"exchange_{size}"):
-                return _exchange(compute, x, topk_weights, device, slot, needs, size, wire), size * away
+                return _send_and_return(compute, x, topk_weights, device, slot, needs, size, wire), size * away
 
         return branch
 
-    def stay(x, topk_weights):
+    def nowhere(x, topk_weights):
         return jnp.zeros_like(x), 0 * away
 
     sizes = [x.shape[0]] if fixed else size_classes(x.shape[0])
 
-    def agree():
+    def smallest_size():
         busiest = jax.lax.pmax(needs.sum(0).max(), AXIS)
         return jnp.where(busiest > 0, 1 + jnp.searchsorted(jnp.array(sizes), busiest), 0)
 
-    # Known to be local everywhere: not even the question is asked.
-    choice = 1 if fixed else jax.lax.cond(need, agree, lambda: jnp.zeros((), jnp.int32))
-    there, rows = jax.lax.switch(choice, [stay, *map(exchange, sizes)], x, topk_weights)
+    # Known to be local everywhere: the devices need not even agree on a size.
+    choice = 1 if fixed else jax.lax.cond(need, smallest_size, lambda: jnp.zeros((), jnp.int32))
+    there, rows = jax.lax.switch(choice, [nowhere, *map(elsewhere, sizes)], x, topk_weights)
     return out + there, rows
 
 
-def _exchange(compute, x, topk_weights, device, slot, needs, size, wire):
+def _send_and_return(compute, x, topk_weights, device, slot, needs, size, wire):
     """Send each device the tokens that need it, compute what arrives, send the partial sums back."""
     devices, k = needs.shape[1], slot.shape[1]
     # The tokens that need a device, in order, first; `size` is enough for all of them.

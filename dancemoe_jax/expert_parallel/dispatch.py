@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from dancemoe_jax.expert_parallel.all_to_all import exchange_all_to_all
+from dancemoe_jax.expert_parallel.all_to_all import all_to_all_experts
 from dancemoe_jax.expert_parallel.links import Links, live_links
 from dancemoe_jax.expert_parallel.tables import Tables
-from dancemoe_jax.expert_parallel.two_stage import exchange
+from dancemoe_jax.expert_parallel.two_stage import two_stage_experts
 from dancemoe_jax.mesh import AXIS
 
 # "fixed" is the all_to_all of the textbook: one size for all tokens of a step, always, whatever is needed.
@@ -72,7 +72,7 @@ def dispatch(
     slot = tables.slot[topk_ids]
     if transport in ("pairs", "ragged"):
         live = live_links(tables.needs, busy)
-        out, rows = exchange(
+        out, rows = two_stage_experts(
             links,
             compute,
             x,
@@ -85,15 +85,15 @@ def dispatch(
             wire_dtype=wire_dtype,
         )
     else:
-        need = (tables.needs & busy).any()
+        need = (tables.needs & busy[None, None]).any()
         fixed = transport == "fixed"
-        out, rows = exchange_all_to_all(
+        out, rows = all_to_all_experts(
             compute, server, need, x, topk_weights, device, slot, fixed, wire_dtype or x.dtype
         )
     there = server[device]
     here = server[jax.lax.axis_index(AXIS)]
     servers = jnp.array(sorted(set(links.server)))
-    crossings = ((device >= 0)[:, :, None] & (there[:, :, None] == servers) & (servers != here)).any(1)
+    crossings = (device >= 0)[:, :, None] & (there[:, :, None] == servers[None, None]) & (servers != here)[None, None]
     remote = jnp.sum((device >= 0) & (there != here))
-    traffic = Traffic(jnp.sum(device >= 0) - remote, remote, crossings.sum(), rows)
+    traffic = Traffic(jnp.sum(device >= 0) - remote, remote, crossings.any(1).sum(), rows)
     return out, jax.tree.map(lambda a: a.astype(jnp.int32), traffic)

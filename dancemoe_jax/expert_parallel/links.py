@@ -6,7 +6,7 @@ import functools
 import numpy as np
 from jaxtyping import Array, Bool
 
-from dancemoe_jax.errors import ModelError
+from dancemoe_jax.errors import PlacementError
 
 Pairs = tuple[tuple[int, int], ...]
 
@@ -28,7 +28,7 @@ class Links:
     within: tuple[Pairs, ...]
 
     @property
-    def place(self) -> tuple[int, ...]:
+    def index_on_server(self) -> tuple[int, ...]:
         """Index of each device within its server."""
         return tuple(self.server[:d].count(s) for d, s in enumerate(self.server))
 
@@ -43,13 +43,13 @@ def make_links(device_server: tuple[int, ...], slots: int) -> Links:
     """Pairs and rounds for devices on these servers, gateways shared evenly among a server's devices.
 
     Raises:
-        ModelError: more slots on a server than a row's header can name.
+        PlacementError: more slots on a server than a row's header can name.
     """
     server = tuple(int(s) for s in device_server)
     members = {s: [d for d, other in enumerate(server) if other == s] for s in sorted(set(server))}
     most = max(map(len, members.values()))
     if slots * most >= 2**16:
-        raise ModelError(
+        raise PlacementError(
             f"exchange: {most} devices on a server with {slots} slots each; slots of a server must stay below {2**16}"
         )
     across, within = [], []
@@ -96,7 +96,7 @@ def live_links(
     needs: Bool[Array, "devices devices devices"], busy: Bool[Array, " devices"]
 ) -> Bool[Array, "devices devices"]:
     """Pairs that may carry something in a layer: `link_needs` of the layer, and which devices have tokens in this step."""
-    return (needs & busy).any(-1)
+    return (needs & busy[None, None]).any(-1)
 
 
 def linked_pairs(rounds, devices):

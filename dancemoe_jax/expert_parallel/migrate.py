@@ -13,7 +13,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dancemoe_jax.expert_parallel.pool import ExpertPool, PoolLayout, local_devices, write_experts
+from dancemoe_jax.arguments import check_mesh
+from dancemoe_jax.errors import ArgumentError
+from dancemoe_jax.expert_parallel.pool import (
+    ExpertPool,
+    PoolLayout,
+    check_pool,
+    check_slots,
+    local_devices,
+    write_experts,
+)
 from dancemoe_jax.expert_parallel.tables import assign_slots
 from dancemoe_jax.model.experts import ExpertWeights
 
@@ -52,8 +61,11 @@ def stage(
         threads: call it; default: four new ones.
 
     Raises:
-        ModelError: the placement does not fit the pool or leaves an expert uncovered; nothing has changed then.
+        ArgumentError: mesh, layout, slots and resident are not over the same devices, layers and experts.
+        PlacementError: the placement does not fit the pool or leaves an expert uncovered. Nothing has changed then.
     """
+    check_mesh(mesh, len(layout.capacity))
+    check_slots(layout, slots)
     new = assign_slots(layout, resident, previous=slots)
     own = local_devices(mesh)
     added = (new >= 0) & (slots < 0)
@@ -83,16 +95,39 @@ def rewrite(layout: PoolLayout, mesh: Mesh, slots: np.ndarray, read: Callable[[i
 
 
 def commit(pool: ExpertPool, layout: PoolLayout, mesh: Mesh, staged: Staged) -> ExpertPool:
-    """Write what is staged into the pool's own memory. The pool passed in must not be used afterwards."""
+    """Write what is staged into the pool's own memory. The pool passed in must not be used afterwards.
+
+    Raises:
+        ArgumentError: pool, layout and mesh do not belong together, or `staged` is for other devices.
+    """
+    check_mesh(mesh, len(layout.capacity))
+    check_pool(layout, pool)
+    if not isinstance(staged, Staged) or not set(staged.writes) <= set(local_devices(mesh)):
+        found = sorted(staged.writes) if isinstance(staged, Staged) else type(staged).__name__
+        raise ArgumentError(f"staged: {found}, must be what stage returned for this process's devices of the mesh")
     return write_experts(pool, layout, mesh, staged.writes)
 
 
 def migrate(
     pool: ExpertPool, slots: np.ndarray, resident: np.ndarray, read: Callable, *, layout: PoolLayout, mesh: Mesh
 ) -> tuple[ExpertPool, np.ndarray]:
-    """Stage and commit in one call, between two steps; the new pool and slot assignment.
+    """Stage and commit in one call, between two steps.
 
-    Make the new tables with `routing_tables(slots, …)` and pass both to the next step.
+    Make the new tables with `routing_tables(layout, slots)` and pass both to the next step.
+
+    Args:
+        pool: must not be used afterwards, because its memory becomes the new pool's.
+        slots: the assignment in force, int [devices, layers, experts].
+        resident: the new placement, bool [devices, layers, experts].
+        read: (layer, expert) -> its weights on the host, in the pool's types.
+
+    Returns:
+        The new pool, and the new assignment int32 [devices, layers, experts].
+
+    Raises:
+        ArgumentError: pool, slots, resident, layout and mesh do not belong together.
+        PlacementError: the placement does not fit the pool or leaves an expert uncovered. Nothing has changed then.
     """
+    check_pool(layout, pool)
     staged = stage(layout, mesh, slots, resident, read)
     return commit(pool, layout, mesh, staged), staged.slots

@@ -56,21 +56,23 @@ class _Turn(NamedTuple):
         Returns: the buffer, the rows that this pair sends, and how many have been sent.
         """
 
-        def quiet():
-            return jnp.zeros_like(count), nothing
+        no_row = jnp.zeros_like(buffer, shape=(1, buffer.shape[1]))
 
-        def ask():
-            return jnp.where(self.receiving, self.permute(count), 0), nothing
+        def nothing():
+            return jnp.zeros_like(count), no_row
 
-        def tell():
+        def count_alone():
+            return jnp.where(self.receiving, self.permute(count), 0), no_row
+
+        def count_and_row():
             message = jnp.concatenate([to_words(count[None]), self.outgoing(take, buffer, 0, 1)], axis=1)
             message = self.permute(message)
             return jnp.where(self.receiving, from_words(message[:, :2], jnp.int32)[0, 0], 0), message[:, 2:]
 
-        nothing = jnp.zeros_like(buffer, shape=(1, buffer.shape[1]))
-        told, row = jax.lax.switch(live.astype(int) + (live & eager), [quiet, ask, tell])
-        buffer = _once(live & eager, lambda buffer: self.arriving(buffer, 0, row), buffer)
-        return buffer, jnp.where(self.sending, count * live, told), (live & eager).astype(told.dtype)
+        first = live & eager
+        received, row = jax.lax.switch(live.astype(int) + first, [nothing, count_alone, count_and_row])
+        buffer = _once(first, lambda buffer: self.arriving(buffer, 0, row), buffer)
+        return buffer, jnp.where(self.sending, count * live, received), first.astype(received.dtype)
 
 
 def point_to_point_hop(rounds, me, wants, live, eager, take, buffer, fill, wire):
@@ -124,10 +126,10 @@ def _pairs_back(turns, most, wire, out):
 
 def _own_pair(pairs, me, devices):
     """The pair that this device is in; itself twice where it is in none."""
-    ends = np.stack([np.arange(devices)] * 2)
+    pair_of = np.stack([np.arange(devices)] * 2)
     for source, target in pairs:
-        ends[:, source] = ends[:, target] = source, target
-    return jnp.array(ends[0])[me], jnp.array(ends[1])[me]
+        pair_of[:, source] = pair_of[:, target] = source, target
+    return jnp.array(pair_of[0])[me], jnp.array(pair_of[1])[me]
 
 
 def _stream(permute, start, stop, most, take, put, carry):

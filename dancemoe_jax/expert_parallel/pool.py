@@ -1,8 +1,9 @@
-"""Slots for expert weights: each device's flat pool, shared by all layers and sized once, and computing out of it.
+"""Slots for expert weights: each device's flat pool, shared by all layers and sized once.
 
 A pool is a list of banks, the same list of shapes on every device, because one program runs on all. Where devices have
 unequal memory, the smaller ones pass a bank of theirs a second time in place of the banks that they have no memory for:
-one buffer, two names, no bytes. Which expert sits in which slot is tables.py's business, changing it is migrate.py's.
+one buffer, two names, no bytes. Which expert sits in which slot is tables.py's business, changing it is
+migrate.py's, computing experts out of slots slot_experts.py's.
 """
 
 import collections
@@ -19,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dancemoe_jax.errors import ModelError
+from dancemoe_jax.arguments import check_array, check_mesh
+from dancemoe_jax.errors import ArgumentError, PlacementError
 from dancemoe_jax.expert_parallel.links import Links, make_links
 from dancemoe_jax.mesh import sharded
 from dancemoe_jax.model.experts import ExpertWeights
@@ -71,7 +73,7 @@ class PoolLayout:
         return bank if bank < self.owned(device) else self.banks.index(self.banks[bank])
 
     def locate(self, slot: int) -> tuple[int, int]:
-        """Bank of a slot and its place there."""
+        """Bank of a slot, and its row in that bank."""
         bank = int(np.searchsorted(self.starts, slot, side="right")) - 1
         return bank, slot - self.starts[bank]
 
@@ -83,17 +85,31 @@ def pool_layout(capacity: Sequence[int], server: Iterable[SupportsInt] | None = 
     cut so that a bank of each step's size is among them. Steps too large for that are cut into equal parts.
 
     Args:
-        capacity: slots of each device.
-        server: of each device, a number; default: all are on one.
+        capacity: slots of each device, at least one.
+        server: of each device, a number from 0; default: all are on one.
+
+    Returns:
+        The layout, static and hashable: steps are compiled for it.
 
     Raises:
-        ModelError: a device has no slot at all, or there is not one server for each.
+        ArgumentError: `capacity` or `server` is no list of whole numbers, or there is not one server for each device.
+        PlacementError: a device has no slot at all.
+
+    >>> layout = pool_layout([2, 3, 5], server=[0, 1, 1])
+    >>> layout.banks, [layout.owned(device) for device in range(3)]
+    ((1, 1, 1, 1, 1), [2, 3, 5])
     """
-    server = tuple(int(s) for s in server) if server is not None else (0,) * len(capacity)
-    if len(server) != len(capacity):
-        raise ModelError(f"pool: {len(capacity)} devices, but servers of {len(server)}")
+    capacity = tuple(capacity)
+    server = (0,) * len(capacity) if server is None else tuple(server)
+    for name, numbers in (("capacity", capacity), ("server", server)):
+        check_array(name, np.array(numbers, None if len(numbers) else int), "integers", {"devices": len(capacity)})
+    capacity, server = tuple(int(slots) for slots in capacity), tuple(int(number) for number in server)
+    if not capacity or min(server) < 0:
+        raise ArgumentError(
+            f"capacity, server: {list(capacity)}, {list(server)}; give each device slots and a server from 0"
+        )
     if min(capacity) < 1:
-        raise ModelError(
+        raise PlacementError(
             f"device {int(np.argmin(capacity))} has room for no expert; give it more memory or leave it out"
         )
     levels = sorted(set(capacity))
@@ -103,11 +119,11 @@ def pool_layout(capacity: Sequence[int], server: Iterable[SupportsInt] | None = 
         steps = [size for step in steps for size in [part] * (step // part) + [step % part] * (step % part > 0)]
     shared = sorted(set(steps))
     rest = levels[0] - sum(shared)
-    return PoolLayout(tuple(int(c) for c in capacity), (*([rest] if rest else []), *shared, *steps), server)
+    return PoolLayout(capacity, (*([rest] if rest else []), *shared, *steps), server)
 
 
 def local_devices(mesh: Mesh) -> list[int]:
-    """Places in the mesh of this process's devices."""
+    """Indices in the mesh of this process's devices."""
     return [i for i, device in enumerate(mesh.devices) if device.process_index == jax.process_index()]
 
 
@@ -151,7 +167,12 @@ def fill_pool(
         slots: int [devices, layers, experts], slot of each resident expert or -1 (tables.assign_slots).
         read: (layer, expert) -> its weights on the host, in the pool's types. Called once for each copy, from several
             threads; a few experts are in host memory at a time.
+
+    Raises:
+        ArgumentError: mesh, layout and slots are not over the same devices, or a slot is not in its device's pool.
     """
+    check_mesh(mesh, len(layout.capacity))
+    check_slots(layout, slots)
     example = read(0, 0)
 
     def empty(device: int) -> list[ExpertWeights]:
@@ -173,6 +194,27 @@ def fill_pool(
 
     pool = assemble(mesh, layout, {device: empty(device) for device in local_devices(mesh)})
     return write_experts(pool, layout, mesh, {device: experts_of(device) for device in local_devices(mesh)})
+
+
+def check_pool(layout: PoolLayout, pool: ExpertPool) -> None:
+    """Raise ArgumentError unless `pool` has the banks of a layout."""
+    rows = [bank.w_in.shape[0] for bank in pool.banks] if isinstance(pool, ExpertPool) else type(pool).__name__
+    wanted = [len(layout.capacity) * slots for slots in layout.banks]
+    if rows != wanted:
+        raise ArgumentError(
+            f"pool: banks of {rows} slots over all devices, layout asks for {wanted}; fill it with fill_pool"
+        )
+
+
+def check_slots(layout: PoolLayout, slots: np.ndarray) -> None:
+    """Raise ArgumentError unless `slots` is an assignment to the pools of a layout: int [devices, layers, experts]."""
+    check_array("slots", slots, "integers", {"devices": len(layout.capacity), "layers": None, "experts": None})
+    for device, capacity in enumerate(layout.capacity):
+        if slots[device].size and not -1 <= slots[device].min() <= slots[device].max() < capacity:
+            raise ArgumentError(
+                f"slots: {slots[device].min()} to {slots[device].max()} on device {device}, must be its slots 0 to "
+                f"{capacity - 1}, or -1 for none; make them with assign_slots"
+            )
 
 
 def read_ahead(
@@ -204,16 +246,16 @@ def write_experts(
 
     def flush(device: int, bank: int, rows: list[tuple[int, ExpertWeights]]) -> None:
         rows = rows + [rows[-1]] * (WRITE_ROWS - len(rows))
-        places = np.array([place for place, _ in rows], np.int32)
+        at = np.array([row for row, _ in rows], np.int32)
         own = buffers[device]
         weights = jax.tree.map(_stacked, own[bank], *(one for _, one in rows))
-        own[bank] = _write(own[bank], *jax.device_put((places, weights), mesh.devices[device]))
+        own[bank] = _write(own[bank], *jax.device_put((at, weights), mesh.devices[device]))
 
     for device, own_writes in writes.items():
         pending: dict[int, list] = {}
         for slot, weights in own_writes:
-            bank, place = layout.locate(slot)
-            pending.setdefault(bank, []).append((place, weights))
+            bank, row = layout.locate(slot)
+            pending.setdefault(bank, []).append((row, weights))
             if len(pending[bank]) == WRITE_ROWS:
                 flush(device, bank, pending.pop(bank))
         for bank, rows in pending.items():
@@ -228,22 +270,28 @@ def _stacked(array: jax.Array, *parts: np.ndarray) -> np.ndarray:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _write(bank, places, values):
-    """bank[places[i]] = values[i] in place; a place named twice has the same value twice."""
+def _write(bank, at, values):
+    """bank[at[i]] = values[i] in place; a row named twice has the same value twice."""
 
     def put(array, rows):
         for i in range(WRITE_ROWS):
-            array = jax.lax.dynamic_update_index_in_dim(array, rows[i], places[i], axis=0)
+            array = jax.lax.dynamic_update_index_in_dim(array, rows[i], at[i], axis=0)
         return array
 
     return jax.tree.map(put, bank, values)
 
 
 def resident_bytes(pool: ExpertPool, mesh: Mesh) -> np.ndarray:
-    """Bytes of pool memory on each device, int64 [devices], from the arrays: a buffer passed twice counts once."""
+    """Bytes of pool memory on each device, int64 [devices], from the arrays: a buffer passed twice counts once.
+
+    Raises:
+        ArgumentError: the pool is on other devices than the mesh.
+    """
     sizes: list[dict[int, int]] = [{} for _ in mesh.devices]
     index = {device: i for i, device in enumerate(mesh.devices)}
     for bank in jax.tree.leaves(pool):
         for shard in bank.addressable_shards:
+            if shard.device not in index:
+                raise ArgumentError(f"mesh: {mesh.size} devices without {shard.device}, which holds a part of the pool")
             sizes[index[shard.device]][shard.data.unsafe_buffer_pointer()] = shard.data.nbytes
     return np.array([sum(buffers.values()) for buffers in sizes], np.int64)

@@ -10,7 +10,7 @@ from dancemoe_jax.mesh import AXIS
 
 
 def ragged_hop(rounds, me, wants, live, eager, take, buffer, fill, wire):
-    """The same as `_pairs`, with one collective of uneven sizes each way. What is not wanted is not sent anyway."""
+    """The same as `point_to_point_hop`, with one collective of uneven sizes each way: nothing travels that is not wanted."""
     count, devices = wants.shape
     targets = int(np.max(linked_pairs(rounds, devices).sum(1)))
     counts = wants.sum(0, dtype=jnp.int32)
@@ -48,9 +48,11 @@ def _ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offset
 
     def gathered(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes):
         me = jax.lax.axis_index(AXIS)
-        operands, starts, sizes, places = jax.lax.all_gather((operand, input_offsets, send_sizes, output_offsets), AXIS)
+        operands, starts, sizes, offsets = jax.lax.all_gather(
+            (operand, input_offsets, send_sizes, output_offsets), AXIS
+        )
         for source, rows in enumerate(operands):
-            index = jnp.arange(len(output)) - places[source, me]
+            index = jnp.arange(len(output)) - offsets[source, me]
             hit = (index >= 0) & (index < sizes[source, me])
             output = jnp.where(hit[:, None], rows.at[starts[source, me] + index].get(mode="clip"), output)
         return output

@@ -41,11 +41,11 @@ def slot_experts(
     rows = jnp.concatenate([x[order // k], jnp.zeros((tile, x.shape[1]), x.dtype)])
 
     def take(bank: ExpertWeights):
-        def one(array, place):
-            own = jax.lax.dynamic_index_in_dim(array, place, keepdims=False)
+        def one(array, row):
+            own = jax.lax.dynamic_index_in_dim(array, row, keepdims=False)
             return jax.lax.bitcast_convert_type(own, jnp.bfloat16) if array.dtype == BFLOAT16_BITS else own
 
-        return lambda place: jax.tree.map(lambda array: one(array, place), bank)
+        return lambda row: jax.tree.map(lambda array: one(array, row), bank)
 
     branches = [take(bank) for bank in pool.banks]
     starts = jnp.array(layout.starts, jnp.int32)

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dancemoe_jax.errors import ModelError
+from dancemoe_jax.arguments import check_array
+from dancemoe_jax.errors import PlacementError
 from dancemoe_jax.expert_parallel.links import link_needs
-from dancemoe_jax.expert_parallel.pool import PoolLayout
+from dancemoe_jax.expert_parallel.pool import PoolLayout, check_slots
 
 
 class Tables(NamedTuple):
@@ -19,7 +20,7 @@ class Tables(NamedTuple):
         device: int32 [devices, layers, experts], the device whose copy the source uses; sharded by source.
         slot: int32 [devices, layers, experts], the slot of that copy; sharded by source.
         needs: bool [layers, devices, devices, devices], whether the pair (source, target) may carry rows of the tokens of a
-            device (exchange.link_needs); replicated.
+            device (links.link_needs); replicated.
         eager: bool [layers, devices, devices], pairs whose first row goes before it is known that it is needed; replicated.
     """
 
@@ -40,20 +41,31 @@ def assign_slots(layout: PoolLayout, resident: np.ndarray, previous: np.ndarray 
         int32 [devices, layers, experts], slot or -1.
 
     Raises:
-        ModelError: more experts on a device than it has slots, or an expert that is nowhere.
+        ArgumentError: `resident` or `previous` is not over the layout's devices, or they differ in layers and experts.
+        PlacementError: more experts on a device than it has slots, or an expert that is nowhere.
+
+    >>> from dancemoe_jax import pool_layout
+    >>> layout = pool_layout([2, 1])
+    >>> assign_slots(layout, np.array([[[True, True, False]], [[False, False, True]]])).tolist()
+    [[[0, 1, -1]], [[-1, -1, 0]]]
     """
-    resident = np.asarray(resident, bool)
-    if resident.ndim != 3 or resident.shape[0] != len(layout.capacity):
-        raise ModelError(f"placement: resident has shape {resident.shape}, the pool has {len(layout.capacity)} devices")
+    check_array("resident", resident, "booleans", {"devices": len(layout.capacity), "layers": None, "experts": None})
+    resident = np.asarray(resident)
     for device, capacity in enumerate(layout.capacity):
         if (held := int(resident[device].sum())) > capacity:
-            raise ModelError(f"placement: device {device} is to hold {held} experts, its pool has {capacity} slots")
+            raise PlacementError(f"placement: device {device} is to hold {held} experts, its pool has {capacity} slots")
     uncovered = np.argwhere(~resident.any(0))
     if len(uncovered):
         layer, expert = uncovered[0]
-        raise ModelError(f"placement: expert {expert} of layer {layer} is on no device ({len(uncovered)} uncovered)")
+        raise PlacementError(
+            f"placement: expert {expert} of layer {layer} is on no device ({len(uncovered)} uncovered)"
+        )
     slots = np.full(resident.shape, -1, np.int32)
     if previous is not None:
+        check_slots(layout, previous)
+        check_array(
+            "previous", previous, "integers", dict(zip(("devices", "layers", "experts"), resident.shape, strict=True))
+        )
         slots = np.where(resident, previous, -1).astype(np.int32)
     for device, capacity in enumerate(layout.capacity):
         new = resident[device] & (slots[device] < 0)
@@ -79,11 +91,30 @@ def routing_tables(
         serving: int [servers, layers, experts], the server that a planner wants to serve each server's calls; where it
             holds no copy, the links decide.
         likely: bool [servers, layers, servers], whether a step of row's tokens is so sure to need column in a layer that
-            its first row had better go without asking; default: nobody.
+            its first row goes without asking; default: nowhere.
+
+    Returns:
+        Tables of numpy arrays; `place_tables` puts them on devices.
+
+    Raises:
+        ArgumentError: an array does not fit the layout, or another one.
+        PlacementError: an expert has no slot anywhere.
+
+    >>> from dancemoe_jax import pool_layout
+    >>> layout = pool_layout([2, 1], server=[0, 1])
+    >>> routing_tables(layout, np.array([[[0, 1, -1]], [[-1, -1, 0]]])).device.tolist()
+    [[[0, 0, 1]], [[0, 0, 1]]]
     """
+    check_slots(layout, slots)
     devices, layers, experts = slots.shape
     device_server = np.asarray(layout.server)
     servers = int(device_server.max()) + 1
+    _check_server_arrays(link_cost, serving, likely, servers, layers, experts)
+    if len(uncovered := np.argwhere((slots < 0).all(0))):
+        layer, expert = uncovered[0]
+        raise PlacementError(
+            f"slots: expert {expert} of layer {layer} has a slot on no device ({len(uncovered)} have none)"
+        )
     cost = np.ones((servers, servers)) if link_cost is None else np.asarray(link_cost, float)
     # 0 = this device, 1 = this server, 2 and up = other servers by the rank of their link's cost.
     ranks = np.stack([np.unique(row, return_inverse=True)[1] for row in cost]) + 2
@@ -106,3 +137,12 @@ def routing_tables(
     if likely is not None:
         eager |= np.asarray(likely)[device_server][:, :, device_server].transpose(1, 0, 2)
     return Tables(chosen, slot.astype(np.int32), link_needs(layout.links, chosen), eager)
+
+
+def _check_server_arrays(link_cost: Any, serving: Any, likely: Any, servers: int, layers: int, experts: int) -> None:
+    if link_cost is not None:
+        check_array("link_cost", link_cost, "numbers", {"servers": servers, "to servers": servers})
+    if serving is not None:
+        check_array("serving", serving, "integers", {"servers": servers, "layers": layers, "experts": experts})
+    if likely is not None:
+        check_array("likely", likely, "booleans", {"servers": servers, "layers": layers, "to servers": servers})

@@ -23,7 +23,7 @@ from dancemoe_jax.expert_parallel.wire import LayerRows
 from dancemoe_jax.mesh import AXIS
 
 
-def exchange(
+def two_stage_experts(
     links: Links,
     compute: Callable,
     x: Float[Array, "tokens hidden"],
@@ -76,11 +76,11 @@ def _two_stages(layer, compute, transport, live, eager):
     tokens, k = layer.device.shape
     here = tokens * (1 + links.fan_in(links.across))
     total = here * (1 + links.fan_in(links.within))
-    server, place = jnp.array(links.server), jnp.array(links.place)
+    server, index_on_server = jnp.array(links.server), jnp.array(links.index_on_server)
 
     buffer = _prefix(layer.pack(None, jnp.arange(tokens), me), total)
-    to_server = (server[layer.device][:, :, None] == server) & (layer.device >= 0)[:, :, None]
-    wants = to_server.any(1) & jnp.array(linked_pairs(links.across, len(server)))[me]
+    to_server = (server[layer.device][:, :, None] == server[None, None]) & (layer.device >= 0)[:, :, None]
+    wants = to_server.any(1) & jnp.array(linked_pairs(links.across, len(server)))[me][None]
     buffer, fill, back_across, rows = hop(
         links.across, me, wants, live, eager, layer.pack, buffer, _varying(jnp.int32(tokens)), layer.wire
     )
@@ -88,7 +88,8 @@ def _two_stages(layer, compute, transport, live, eager):
     if links.within:
         codes = buffer[:here, -k:].astype(jnp.int32)
         at = jnp.where(codes > 0, (codes - 1) // links.slots, -1)
-        wants = (at[:, :, None] == place).any(1) & (server == server[me]) & (jnp.arange(len(server)) != me)
+        siblings = (server == server[me]) & (jnp.arange(len(server)) != me)
+        wants = (at[:, :, None] == index_on_server[None, None]).any(1) & siblings[None]
         wants = wants & (jnp.arange(here) < fill)[:, None]
         buffer, fill, back_within, _ = hop(
             links.within, me, wants, live, eager, lambda buffer, index, _: buffer[index], buffer, fill, layer.wire
@@ -99,7 +100,7 @@ def _two_stages(layer, compute, transport, live, eager):
             x, weights, codes = layer.unpack(buffer[:size])
             row = jnp.arange(size)
             computed = (row < fill) & (row >= tokens) if apart else row < fill
-            mine = (codes > 0) & ((codes - 1) // links.slots == place[me]) & computed[:, None]
+            mine = (codes > 0) & ((codes - 1) // links.slots == index_on_server[me]) & computed[:, None]
             # What lives here has not been through the wire's dtype.
             x, weights = _starting(x, layer.x), _starting(weights, layer.topk_weights)
             return _prefix(compute(x, jnp.where(mine, (codes - 1) % links.slots, -1), weights), total)

@@ -24,10 +24,10 @@ class LayerRows(NamedTuple):
 
     def pack(self, _, index, target):
         """Rows `index` of the tokens as the server of device `target` reads them."""
-        server, place = jnp.array(self.links.server), jnp.array(self.links.place)
+        server, index_on_server = jnp.array(self.links.server), jnp.array(self.links.index_on_server)
         device = self.device[index]
-        there = (device >= 0) & (server[device] == server[target][..., None])
-        code = jnp.where(there, 1 + self.slot[index] + self.links.slots * place[device], 0)
+        there = (device >= 0) & (server[device] == jnp.broadcast_to(server[target], index.shape)[:, None])
+        code = jnp.where(there, 1 + self.slot[index] + self.links.slots * index_on_server[device], 0)
         return jnp.concatenate(
             [
                 to_words(self.x[index].astype(self.wire)),

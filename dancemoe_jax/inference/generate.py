@@ -7,10 +7,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dancemoe_jax.errors import ModelError
+from dancemoe_jax.arguments import check_mesh
+from dancemoe_jax.errors import ArgumentError, RequestError
 from dancemoe_jax.expert_parallel.dispatch import Transport
 from dancemoe_jax.expert_parallel.pool import PoolLayout, local_devices
-from dancemoe_jax.inference.steps import Weights, decode_step, init_state, prefill
+from dancemoe_jax.inference.steps import State, Weights, decode_step, init_state, prefill
 from dancemoe_jax.mesh import own_rows, shard_rows
 from dancemoe_jax.model.config import ModelConfig
 
@@ -26,38 +27,32 @@ def generate(
     chunk: int = 64,
     transport: Transport | None = None,
 ) -> list[list[int]]:
-    """Greedy continuation of each prompt, prompts dealt over the devices in turn.
+    """Greedy continuation of each prompt, prompts shared out over the devices in turn.
 
     Args:
+        weights: the model, its experts placed.
         prompts: token ids, at least one each.
         max_tokens: tokens to generate for each prompt, fewer where the end-of-text token or the context ends it.
+        config, layout, mesh: what the weights were made with.
+        chunk: tokens of each prompt in one prefill step.
+        transport: as in `decode_step`.
 
     Returns:
         The generated tokens of each prompt, end-of-text not included. Where several processes run this together, each
         gets those of the prompts on its own devices, and empty lists for the others.
 
     Raises:
-        ModelError: an empty prompt, one that leaves no room in the context, or ids outside the vocabulary.
+        RequestError: an empty prompt, one that leaves no room in the context, or ids outside the vocabulary.
+        ArgumentError: config, layout and mesh are not those of the weights, or a number makes no sense.
     """
+    check_mesh(mesh, len(layout.capacity))
+    if max_tokens < 0 or chunk < 1:
+        raise ArgumentError(f"max_tokens, chunk: {max_tokens}, {chunk}; must be at least 0 and at least 1")
     for number, prompt in enumerate(prompts):
         check_prompt(config, prompt, f"prompt {number}")
-    per_device = max(1, -(-len(prompts) // mesh.size))
-    state = init_state(config, mesh, per_device, weights.decoder.embedding[...].dtype)
-    grid = (mesh.size, per_device)
-    length = np.zeros(grid, np.int32)
-    padded = np.zeros((*grid, -(-config.max_position // chunk) * chunk), np.int32)
-    for i, prompt in enumerate(prompts):
-        padded[i % mesh.size, i // mesh.size, : len(prompt)] = prompt
-        length[i % mesh.size, i // mesh.size] = len(prompt)
     shapes: Any = {"config": config, "layout": layout, "mesh": mesh, "transport": transport}
-    current = np.zeros(grid, np.int32)
-    sequences = np.broadcast_to(np.arange(per_device, dtype=np.int32), grid)
-    for start in range(0, int(length.max()), chunk):
-        lengths = np.clip(length - start, 0, chunk)
-        rows = (padded[:, :, start : start + chunk], sequences, np.full(grid, start, np.int32), lengths)
-        state, result = prefill(weights, state, *(shard_rows(mesh, part) for part in rows), **shapes)
-        for device, tokens in own_rows(result.tokens).items():
-            current[device] = np.where(lengths[device] > 0, tokens, current[device])
+    grid = (mesh.size, max(1, -(-len(prompts) // mesh.size)))
+    state, length, current = _prefill_all(weights, prompts, grid, chunk, shapes)
     outputs: list[list[int]] = [[] for _ in prompts]
     active = (length > 0) & np.isin(np.arange(mesh.size), local_devices(mesh))[:, None]
     elsewhere = jax.process_count() > 1
@@ -80,12 +75,40 @@ def generate(
     return outputs
 
 
+def _prefill_all(
+    weights: Weights, prompts: Sequence[Sequence[int]], grid: tuple[int, int], chunk: int, shapes: dict[str, Any]
+) -> tuple[State, np.ndarray, np.ndarray]:
+    """All prompts, chunk by chunk: the state, and of each [device, sequence] its length and its first new token."""
+    config, mesh = shapes["config"], shapes["mesh"]
+    state = init_state(config, mesh, grid[1], weights.decoder.embedding[...].dtype)
+    length, current = np.zeros((2, *grid), np.int32)
+    padded = np.zeros((*grid, -(-config.max_position // chunk) * chunk), np.int32)
+    for i, prompt in enumerate(prompts):
+        padded[i % mesh.size, i // mesh.size, : len(prompt)] = prompt
+        length[i % mesh.size, i // mesh.size] = len(prompt)
+    sequences = np.broadcast_to(np.arange(grid[1], dtype=np.int32), grid)
+    for start in range(0, int(length.max()), chunk):
+        lengths = np.clip(length - start, 0, chunk)
+        rows = (padded[:, :, start : start + chunk], sequences, np.full(grid, start, np.int32), lengths)
+        state, result = prefill(weights, state, *(shard_rows(mesh, part) for part in rows), **shapes)
+        for device, tokens in own_rows(result.tokens).items():
+            current[device] = np.where(lengths[device] > 0, tokens, current[device])
+    return state, length, current
+
+
 def check_prompt(config: ModelConfig, prompt: Sequence[int], name: str) -> None:
-    """Raises ModelError where a prompt cannot be served."""
+    """Raise RequestError where a prompt cannot be served.
+
+    Args:
+        prompt: token ids.
+        name: of the prompt, for the message.
+    """
+    if any(isinstance(token, bool | np.bool_) or not isinstance(token, int | np.integer) for token in prompt):
+        raise RequestError(f"{name}: holds something that is no whole number; give token ids")
     if not 1 <= len(prompt) < config.max_position:
-        raise ModelError(
+        raise RequestError(
             f"{name}: {len(prompt)} tokens; the model's context of {config.max_position} takes 1 to "
             f"{config.max_position - 1} and leaves room for one more"
         )
     if not all(0 <= token < config.vocab_size for token in prompt):
-        raise ModelError(f"{name}: token ids must lie in 0..{config.vocab_size - 1}")
+        raise RequestError(f"{name}: token ids must lie in 0..{config.vocab_size - 1}")

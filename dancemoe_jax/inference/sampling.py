@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from dancemoe_jax.errors import ModelError
+from dancemoe_jax.errors import RequestError
 from dancemoe_jax.mesh import AXIS
 
 # Below this a temperature is greedy in effect, and too near what 32-bit floats call zero to divide by.
@@ -44,7 +44,7 @@ class SamplingParams:
         stop_tokens: tokens that do so beside the model's own.
 
     Raises:
-        ModelError: a value that means nothing.
+        RequestError: a value that means nothing.
     """
 
     max_tokens: int = 100
@@ -60,7 +60,7 @@ class SamplingParams:
     def __post_init__(self):
         def check(name: str, good: bool, rule: str) -> None:
             if not good:
-                raise ModelError(f"sampling: {name} = {getattr(self, name)!r}, must be {rule}")
+                raise RequestError(f"sampling: {name} = {getattr(self, name)!r}, must be {rule}")
 
         check("max_tokens", _integer(self.max_tokens, 1), "an integer of at least 1")
         check("temperature", _number(self.temperature) and self.temperature >= 0, "a number of at least 0 (0 = greedy)")
@@ -134,7 +134,7 @@ def sample(
 
     Tokens exactly as probable as the last one that top-k or top-p admits are admitted too. Costs an argmax where no row
     asks for more, and sorts only where one asks for top-k or top-p. Has no collective: call it inside `jax.shard_map`
-    where logits are dealt over devices.
+    where logits are sharded over devices.
 
     Args:
         rows: parameters, arrays [rows].

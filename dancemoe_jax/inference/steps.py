@@ -1,7 +1,8 @@
-"""Serving steps: prefill and decode as free jitted functions over explicit state, and greedy generation on top of them.
+"""Serving steps: prefill and decode as free jitted functions over explicit state.
 
 Each device serves the sequences that entered at it: their cache and attention are its own, experts are wherever the
-tables say. Nothing in a step depends on a placement's shape, so a new placement never compiles anything.
+tables say. Nothing in a step depends on a placement's shape, so a new placement never compiles anything. Generating whole
+texts is generate.py's, batching requests over time the caller's.
 """
 
 import functools
@@ -9,13 +10,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Int
 
+from dancemoe_jax.arguments import check_array, check_mesh
+from dancemoe_jax.errors import ArgumentError
 from dancemoe_jax.expert_parallel.dispatch import Traffic, Transport, default_transport, dispatch
-from dancemoe_jax.expert_parallel.pool import ExpertPool, PoolLayout
+from dancemoe_jax.expert_parallel.pool import ExpertPool, PoolLayout, check_pool
 from dancemoe_jax.expert_parallel.slot_experts import slot_experts
 from dancemoe_jax.expert_parallel.tables import Tables
 from dancemoe_jax.mesh import AXIS, put, replicated, sharded
@@ -26,7 +30,13 @@ DECODE_TILE, PREFILL_TILE = 8, 32
 
 
 class Weights(NamedTuple):
-    """All that a step reads and does not change."""
+    """All that a step reads and does not change.
+
+    Attributes:
+        decoder: everything but the routed experts, on every device (`place_decoder`).
+        pool: the routed experts (`fill_pool`).
+        tables: where each device sends its assignments (`place_tables`).
+    """
 
     decoder: Decoder
     pool: ExpertPool
@@ -37,7 +47,7 @@ class State(NamedTuple):
     """What steps carry on. S: sequences a device has room for.
 
     Attributes:
-        k, v: cache [layers, devices * S, max_position, kv_heads, head_dim], dealt over devices. With latent attention k is
+        k, v: cache [layers, devices * S, max_position, kv_heads, head_dim], sharded over devices. With latent attention k is
             the narrow vector and the shared key, [layers, devices * S, max_position, 1, kv_rank + rope_dim], v is None.
         counts: int32 [devices, MoE layers, experts], assignments of the tokens that entered at each device, since the start.
     """
@@ -79,7 +89,13 @@ class GivenRouting(NamedTuple):
 
 
 def init_state(config: ModelConfig, mesh: Mesh, sequences: int, dtype=jnp.float32) -> State:
-    """Empty caches for `sequences` sequences on each device, and zero counts."""
+    """Empty caches for `sequences` sequences on each device, and zero counts.
+
+    Raises:
+        ArgumentError: `sequences` is not at least one.
+    """
+    if sequences < 1:
+        raise ArgumentError(f"sequences: {sequences}, must be at least 1 on each device")
     heads = config.num_kv_heads if config.latent is None else 1
     shape = (config.num_layers, mesh.size * sequences, config.max_position, heads)
 
@@ -92,12 +108,12 @@ def init_state(config: ModelConfig, mesh: Mesh, sequences: int, dtype=jnp.float3
 
 
 def place_decoder(decoder: Decoder, mesh: Mesh) -> Decoder:
-    """Everything but the routed experts, on every device."""
+    """Everything but the routed experts, on every device of the mesh."""
     return put(decoder, replicated(mesh))
 
 
 def place_tables(tables: Tables, mesh: Mesh) -> Tables:
-    """Tables where the steps read them."""
+    """Tables of numpy arrays on the devices that read them: `device` and `slot` by source, the others everywhere."""
     by_source: Any = sharded(mesh)
     everywhere: Any = replicated(mesh)
     return put(tables, Tables(by_source, by_source, everywhere, everywhere))
@@ -125,11 +141,28 @@ def decode_step(
     """One token for every active sequence: token and its position in, the next token out.
 
     Args:
-        control: numbers of each device that all are to receive, at no cost beyond the step's own.
+        weights: what the step reads.
+        state: must not be used afterwards, because its memory becomes the new state's.
+        tokens, positions: of every sequence that the state has room for.
+        active: which of them take part; the others' rows are ignored.
+        control: numbers of each device that all devices receive, at no cost beyond the step's own.
         routing: takes the place of the router's.
+        config, layout, mesh: what the model, pool and tables were made with; the step is compiled for them.
         transport: how rows travel; default: as fits the mesh (dispatch.default_transport).
         wire_dtype: what rows between servers are rounded to, for less traffic than the activations' own type makes.
+
+    Returns:
+        The new state, and of each row the token that follows.
+
+    Raises:
+        ArgumentError: an array has the wrong shape or type, or config, layout and mesh are not those of the weights.
     """
+    sequences = _check_model(weights, state, config, layout, mesh)
+    rows = {"devices": mesh.size, "sequences": sequences}
+    check_array("tokens", tokens, "integers", rows)
+    check_array("positions", positions, "integers", rows)
+    check_array("active", active, "booleans", rows)
+    _check_rest(control, routing, config, mesh, sequences)
 
     def local(weights, state, tokens, positions, active, *rest):
         rows = jnp.where(active[0], positions[0], config.max_position)[:, None]
@@ -160,23 +193,66 @@ def prefill(
     """A chunk of prompt for `rows` sequences of each device.
 
     Args:
+        weights, state: as in `decode_step`.
+        tokens: the chunk of each row.
         sequences: which of the device's sequences each row belongs to; rows of one step belong to different ones.
         starts: position of each chunk's first token.
         lengths: tokens of the chunk that count; 0 for a row without work.
-        control, routing, transport, wire_dtype: as in `decode_step`.
+        control, routing, config, layout, mesh, transport, wire_dtype: as in `decode_step`.
         all_logits: give the logits at every position of the chunk, not only at its last token.
 
     Returns:
-        State, and of each row the token that follows the chunk's last one.
+        The new state, and of each row the token that follows the chunk's last one.
+
+    Raises:
+        ArgumentError: an array has the wrong shape or type, or config, layout and mesh are not those of the weights.
     """
+    _check_model(weights, state, config, layout, mesh)
+    check_array("tokens", tokens, "integers", {"devices": mesh.size, "rows": None, "chunk": None})
+    _, rows, chunk = np.shape(tokens)
+    for name, array in (("sequences", sequences), ("starts", starts), ("lengths", lengths)):
+        check_array(name, array, "integers", {"devices": mesh.size, "rows": rows})
+    _check_rest(control, routing, config, mesh, rows * chunk)
 
     def local(weights, state, tokens, sequences, starts, lengths, *rest):
-        index = jnp.arange(tokens.shape[2])
+        index = jnp.arange(tokens.shape[2])[None]
         positions = jnp.where(index < lengths[0][:, None], starts[0][:, None] + index, config.max_position)
         step = _Step(config, layout, transport or default_transport(mesh), wire_dtype, PREFILL_TILE, *rest)
         return _run(step, weights, state, tokens[0], positions, sequences[0], all_logits)
 
     return _over_devices(local, mesh)(weights, state, tokens, sequences, starts, lengths, control, routing)
+
+
+def _check_model(weights, state, config, layout, mesh) -> int:
+    """How many sequences each device has room for, once all parts are known to belong together."""
+    check_mesh(mesh, len(layout.capacity))
+    check_pool(layout, weights.pool)
+    grid = {"devices": mesh.size, "MoE layers": config.num_moe_layers, "experts": config.num_experts}
+    check_array("weights.tables.device", weights.tables.device, "integers", grid)
+    check_array("weights.tables.slot", weights.tables.slot, "integers", grid)
+    check_array("state.counts", state.counts, "integers", grid)
+    cache = {
+        "layers": config.num_layers,
+        "sequences": None,
+        "positions": config.max_position,
+        "heads": None,
+        "width": None,
+    }
+    check_array("state.k", state.k, "numbers", cache)
+    if state.k.shape[1] % mesh.size:
+        raise ArgumentError(
+            f"state.k: {state.k.shape[1]} sequences, must be shared evenly by the {mesh.size} devices of mesh"
+        )
+    return state.k.shape[1] // mesh.size
+
+
+def _check_rest(control, routing, config, mesh, tokens) -> None:
+    if control is not None:
+        check_array("control", control, "integers", {"devices": mesh.size, "words": None})
+    if routing is not None:
+        each = {"devices": mesh.size, "tokens": tokens, "MoE layers": config.num_moe_layers, "k": config.top_k}
+        check_array("routing.ids", routing.ids, "integers", each)
+        check_array("routing.weights", routing.weights, "numbers", each)
 
 
 def _over_devices(local, mesh):
@@ -215,8 +291,9 @@ def _run(step, weights, state, tokens, positions, sequences, all_logits=False):
     sequence = jnp.arange(rows) if sequences is None else sequences
     cache_positions = jnp.broadcast_to(jnp.arange(config.max_position), (rows, config.max_position))
     tables = weights.tables._replace(device=weights.tables.device[0], slot=weights.tables.slot[0])
-    busy, control = _tell_all(valid.any(), step.control)
+    busy, control = _share(valid.any(), step.control)
     compute = functools.partial(slot_experts, layout, weights.pool, tile=step.tile, limit=config.swiglu_limit)
+    moe = functools.partial(_routed_experts, step, compute, valid, busy)
 
     def body(carry, layer_inputs):
         x, *caches = carry
@@ -234,26 +311,7 @@ def _run(step, weights, state, tokens, positions, sequences, all_logits=False):
             k, v = (None if cache is None else cache[mine] for cache in kept)
             return how(q, k, v, jnp.where(valid, positions, 0), cache_positions), kept
 
-        def moe(h, topk_weights, topk_ids, logits):
-            layer_tables, given = own
-            if given is not None:
-                topk_ids, topk_weights = given.ids, given.weights.astype(topk_weights.dtype)
-            routed, traffic = dispatch(
-                compute,
-                layout.links,
-                layer_tables,
-                h,
-                topk_weights,
-                topk_ids,
-                valid.reshape(-1),
-                busy,
-                transport=step.transport,
-                wire_dtype=step.wire_dtype,
-            )
-            ones = jnp.broadcast_to(valid.reshape(-1, 1), topk_ids.shape).astype(jnp.int32)
-            return routed, (traffic, jnp.zeros(config.num_experts, jnp.int32).at[topk_ids].add(ones), topk_ids)
-
-        x, caches, aux = decoder_layer(config, layer, x, positions, attention, moe, window)
+        x, caches, aux = decoder_layer(config, layer, x, positions, attention, functools.partial(moe, own), window)
         return (x, *caches), aux
 
     per_layer = (tables, jax.tree.map(lambda a: jnp.swapaxes(a[0], 0, 1), step.routing))
@@ -275,11 +333,32 @@ def _run(step, weights, state, tokens, positions, sequences, all_logits=False):
     return State(k, v, state.counts + counts[None]), result
 
 
-def _tell_all(busy, control):
-    """Of every device whether it has tokens, and its control word: the one exchange that every step has."""
+def _routed_experts(step, compute, valid, busy, own, h, topk_weights, topk_ids, logits):
+    """One layer's routed experts, wherever they are: their sum, and (traffic, counts, ids) of the layer."""
+    layer_tables, given = own
+    if given is not None:
+        topk_ids, topk_weights = given.ids, given.weights.astype(topk_weights.dtype)
+    routed, traffic = dispatch(
+        compute,
+        step.layout.links,
+        layer_tables,
+        h,
+        topk_weights,
+        topk_ids,
+        valid.reshape(-1),
+        busy,
+        transport=step.transport,
+        wire_dtype=step.wire_dtype,
+    )
+    ones = jnp.broadcast_to(valid.reshape(-1, 1), topk_ids.shape).astype(jnp.int32)
+    return routed, (traffic, jnp.zeros(step.config.num_experts, jnp.int32).at[topk_ids].add(ones), topk_ids)
+
+
+def _share(busy, control):
+    """Of every device whether it has tokens, and its control words: the one exchange that every step has."""
     own = busy[None].astype(jnp.int32)
     if control is not None:
         own = jnp.concatenate([own, control[0]])
     here = jnp.arange(jax.lax.axis_size(AXIS)) == jax.lax.axis_index(AXIS)
-    everyone = jax.lax.psum(jnp.where(here[:, None], own, 0), AXIS)
+    everyone = jax.lax.psum(jnp.where(here[:, None], own[None], 0), AXIS)
     return everyone[:, 0] > 0, None if control is None else everyone[:, 1:]

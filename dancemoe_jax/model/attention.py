@@ -17,8 +17,14 @@ from dancemoe_jax.model.config import Rope
 def rms_norm(
     x: Float[Array, "*shape width"], scale: Float[Array, " width"], eps: float
 ) -> Float[Array, "*shape width"]:
+    """Root-mean-square norm of the last axis, computed in float32 (arXiv 1910.07467)."""
     x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + eps)).astype(x.dtype) * scale
+    return (x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + eps)).astype(x.dtype) * along_last(scale, x)
+
+
+def along_last(vector: Float[Array, " width"], x: Float[Array, "*shape width"]) -> Float[Array, "*ones width"]:
+    """A vector over the last axis of `x`, with axes of length 1 for the others: JAX may be told to add none by itself."""
+    return jnp.expand_dims(vector, tuple(range(x.ndim - 1)))
 
 
 def frequencies(rope: Rope, dim: int) -> np.ndarray:
@@ -52,7 +58,7 @@ def rotate(
     x: Float[Array, "batch tokens heads dim"], positions: Int[Array, "batch tokens"], rope: Rope
 ) -> Float[Array, "batch tokens heads dim"]:
     """Rotary embedding of queries or keys at their positions."""
-    angle = positions[..., None, None].astype(jnp.float32) * frequencies(rope, x.shape[-1])
+    angle = positions[..., None, None].astype(jnp.float32) * frequencies(rope, x.shape[-1])[None, None, None]
     cos, sin = ((rope.amplitude * f(angle)).astype(x.dtype) for f in (jnp.cos, jnp.sin))
     if rope.interleaved:
         a, b = x[..., ::2], x[..., 1::2]

@@ -94,7 +94,7 @@ class ModelConfig:
             heads together, `""` none.
         qkv_bias, o_bias, expert_bias: whether those linear maps have biases.
         clip_qkv: queries, keys and values are cut to this magnitude; 0 = not.
-        latent: latent attention; `head_dim` and `num_kv_heads` are then of no account.
+        latent: latent attention; `head_dim` and `num_kv_heads` are then not used.
         sinks: a learned logit per head takes part in attention's softmax and carries no value.
         windows: for each layer how many keys a query sees, its own included; 0 = all. Empty = all everywhere.
         attention_scale: what attention's logits are multiplied by; 0 = the head's width to the power of -1/2.

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from dancemoe_jax.model.attention import attend, rms_norm, rotate
+from dancemoe_jax.model.attention import along_last, attend, rms_norm, rotate
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.model.experts import ExpertWeights, dense_experts, swiglu
 from dancemoe_jax.model.router import route
@@ -141,7 +141,7 @@ def _grouped_qkv(config: ModelConfig, layer: Layers, h, positions):
 
     def project(weight, bias, norm):
         y = jnp.einsum("btd,dhk->bthk", h, weight[...])
-        y = y if bias is None else y + bias[...]
+        y = y if bias is None else y + bias[...][None, None]
         if norm is not None:
             wide = y.reshape(*y.shape[:2], -1, norm.shape[-1])
             y = rms_norm(wide, norm[...], config.rms_eps).reshape(y.shape)
@@ -218,7 +218,7 @@ def decoder_layer(
             heads = jnp.einsum("bthr,rhv->bthv", heads, layer.v_up[...])
         x = x + jnp.einsum("bthk,hkd->btd", heads, layer.o[...])
         if layer.o_bias is not None:
-            x = x + layer.o_bias[...]
+            x = x + along_last(layer.o_bias[...], x)
     with jax.named_scope("moe"):
         h = rms_norm(x, layer.moe_norm[...], config.rms_eps).reshape(-1, config.hidden_size)
         out, aux = jnp.zeros_like(h), None

@@ -1,6 +1,6 @@
 """Computing experts: one SwiGLU expert, all experts densely (reference), and grouped by expert (training).
 
-Serving computes experts out of a device's slots; that is pool.py's.
+Serving computes experts out of a device's slots; that is slot_experts.py's.
 """
 
 from typing import Any, NamedTuple
@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+from dancemoe_jax.model.attention import along_last
 
 # gpt-oss's SwiGLU: the sigmoid's argument is the gate times this.
 _CLAMPED_SLOPE = 1.702
@@ -69,8 +71,8 @@ def swiglu(
 
 def _linear(x, w, scale, bias):
     y = x @ w.astype(x.dtype)
-    y = y if scale is None else (y * scale).astype(x.dtype)
-    return y if bias is None else y + bias
+    y = y if scale is None else (y * along_last(scale, y)).astype(x.dtype)
+    return y if bias is None else y + along_last(bias, y)
 
 
 def _gated(inner, limit):

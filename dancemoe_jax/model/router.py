@@ -22,14 +22,14 @@ def route(
     routing = config.routing
     logits = h.astype(jnp.float32) @ router.astype(jnp.float32)
     if bias is not None:
-        logits = logits + bias.astype(jnp.float32)
+        logits = logits + bias.astype(jnp.float32)[None]
     scores = jax.nn.sigmoid(logits) if routing.score == "sigmoid" else jax.nn.softmax(logits)
-    choice = scores if correction is None else scores + correction.astype(jnp.float32)
+    choice = scores if correction is None else scores + correction.astype(jnp.float32)[None]
     if routing.groups > 1:
         grouped = choice.reshape(len(h), routing.groups, -1)
         merit = jax.lax.top_k(grouped, 2 if routing.correction else 1)[0].sum(-1)
         best = jax.lax.top_k(merit, routing.top_groups)[1]
-        open_groups = (best[:, :, None] == jnp.arange(routing.groups)).any(1)
+        open_groups = (best[:, :, None] == jnp.arange(routing.groups)[None, None]).any(1)
         choice = jnp.where(open_groups[:, :, None], grouped, -jnp.inf).reshape(choice.shape)
     topk_ids = jax.lax.top_k(choice, config.top_k)[1]
     topk_weights = jnp.take_along_axis(scores, topk_ids, axis=1)

@@ -11,7 +11,7 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
 
-from dancemoe_jax.errors import ModelError
+from dancemoe_jax.errors import ModelError, RequestError
 
 
 def read_chat_template(path: Path, field: Any) -> str | None:
@@ -63,21 +63,28 @@ class _GenerationTag(jinja2.ext.Extension):
 
 
 def plain_messages(messages: Any) -> list[dict[str, Any]]:
-    """Checked messages, with contents that are lists of text parts joined: not every template knows lists."""
+    """Checked messages, with contents that are lists of text parts joined: not every template knows lists.
+
+    Raises:
+        RequestError: they are no conversation, or hold something else than text.
+
+    >>> plain_messages([{"role": "user", "content": [{"type": "text", "text": "4 + "}, {"type": "text", "text": "5"}]}])
+    [{'role': 'user', 'content': '4 + 5'}]
+    """
     if not isinstance(messages, list) or not messages:
-        raise ModelError("messages: must be a list of at least one object with role and content")
+        raise RequestError("messages: must be a list of at least one object with role and content")
     plain = []
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ModelError(f"messages[{number}]: must be an object with a text as its role")
+            raise RequestError(f"messages[{number}]: must be an object with a text as its role")
         content = message.get("content")
         if isinstance(content, list):
             texts = [part.get("text") if isinstance(part, dict) else None for part in content]
             known = [text for text in texts if isinstance(text, str)]
             if len(known) < len(texts):
-                raise ModelError(f"messages[{number}]: content has a part without text; only text can be served")
+                raise RequestError(f"messages[{number}]: content has a part without text; only text can be served")
             content = "".join(known)
         if not isinstance(content, str | None):
-            raise ModelError(f"messages[{number}]: content is a {type(content).__name__}, must be a text")
+            raise RequestError(f"messages[{number}]: content is a {type(content).__name__}, must be a text")
         plain.append({**message, "content": content})
     return plain

@@ -11,12 +11,13 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from dancemoe_jax.errors import ModelError
-from dancemoe_jax.files import read_optional_json
+from dancemoe_jax.errors import ModelError, RequestError
+from dancemoe_jax.files import read_json
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.text.chat import plain_messages, read_chat_template, template_environment
 
 END_OF_TEXT = "<|endoftext|>"
+_REMEDY = "download it again or remove it"
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -108,25 +109,25 @@ class TokenizerBundle:
 
         Args:
             messages: list of `{"role": ..., "content": text}`, as sent by a client; content may be a list of text parts.
-            now: what the template's `strftime_now` tells.
+            now: the clock of the template's `strftime_now`.
             variables: more of what the template knows (`tools`, `enable_thinking`, ...).
 
         Raises:
-            ModelError: the model has no chat template, the messages are no conversation, or the template refuses them.
+            RequestError: the model has no chat template, the messages are no conversation, or the template refuses them.
         """
         if self.chat_template is None:
-            raise ModelError(f"{self.source}: has no chat template; give plain text, or add chat_template.jinja")
+            raise RequestError(f"{self.source}: has no chat template; give plain text, or add chat_template.jinja")
         known: dict[str, Any] = {"tools": None, "documents": None, **self.special, **variables}
         try:
             template = template_environment(now).from_string(self.chat_template)
             return template.render(
                 messages=plain_messages(messages), add_generation_prompt=add_generation_prompt, **known
             )
-        except ModelError:
+        except RequestError:
             raise
         except Exception as error:  # a template is a program: it can fail in any way
             message = " ".join(str(error).split()) or type(error).__name__
-            raise ModelError(
+            raise RequestError(
                 f"{self.source}: the chat template cannot take these messages ({message}); change their roles or contents"
             ) from None
 
@@ -141,7 +142,7 @@ def load_tokenizer_bundle(path: str | Path, config: ModelConfig) -> TokenizerBun
     path = Path(path)
     tokenizer = load_tokenizer(path, config)
     file = path / "tokenizer_config.json"
-    fields, generation = read_optional_json(file), path / "generation_config.json"
+    fields, generation = read_json(file, _REMEDY, optional=True), path / "generation_config.json"
     add_bos = fields.get("add_bos_token")
     if not isinstance(add_bos, bool | None):
         raise ModelError(f"{file}: add_bos_token = {add_bos!r}, must be true, false or null")
@@ -167,7 +168,7 @@ def _token_text(value: Any) -> str:
 
 
 def _eos_tokens(file: Path, vocab_size: int) -> set[int]:
-    value = read_optional_json(file).get("eos_token_id")
+    value = read_json(file, _REMEDY, optional=True).get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for token in ids:
         if type(token) is not int or not 0 <= token < vocab_size:

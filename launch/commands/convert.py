@@ -5,7 +5,6 @@ a Hugging Face directory appears whole or not at all.
 """
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -19,12 +18,13 @@ import numpy as np
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from safetensors.numpy import save_file
 
-from dancemoe_jax.checkpoint.families import stored_dtype
 from dancemoe_jax.checkpoint.orbax_store import StoreWriter, is_store
 from dancemoe_jax.checkpoint.reader import ExpertFile
+from dancemoe_jax.checkpoint.sources import stored_dtype
+from dancemoe_jax.checkpoint.tensor_files import INDEX, WEIGHTS
 from dancemoe_jax.checkpoint.writer import stored_tensors
 from dancemoe_jax.errors import ModelError
-from dancemoe_jax.files import replace_directory
+from dancemoe_jax.files import read_json, replace_directory, write_json
 from dancemoe_jax.model.experts import dequantize
 from launch.model_flags import DTYPES
 from placement import InputError
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     """Convert, in the direction that the source's kind asks for.
 
     Raises:
-        ModelError, InputError: the source cannot be used, something is in the target's place, or the disk is full.
+        DanceMoEError, InputError: the source cannot be used, something is in the target's place, or the disk is full.
     """
     backward = is_store(args.source)
     if backward and args.int8:
@@ -74,12 +74,11 @@ def run(args: argparse.Namespace) -> None:
 
 def _to_store(source: Path, target: Path, file: ExpertFile, dtype: str, int8: bool, size: int, bar: "_Bar") -> None:
     config, tensors = file.config, file.decoder_tensors()
-    fields = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    fields = read_json(source / "config.json")
     # Weights are stored decoded, so the store's configuration must not promise otherwise.
     fields = {key: value for key, value in fields.items() if key != "quantization_config"} | {"torch_dtype": dtype}
-    stamp = [
-        [path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(source.glob("*.safetensors*"))
-    ]
+    files = sorted(source.glob("*.safetensors*"))
+    stamp = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     writer = StoreWriter(target, {"source": str(source.resolve()), "files": stamp, "dtype": dtype, "int8": int8})
     itemsize = np.dtype(dtype).itemsize
     bytes_of = {name: int(np.prod(tensors.shape(name))) * itemsize for name in file.decoder_names()}
@@ -102,23 +101,19 @@ def _to_hf(source: Path, target: Path, file: ExpertFile, dtype: str, shard_bytes
     fresh.mkdir(parents=True)
     try:
         sizes, weight_map, number = 0, {}, 0
-        for number, shard in enumerate(
-            _shards(
-                stored_tensors(file.config, file.decoder(), lambda *at: dequantize(file.read(*at)), dtype), shard_bytes
-            )
-        ):
+        tensors = stored_tensors(file.config, file.decoder(), lambda *at: dequantize(file.read(*at)), dtype)
+        for number, shard in enumerate(_shards(tensors, shard_bytes)):
             name = f"model-{number + 1:05}.safetensors"
             save_file(shard, fresh / name, metadata={"format": "pt"})
             os.chmod(fresh / name, 0o666 & ~_umask())
             weight_map |= dict.fromkeys(shard, name)
             sizes += sum(bar.count(array).nbytes for array in shard.values())
         if number == 0:
-            (fresh / name).rename(fresh / "model.safetensors")
+            (fresh / name).rename(fresh / WEIGHTS)
         else:
             index = {"metadata": {"total_size": sizes}, "weight_map": weight_map}
-            (fresh / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        fields = json.loads((source / "config.json").read_text(encoding="utf-8")) | {"torch_dtype": dtype}
-        (fresh / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+            write_json(fresh / INDEX, index)
+        write_json(fresh / "config.json", read_json(source / "config.json") | {"torch_dtype": dtype})
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, fresh / name)
@@ -148,14 +143,8 @@ class _Bar:
 
     def __init__(self, total: int):
         self._total, self._done, self._last = total, 0, time.monotonic()
-        columns = [
-            TextColumn("converting"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-        ]
-        self._progress = Progress(*columns) if sys.stderr.isatty() else None
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        self._progress = Progress(TextColumn("converting"), *columns) if sys.stderr.isatty() else None
 
     def __enter__(self) -> "_Bar":
         if self._progress:

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     """Evaluate and print.
 
     Raises:
-        ModelError, InputError: the model, a flag or a domain cannot be used.
+        DanceMoEError, InputError: the model, a flag or a domain cannot be used.
     """
     if args.bytes < 1000:
         raise InputError(f"--bytes {args.bytes}: must be at least 1000")
@@ -99,8 +99,8 @@ def evaluate(model: Model, domains: list[Domain], limit: int = 200_000) -> dict[
     }
     arithmetic = next((domain for domain in domains if domain.name == "arithmetic"), None)
     if arithmetic is not None:
-        right, asked = sums_right(model, experts, arithmetic)
-        result["sums"] = {"asked": asked, "right": right, "exact_match": right / asked}
+        right, total = sums_right(model, experts, arithmetic)
+        result["sums"] = {"asked": total, "right": right, "exact_match": right / total}
     return result
 
 
@@ -188,7 +188,7 @@ def top_quarter_share(rank_by: np.ndarray, measure_on: np.ndarray) -> np.ndarray
 
 
 def sums_right(model: Model, experts: Experts, arithmetic: Domain) -> tuple[int, int]:
-    """How many held-out sums of two-digit numbers the model answers, and how many it was asked.
+    """How many held-out sums of two-digit numbers the model answers, and how many there are.
 
     A prompt is a few held-out worked lines and `a + b =`. The greedy answer is ` c` and a line break exactly if each of
     these tokens is the likeliest one after those before it, so one forward pass decides without generating.
@@ -208,10 +208,10 @@ def sums_right(model: Model, experts: Experts, arithmetic: Domain) -> tuple[int,
     width = min(config.max_position, -(-(int(np.flatnonzero(answer.any(0)).max()) + 1) // 32) * 32)
     right = 0
     for start in range(0, len(rows), 4 * BATCH):
-        batch, asked = rows[start : start + 4 * BATCH, :width], answer[start : start + 4 * BATCH, :width]
+        batch, scored = rows[start : start + 4 * BATCH, :width], answer[start : start + 4 * BATCH, :width]
         padded = np.pad(batch, ((0, 4 * BATCH - len(batch)), (0, 0)))
         greedy = np.asarray(_greedy(config, model.decoder, experts, padded))[: len(batch)]
-        wrong = asked[:, 1:] & (greedy[:, :-1] != batch[:, 1:])
+        wrong = scored[:, 1:] & (greedy[:, :-1] != batch[:, 1:])
         right += int((~wrong.any(1)).sum())
     return right, len(pairs)
 
@@ -220,14 +220,14 @@ def question(lines: list[str], a: int, b: int, shown: int, seed: int) -> str:
     """Worked lines about other numbers than a and b together, then `a + b =`."""
     rng = np.random.default_rng(seed)
     start = int(rng.integers(len(lines)))
-    told, numbers = [], sorted((a, b, a + b))
+    chosen, numbers = [], sorted((a, b, a + b))
     for step in range(len(lines)):
-        if len(told) == shown:
+        if len(chosen) == shown:
             break
         line = lines[(start + step) % len(lines)]
         if sorted(int(n) for n in re.findall(r"\d+", line)) != numbers:
-            told.append(line)
-    return "\n".join([*told, f"{a} + {b} ="])
+            chosen.append(line)
+    return "\n".join([*chosen, f"{a} + {b} ="])
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=0, help="sample among so many likeliest tokens; 0 = all (0)")
     parser.add_argument("--top-p", type=float, default=1.0, help="among the fewest tokens that are so probable (1)")
     parser.add_argument("--min-p", type=float, default=0.0, help="among tokens so probable against the likeliest (0)")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 avoids what was said (1)")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 avoids tokens seen before (1)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling, for each prompt alike (0)")
     parser.add_argument("--stop", action="append", default=[], help="text that ends the output; may be repeated")
     parser.add_argument("--stop-token", action="append", type=int, default=[], help="token id that ends the output")
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     """Print each prompt and its continuation.
 
     Raises:
-        ModelError, InputError: the model, a flag or a prompt cannot be used, or a prompt leaves no room in the context.
+        DanceMoEError, InputError: the model, a flag or a prompt cannot be used, or a prompt leaves no room in the context.
     """
     if args.max_tokens < 1:
         raise InputError(f"--max-tokens {args.max_tokens}: must be at least 1")
@@ -91,48 +91,42 @@ def run(args: argparse.Namespace) -> None:
     stream = len(prompts) == 1 and not args.json
     if stream:
         print(prompts[0].text, end="", flush=True)
-    continue_prompts(
-        load(path, config, args), bundle, prompts, functools.partial(print, end="", flush=True) if stream else None
-    )
+    on_text = functools.partial(print, end="", flush=True) if stream else None
+    continue_prompts(load(path, config, args), bundle, prompts, on_text)
     for prompt in prompts:
         if args.json:
-            print(
-                json.dumps(
-                    {
-                        "prompt": prompt.text,
-                        "text": prompt.continuation,
-                        "prompt_tokens": len(prompt.ids),
-                        "tokens": prompt.output,
-                        "finish_reason": prompt.reason,
-                    }
-                )
-            )
+            result = {
+                "prompt": prompt.text,
+                "text": prompt.continuation,
+                "prompt_tokens": len(prompt.ids),
+                "tokens": prompt.output,
+                "finish_reason": prompt.reason,
+            }
+            print(json.dumps(result))
         else:
             print("" if stream else prompt.text + prompt.continuation)
 
 
 def continue_prompts(
-    local: Local, bundle: TokenizerBundle, prompts: Sequence[Prompt], tell: Callable[[str], Any] | None = None
+    local: Local, bundle: TokenizerBundle, prompts: Sequence[Prompt], on_text: Callable[[str], Any] | None = None
 ) -> None:
     """Fill in every prompt's output, continuation and reason to end (`"stop"` or `"length"`).
 
     Args:
-        tell: called with each piece of the first prompt's text as soon as it is certain.
+        on_text: called with each piece of the first prompt's text as soon as it is certain.
     """
     config, mesh = local.config, local.shapes["mesh"]
     rows = -(-len(prompts) // mesh.size)
     grid = (mesh.size, rows)
-    place = [(i % mesh.size, i // mesh.size) for i in range(len(prompts))]
-    by_place = dict(zip(place, prompts, strict=True))
-    per_device = [
-        stack_params([p and p.params for r in range(rows) for p in [by_place.get((d, r))]]) for d in range(mesh.size)
-    ]
+    by_slot = {(i % mesh.size, i // mesh.size): prompt for i, prompt in enumerate(prompts)}
+    params = {slot: prompt.params for slot, prompt in by_slot.items()}
+    per_device = [stack_params([params.get((device, row)) for row in range(rows)]) for device in range(mesh.size)]
     rules = SamplingRows(*(np.stack(column) for column in zip(*per_device, strict=True)))
     streams = [IncrementalDetokenizer(bundle.tokenizer, prompt.params.stop, prompt.ids) for prompt in prompts]
     seen, old = jnp.zeros((*grid, config.vocab_size), bool, device=sharded(mesh)), np.zeros(grid, bool)
     state: Any = init_state(config, mesh, rows, local.weights.decoder.embedding[...].dtype)
     length, tokens = np.zeros(grid, np.int32), np.zeros((*grid, -(-config.max_position // CHUNK) * CHUNK), np.int32)
-    for at, prompt in by_place.items():
+    for at, prompt in by_slot.items():
         length[at] = len(prompt.ids)
         tokens[at][: len(prompt.ids)] = prompt.ids
     index, current = np.zeros(grid, np.int32), np.zeros(grid, np.int32)
@@ -146,11 +140,11 @@ def continue_prompts(
         current = np.where(lengths > 0, np.asarray(chosen), current)
     active = length > 0
     while True:
-        for number, (at, prompt) in enumerate(by_place.items()):
+        for number, (at, prompt) in enumerate(by_slot.items()):
             if active[at]:
                 piece, active[at] = _accept(config, bundle, prompt, streams[number], int(current[at]))
-                if tell and number == 0:
-                    tell(piece)
+                if on_text and number == 0:
+                    on_text(piece)
         if not active.any():
             break
         index = index + active

@@ -24,9 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ids", type=Path, required=True, help="int [batch, length] token ids, a .npy file")
     parser.add_argument("--out", type=Path, required=True, help="where to write float32 [batch, length, vocabulary]")
-    parser.add_argument(
-        "--placement-seed", type=int, help="scatter the experts and copies at random (else dealt evenly)"
-    )
+    parser.add_argument("--placement-seed", type=int, help="scatter the experts and copies at random (else evenly)")
     add_model_arguments(parser)
 
 
@@ -34,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     """Score the ids and write the logits.
 
     Raises:
-        ModelError, InputError: the model or the ids cannot be used.
+        DanceMoEError, InputError: the model or the ids cannot be used.
     """
     path = args.model or bundled_model()
     config = read_shape(path, args)
@@ -51,19 +49,19 @@ def run(args: argparse.Namespace) -> None:
 
 
 def score(local: Local, ids: np.ndarray) -> np.ndarray:
-    """Float32 logits [batch, length, vocab] of ids [batch, length], sequences dealt over the devices."""
+    """Float32 logits [batch, length, vocab] of ids [batch, length], sequences sharded over the devices."""
     devices = local.shapes["mesh"].size
     batch, length = ids.shape
     rows = -(-batch // devices)
-    dealt = np.zeros((rows * devices, -(-length // CHUNK) * CHUNK), np.int32)
-    dealt[:batch, :length] = ids
-    dealt = dealt.reshape(devices, rows, -1)
+    padded = np.zeros((rows * devices, -(-length // CHUNK) * CHUNK), np.int32)
+    padded[:batch, :length] = ids
+    padded = padded.reshape(devices, rows, -1)
     state: Any = init_state(local.config, local.shapes["mesh"], rows, local.weights.decoder.embedding[...].dtype)
     sequences = np.broadcast_to(np.arange(rows, dtype=np.int32), (devices, rows))
     parts = []
     for start in range(0, length, CHUNK):
         lengths = np.full((devices, rows), min(CHUNK, length - start), np.int32)
-        chunk = dealt[:, :, start : start + CHUNK]
+        chunk = padded[:, :, start : start + CHUNK]
         state, result = prefill(
             local.weights,
             state,

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     """Train, or resume, then export.
 
     Raises:
-        ModelError, InputError: a flag, a domain, the output directory or the checkpoints cannot be used.
+        DanceMoEError, InputError: a flag, a domain, the output directory or the checkpoints cannot be used.
     """
     train = TrainConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig)})
     _check(args, train)

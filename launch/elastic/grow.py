@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from dancemoe_jax.errors import ModelError
+from dancemoe_jax.errors import DanceMoEError
 from dancemoe_jax.expert_parallel.pool import read_ahead
 from dancemoe_jax.model.experts import ExpertWeights
 from launch.cluster.addresses import join_address, next_address, split_address
@@ -244,7 +244,7 @@ def report(
         assert placement is not None
         try:
             kept, told = _read_own(placement.resident[placement_devices(cluster, server)], read, staging_bytes)
-        except ModelError as error:
+        except DanceMoEError as error:
             _send(stream, {"problem": " ".join(str(error).split())})
             raise
         print(f"{server}: {told['experts']} experts staged", file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dancemoe_jax.errors import ModelError
+from dancemoe_jax.errors import RequestError
 from dancemoe_jax.expert_parallel.pool import PoolLayout, local_devices
 from dancemoe_jax.inference.generate import check_prompt
 from dancemoe_jax.inference.sampling import SamplingRows, choose, stack_params
@@ -98,7 +98,7 @@ class Engine:
         self._counters = self._zero_counters()
 
     def submit(self, request: Request) -> None:
-        """Queue a request at its server, from any thread. Raises ModelError where its prompt or routing does not fit."""
+        """Queue a request at its server, from any thread. Raises RequestError where its prompt or routing does not fit."""
         check_prompt(self.config, request.prompt, "request")
         self._check_routed(request)
         with self._lock:
@@ -106,7 +106,7 @@ class Engine:
 
     def _check_routed(self, request: Request) -> None:
         if (request.routed is not None) != self.replays:
-            raise ModelError(
+            raise RequestError(
                 f"request: this engine {'replays' if self.replays else 'routes'} its requests; give `routed` "
                 f"{'with each of them' if self.replays else 'to one with replays=True'}"
             )
@@ -116,12 +116,12 @@ class Engine:
         ids, weights = request.routed
         each = (self.config.num_moe_layers, self.config.top_k)
         if ids.shape != weights.shape or ids.shape[1:] != each or len(ids) < fed:
-            raise ModelError(
+            raise RequestError(
                 f"request: routing of shapes {ids.shape} and {weights.shape}; {fed} tokens are fed, give "
                 f"[at least {fed}, {each[0]}, {each[1]}] for both"
             )
         if ids.min() < 0 or ids.max() >= self.config.num_experts:
-            raise ModelError(f"request: routing names experts outside 0..{self.config.num_experts - 1}")
+            raise RequestError(f"request: routing names experts outside 0..{self.config.num_experts - 1}")
 
     @property
     def in_flight(self) -> list[Request]:

@@ -76,7 +76,7 @@ class Host:
         """Queue a request, from any thread; one that comes after the loop has ended for good is cancelled.
 
         Raises:
-            ModelError: its prompt does not fit the model.
+            RequestError: its prompt does not fit the model.
         """
         stream = Stream(request)
         with self._lock:

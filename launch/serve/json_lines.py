@@ -7,7 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from dancemoe_jax.errors import ModelError
+from dancemoe_jax.errors import DanceMoEError
 from dancemoe_jax.inference.sampling import SamplingParams
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.text.detokenizer import IncrementalDetokenizer
@@ -87,7 +87,7 @@ class Feeder:
                 "finish_reason": stream.reason,
                 "seconds": round(time.monotonic() - begin, 4),
             }
-        except (InputError, ModelError) as error:
+        except (InputError, DanceMoEError) as error:
             answer["error"] = f"line {number}: {' '.join(str(error).split())}"
         with self._print:
             print(json.dumps(answer), flush=True)

@@ -132,7 +132,7 @@ def test_config_json_missing_fields_or_not_json(tmp_path):
     path = tmp_path / "config.json"
     with pytest.raises(ModelError, match="no such file"):
         read_config(path)
-    for text, words in (("{", "not readable as JSON"), ("[]", "'list' is not supported")):
+    for text, words in (("{", "not readable as JSON"), ("[]", "holds a list, must be a JSON object")):
         path.write_text(text)
         with pytest.raises(ModelError, match=words):
             read_config(path)
@@ -162,7 +162,7 @@ def routed_problem(seed, tokens=40, experts=6, k=2, skewed=False):
     x = jax.random.normal(keys[0], (tokens, 16))
     w_in = jax.random.normal(keys[1], (experts, 16, 24)) * 0.3
     w_out = jax.random.normal(keys[2], (experts, 12, 16)) * 0.3
-    logits = jax.random.normal(keys[3], (tokens, experts)) + (10.0 * (jnp.arange(experts) < k) if skewed else 0)
+    logits = jax.random.normal(keys[3], (tokens, experts)) + (10.0 * (jnp.arange(experts) < k)[None] if skewed else 0)
     weights, ids = jax.lax.top_k(jax.nn.softmax(logits), k)
     return x, w_in, w_out, weights, ids, jax.random.normal(keys[4], x.shape)
 
@@ -243,7 +243,9 @@ def test_attention_of_grouped_queries_is_the_textbook_one():
 
 def test_rms_norm():
     x = jnp.array([[3.0, 4.0]])
-    np.testing.assert_allclose(rms_norm(x, jnp.array([1.0, 2.0]), 0.0), x / np.sqrt(12.5) * np.array([1, 2]), rtol=1e-6)
+    np.testing.assert_allclose(
+        rms_norm(x, jnp.array([1.0, 2.0]), 0.0), x / np.sqrt(12.5) * np.array([[1, 2]]), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from dancemoe_jax import ModelError, commit, migrate, resident_bytes, stage
+from dancemoe_jax import ModelError, PlacementError, commit, migrate, resident_bytes, stage
 from dancemoe_jax.expert_parallel.pool import buffers_of
 from tests.helpers.cluster_of_devices import Small, random_resident
 
@@ -100,7 +100,7 @@ def test_a_refused_placement_changes_nothing(rng):
     before = contents(small, weights.pool, slots)
     uncovered = random_resident(rng)
     uncovered[:, 1, 2] = False
-    with pytest.raises(ModelError, match="expert 2 of layer 1 is on no device"):
+    with pytest.raises(PlacementError, match="expert 2 of layer 1 is on no device"):
         migrate(weights.pool, slots, uncovered, small.read, layout=small.layout, mesh=small.mesh)
     for key, found in contents(small, weights.pool, slots).items():
         jax.tree.map(np.testing.assert_array_equal, found, before[key])

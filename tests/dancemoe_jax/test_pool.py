@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dancemoe_jax import ModelError, fill_pool, make_mesh, pool_layout, resident_bytes
+from dancemoe_jax import PlacementError, fill_pool, make_mesh, pool_layout, resident_bytes
 from dancemoe_jax.expert_parallel.pool import ExpertPool, buffers_of
 from dancemoe_jax.expert_parallel.slot_experts import slot_experts
 from dancemoe_jax.model.experts import ExpertWeights, dense_experts
@@ -34,7 +34,7 @@ def test_banks_lose_no_slot_and_every_size_is_owned_by_all(capacity):
 
 
 def test_device_without_a_slot_is_refused():
-    with pytest.raises(ModelError, match="device 1 has room for no expert"):
+    with pytest.raises(PlacementError, match="device 1 has room for no expert"):
         pool_layout([3, 0])
 
 

@@ -165,7 +165,7 @@ def test_a_failed_write_leaves_the_old_model_alone(tmp_path, model, monkeypatch)
     def full(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("dancemoe_jax.checkpoint.save_file", full)
+    monkeypatch.setattr("dancemoe_jax.checkpoint.writer.save_file", full)
     with pytest.raises(OSError, match="No space"):
         make(model)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]

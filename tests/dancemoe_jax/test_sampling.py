@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dancemoe_jax.errors import ModelError
+from dancemoe_jax.errors import RequestError
 from dancemoe_jax.inference import sampling
 from dancemoe_jax.inference.sampling import SamplingParams, SamplingRows, mark_seen, sample, stack_params
 
@@ -226,7 +226,7 @@ MEANINGLESS = {
     ("field", "value"), [(field, value) for field, values in MEANINGLESS.items() for value in values]
 )
 def test_values_that_mean_nothing(field, value):
-    with pytest.raises(ModelError, match=f"sampling: {field} = ") as error:
+    with pytest.raises(RequestError, match=f"sampling: {field} = ") as error:
         SamplingParams(**{field: value})
     assert "must be" in str(error.value)
     assert "\n" not in str(error.value)

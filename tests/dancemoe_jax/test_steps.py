@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from dancemoe_jax import ModelError, decode_step, generate, init_state, migrate, prefill
+from dancemoe_jax import RequestError, decode_step, generate, init_state, migrate, prefill
 from dancemoe_jax.expert_parallel.all_to_all import size_classes
-from dancemoe_jax.expert_parallel.two_stage import exchange
+from dancemoe_jax.expert_parallel.two_stage import two_stage_experts
 from dancemoe_jax.mesh import AXIS
 from tests.helpers.cluster_of_devices import CAPACITY, PROMPTS, Small, random_resident
 
@@ -206,7 +206,7 @@ def test_on_accelerators_what_is_at_home_waits_for_nothing_that_travels():
         one = jnp.zeros((3, 2), jnp.int32) + jax.lax.axis_index(AXIS)
         every = jnp.ones((4, 4), bool)
         links = small.layout.links
-        return exchange(links, marked, x, x[:, :2], one, one, every, every, transport="ragged")[0]
+        return two_stage_experts(links, marked, x, x[:, :2], one, one, every, every, transport="ragged")[0]
 
     over_devices = jax.shard_map(local, mesh=small.mesh, in_specs=P(AXIS), out_specs=P(AXIS))
     (mapped,) = jax.make_jaxpr(over_devices)(jnp.ones((12, 8))).eqns
@@ -245,5 +245,5 @@ def test_end_of_text_and_the_context_end_a_text(rng):
 def test_prompts_that_cannot_be_served_are_refused(prompt, message, rng):
     small = Small.make()
     _, weights = small.place(random_resident(rng))
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(RequestError, match=message):
         generate(weights, [prompt], 1, **small.shapes)

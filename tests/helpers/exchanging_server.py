@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from dancemoe_jax import make_mesh, pool_layout, routing_tables
 from dancemoe_jax.expert_parallel.links import live_links
-from dancemoe_jax.expert_parallel.two_stage import exchange
+from dancemoe_jax.expert_parallel.two_stage import two_stage_experts
 from dancemoe_jax.mesh import AXIS, own_rows, put, replicated, shard_rows
 from launch.cluster.join import join
 from placement import Cluster
@@ -52,7 +52,9 @@ def layers_of(x, weights, ids, place, slot, held, needs, eager, busy, scale):
             return jnp.einsum("nk,nkh->nh", jnp.where(slots < 0, 0, weights), x[:, None] * held[slots])
 
         live = live_links(needs, busy)
-        got, rows = exchange(LAYOUT.links, compute, x, weights, place, slot, live, eager & live, transport="pairs")
+        got, rows = two_stage_experts(
+            LAYOUT.links, compute, x, weights, place, slot, live, eager & live, transport="pairs"
+        )
         expected = jnp.einsum("nk,nkh->nh", jnp.where(place < 0, 0, weights), x[:, None] * scale[ids])
         return None, (jnp.abs(got - expected).max(), rows)
 

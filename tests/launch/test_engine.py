@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dancemoe_jax import ModelError, migrate
+from dancemoe_jax import RequestError, migrate
 from launch.engine.engine import Engine
 from launch.engine.request import Request
 from launch.engine.token_sample import Sampler
@@ -78,7 +78,7 @@ def test_tally_counts_every_assignment_once_and_starts_anew(rng):
 def test_prompts_that_do_not_fit_are_refused_before_they_are_queued(rng):
     small = Small.make()
     engine, _ = make_engine(small, rng)
-    with pytest.raises(ModelError, match="context of 48"):
+    with pytest.raises(RequestError, match="context of 48"):
         engine.submit(Request(0, [1] * 48, 4, 0.0))
     assert engine.idle
     assert engine.step() == []
@@ -124,12 +124,12 @@ def test_given_routing_that_does_not_fit_is_refused(rng):
     plain, _ = make_engine(small, rng)
     shape = (7, small.config.num_moe_layers, small.config.top_k)
     ids, weights = np.zeros(shape, np.int32), np.ones(shape, np.float32)
-    with pytest.raises(ModelError, match="replays=True"):
+    with pytest.raises(RequestError, match="replays=True"):
         plain.submit(Request(0, [1, 2, 3], 5, 0.0, routed=(ids, weights)))
     for routed, message in (
         (None, "with each"),
         ((ids[:6], weights[:6]), "7 tokens are fed"),
         ((ids + 999, weights), "outside"),
     ):
-        with pytest.raises(ModelError, match=message):
+        with pytest.raises(RequestError, match=message):
             replay(small, random_resident(rng), [(0, [1, 2, 3], routed)])
