@@ -1,4 +1,4 @@
-"""The serving loop of a process: it steps the engine with the others, sleeps when all rest, and streams tokens to requests."""
+"""The serving loop of a process: it steps the engine with the others, sleeps when nobody has work, and streams tokens."""
 
 import queue
 import signal
@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from launch.cluster.channel import open_channel
-from launch.engine.engine import DONE, ORDER, REFORM, Engine
+from launch.engine.engine import Engine
 from launch.engine.request import Request
 
 _SLEEP_S = 0.2  # how often a sleeping server looks whether it is to end
@@ -32,7 +32,7 @@ class Stream:
     def __iter__(self) -> Iterator[int]:
         while (token := self._tokens.get()) is not None:
             yield token
-        self.close()  # whoever iterates again finds the end
+        self.close()  # a second iteration finds the end
 
     @property
     def reason(self) -> str:
@@ -42,7 +42,7 @@ class Stream:
         self.request.cancelled = True
 
     def close(self) -> None:
-        """There are no more tokens; the loop says so."""
+        """Mark the end of the tokens; the loop calls it."""
         self._tokens.put(None)
 
     def _take(self, token: int) -> bool:
@@ -55,12 +55,12 @@ class Host:
 
     Args:
         server: index of this server, or of the one whose requests enter here.
-        name: goes before all names on its channel: one host after another needs one of its own.
+        name: goes before all names on its channel; hosts that follow each other need names of their own.
 
     Attributes:
         channel: to the other servers.
-        between: called by the loop between two steps, and now and then while it sleeps; says whether it would like to be
-            called again soon.
+        between: called by the loop between two steps, and now and then while it sleeps; true asks for another call
+            soon.
     """
 
     def __init__(self, engine: Engine, server: int, name: str = "") -> None:
@@ -70,7 +70,7 @@ class Host:
         self._sleep_number = 0
         self._streams: dict[int, Stream] = {}
         self._lock = threading.Lock()
-        self._looping = self._over = False  # takes steps; never will again
+        self._looping = self._over = False  # whether it takes steps; whether it never will again
 
     def submit(self, request: Request) -> Stream:
         """Queue a request, from any thread; one that comes after the loop has ended for good is cancelled.
@@ -90,7 +90,7 @@ class Host:
         return stream
 
     def finish(self) -> None:
-        """No more requests will come in here; once that is so everywhere, and all are answered, the loop ends."""
+        """Accept no more requests here; once that is so on all servers, and all are answered, the loop ends."""
         self.engine.done = True
         self.wake()
 
@@ -99,8 +99,8 @@ class Host:
         self.engine.stop = True
 
     def run(self) -> bool:
-        """Take steps together with the others until all agree to end, or to leave for another program (true): `move` goes
-        on there."""
+        """Take steps together with the others until all agree to end (false), or to leave for another program (true), in
+        which `move` goes on."""
         engine, moves = self.engine, False
         self._looping = True
         try:
@@ -120,7 +120,7 @@ class Host:
         return moves
 
     def close(self) -> None:
-        """Serve no more: whatever is unanswered is cancelled."""
+        """Serve no more: requests without a full answer are cancelled."""
         with self._lock:
             self._over, left = True, list(self._streams.values())
         for stream in left:
@@ -128,7 +128,7 @@ class Host:
             self._forget(stream.request)
 
     def move(self, engine: Engine) -> None:
-        """Go on with an engine of another program: whatever is unanswered begins anew there, with the tokens that it has."""
+        """Go on with an engine of another program: unfinished requests begin anew there, with the tokens that they have."""
         with self._lock:
             engine.done, engine.stop = self.engine.done, self.engine.stop
             for stream in self._streams.values():
@@ -144,18 +144,20 @@ class Host:
                 self._wake_all()
             if self.channel.get(f"sleep/{self._sleep_number}", 0.0 if more else _SLEEP_S) is not None:
                 break
-        # All have heard the one before the last, or they could not be napping again.
+        # All have received the one before the last, or they could not sleep again.
         if jax.process_index() == 0:
             self.channel.drop(f"sleep/{self._sleep_number - 2}")
         self._sleep_number += 1
         self.engine.wake()
 
     def _wanted(self) -> bool:
-        """Whether there is something to tell the others."""
-        engine = self.engine
-        told = engine.received[engine.own[0]]
+        """Whether there is something to do, or something that the others do not know yet."""
+        engine, sent, own = self.engine, self.engine.received, self.engine.own[0]
+        progress = (sent.order[own], sent.stage[own], sent.given_up[own])
         news = (
-            (engine.done and not told[DONE]) or engine.reform > told[REFORM] or tuple(told[ORDER:]) != engine.progress
+            (engine.done and not sent.done[own])
+            or engine.reform > sent.reform[own]
+            or engine.migration_progress != progress
         )
         return not engine.idle or engine.stop or bool(news)
 
@@ -179,12 +181,12 @@ class Host:
 def ending(host: Host) -> Iterator[None]:
     """Inside the block the first SIGINT or SIGTERM ends the loop everywhere, in step; a second one ends this process."""
 
-    def asked(number: int, frame: Any) -> None:
+    def handle(number: int, frame: Any) -> None:
         if host.engine.stop:
             raise KeyboardInterrupt
         host.stop()
 
-    before = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

@@ -5,7 +5,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from dancemoe_jax.errors import RequestError
+from dancemoe_jax.inference.generate import check_prompt
 from dancemoe_jax.inference.sampling import SamplingParams
+from dancemoe_jax.model.config import ModelConfig
+from placement.scheduling import Progress
 
 
 @dataclasses.dataclass(eq=False)
@@ -17,7 +21,7 @@ class Request:
         arrival_s: when it arrived; `finished_s` when its last token came, on the caller's clock.
         params: how its tokens are chosen.
         stop_token_ids: tokens that end it beside the model's own.
-        hear: called with every token of the answer; true ends it.
+        on_token: called with every token of the answer; true ends it.
         routed: experts of its tokens and their weights, [tokens, MoE layers, k] each, prompt then answer without its last
             token: a replay (`Engine(replays=True)`), which no end-of-text ends.
         reason: why it ended: "stop", "length" or "cancelled".
@@ -43,17 +47,71 @@ class Request:
 
     @property
     def greedy(self) -> bool:
+        """Whether each of its tokens is the likeliest."""
         return self.params.temperature == 0 and self.params.repetition_penalty == 1
 
     @property
-    def prefix(self) -> list[int]:
-        """Tokens to prefill."""
-        return self.prompt + self.output[: self.kept] if self.kept else self.prompt
-
-    @property
     def prefilled(self) -> bool:
+        """Whether the cache holds all that comes before its next token."""
         return self.done == len(self.prompt) + self.kept
+
+    def progress(self, context: int) -> Progress:
+        """How far it has come, for the scheduler; context: longest sequence, in tokens."""
+        prompt, text = len(self.prompt) + self.kept, len(self.prompt) + len(self.output)
+        # The last token of the answer has been given, but has not been through a step.
+        cached = self.done if self.done < prompt else text - 1
+        return Progress(self.arrival_s, prompt, cached, self._most(context) - len(self.output))
+
+    def tokens(self, start: int, count: int) -> list[int]:
+        """Tokens of prompt and answer from position `start` on."""
+        answered = max(0, start - len(self.prompt))
+        return self.prompt[start : start + count] + self.output[answered : max(0, start + count - len(self.prompt))]
+
+    def take(self, token: int, eos: int | None, context: int) -> bool:
+        """Take the next token of the answer; whether it has ended the request.
+
+        Args:
+            eos: ends the answer; None: nothing does. context: longest sequence, in tokens.
+        """
+        self.output.append(token)
+        if token == eos or token in self.stop_token_ids or (self.on_token and self.on_token(token)):
+            self.reason = "stop"
+        elif len(self.output) >= self._most(context):
+            self.reason = "length"
+        return bool(self.reason)
 
     def restart(self) -> None:
         """Begin anew in an engine that knows nothing of it, with what has been answered so far."""
         self.done, self.kept = 0, len(self.output)
+
+    def check(self, config: ModelConfig, replays: bool) -> None:
+        """Whether an engine can serve it.
+
+        Args:
+            replays: the engine takes given routing (`Engine(replays=True)`).
+
+        Raises:
+            RequestError: its prompt is no prompt of the model or too long, or its routing does not fit.
+        """
+        check_prompt(config, self.prompt, "request")
+        if (self.routed is not None) != replays:
+            raise RequestError(
+                f"request: this engine {'replays' if replays else 'routes'} its requests; give `routed` "
+                f"{'with each of them' if replays else 'to one with replays=True'}"
+            )
+        if self.routed is None:
+            return
+        fed = min(len(self.prompt) + self.max_tokens - 1, config.max_position)
+        ids, weights = self.routed
+        each = (config.num_moe_layers, config.top_k)
+        if ids.shape != weights.shape or ids.shape[1:] != each or len(ids) < fed:
+            raise RequestError(
+                f"request: routing of shapes {ids.shape} and {weights.shape}; {fed} tokens are fed, give "
+                f"[at least {fed}, {each[0]}, {each[1]}] for both"
+            )
+        if ids.min() < 0 or ids.max() >= config.num_experts:
+            raise RequestError(f"request: routing names experts outside 0..{config.num_experts - 1}")
+
+    def _most(self, context: int) -> int:
+        """Tokens of its answer at most."""
+        return min(self.max_tokens, context - len(self.prompt))

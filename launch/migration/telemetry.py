@@ -59,7 +59,9 @@ class Reporter:
         engine, now = self._engine, time.monotonic()
         if now >= self._due and sum(engine.steps.values()) > self._taken:
             self._due, self._taken = now + self._period, sum(engine.steps.values())
-            steps, fed = (np.array([d["prefill"], d["decode"]], np.int64) for d in (engine.steps, engine.fed))
+            steps, fed = (
+                np.array([d["prefill"], d["decode"]], np.int64) for d in (engine.steps, engine.tokens_processed)
+            )
             self._found = Counted(engine.counts(), steps, fed)
             if engine.sampler is not None and now >= self._sampled_due:
                 self._sampled_due, self._sample = now + self._sampled_period, engine.sampler.take()

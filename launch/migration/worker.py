@@ -29,7 +29,7 @@ from dancemoe_jax.expert_parallel.tables import Tables
 from dancemoe_jax.model.experts import ExpertWeights
 from launch.cluster.channel import Channel
 from launch.cluster.priority import STAGING, give_way
-from launch.engine.engine import GIVEN_UP, ORDER, STAGE, Engine
+from launch.engine.engine import Engine
 from launch.engine.loading import Loaded
 from launch.migration.command import MigrationCommand, MigrationResult
 from placement import Placement, diff
@@ -148,7 +148,7 @@ class MigrationWorker:
     def give_up(self, number: int) -> None:
         """Have all servers end an order where it is; later than the last commit, nothing happens."""
         with self._progress:
-            self.engine.progress = (*self.engine.progress[:2], number)
+            self.engine.migration_progress = self.engine.migration_progress._replace(given_up=number)
         self._wake()
 
     def wait(self, number: int, seconds: float) -> MigrationResult | None:
@@ -257,7 +257,9 @@ class MigrationWorker:
 
     def _report(self, job: _Job, ahead: int = 0) -> None:
         with self._progress:
-            self.engine.progress = (job.order, job.stage + ahead, self.engine.progress[2])
+            self.engine.migration_progress = self.engine.migration_progress._replace(
+                order=job.order, stage=job.stage + ahead
+            )
         self._wake()
 
     def _reason(self, number: int) -> str:
@@ -275,7 +277,7 @@ class MigrationWorker:
     def between(self) -> bool:
         """Do what is due between two steps; whether there is more that needs no step in between."""
         engine, begin = self.engine, time.monotonic()
-        self._given_up = max(self._given_up, int(engine.received[:, GIVEN_UP].max()))
+        self._given_up = max(self._given_up, int(engine.received.given_up.max()))
         job = self._job
         if job is None or job.over.is_set():
             self._last = begin
@@ -327,4 +329,4 @@ class MigrationWorker:
 
     def _all_at(self, order: int, at: int) -> bool:
         received = self.engine.received
-        return bool((received[:, ORDER] == order).all() and (received[:, STAGE] >= at).all())
+        return bool((received.order == order).all() and (received.stage >= at).all())

@@ -211,7 +211,7 @@ def _run_lock_step(
     print(
         f"{len(arrivals)} requests in {arrivals.seconds[-1]:.0f} s, all servers in lock-step. Times from arrival to the last"
     )
-    print("token. See placement/lockstep.py for what is modelled.")
+    print("token. What is modelled: placement/simulation/lockstep/predict.py")
 
 
 def _costs(path: str | None, compute: Compute) -> StepCosts:
@@ -278,7 +278,9 @@ def _print_simulations(done: Mapping[str, Simulation], cluster: Cluster, arrival
     print(
         f"{len(arrivals)} requests in {arrivals.seconds[-1]:.0f} s. Times from arrival to the last token. port, device:"
     )
-    print("share of the time in which the busiest one works. See placement/simulate.py for what is modelled.")
+    print(
+        "share of the time in which the busiest one works. What is modelled: placement/simulation/independent/events.py"
+    )
     if len(cluster.names) > 6:
         return
     print()

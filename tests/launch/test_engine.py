@@ -1,4 +1,4 @@
-"""The engine: continuous batching changes nobody's text; requests stay at their server; tallies add up."""
+"""The engine: continuous batching changes nobody's text; requests stay at their server; counters add up."""
 
 from collections import Counter
 
@@ -51,8 +51,8 @@ def test_requests_run_on_their_servers_devices_and_wait_when_full(rng):
     for i in range(7):
         engine.submit(Request(2, [1, 2, 3], 4, float(i)))
     engine.step()
-    assert [sum(r is not None for r in row) for row in engine.running] == [0, 0, 2, 2]
-    assert len(engine.waiting[2]) == 3
+    assert [sum(r is not None for r in row) for row in engine.batch.running] == [0, 0, 2, 2]
+    assert len(engine.batch.waiting[2]) == 3
     while not engine.idle:
         engine.step()
     counts = engine.counts()
@@ -61,7 +61,7 @@ def test_requests_run_on_their_servers_devices_and_wait_when_full(rng):
     assert counts[2].sum() == 7 * (3 + 3) * small.config.num_layers * small.config.top_k
 
 
-def test_tally_counts_every_assignment_once_and_starts_anew(rng):
+def test_counters_count_every_assignment_once_and_starts_anew(rng):
     small = Small.make()
     engine, _ = make_engine(small, rng)
     for server in range(3):
@@ -70,8 +70,8 @@ def test_tally_counts_every_assignment_once_and_starts_anew(rng):
         engine.step()
     counters = engine.take_counters()
     np.testing.assert_array_equal((counters.local + counters.remote).sum(0), engine.counts().sum((0, 2)))
-    assert counters.asked == counters.steps * small.config.num_layers
-    assert 0 < counters.crossed <= counters.asked
+    assert counters.layer_steps == counters.steps * small.config.num_layers
+    assert 0 < counters.layer_steps_crossing <= counters.layer_steps
     assert engine.take_counters().steps == 0
 
 

@@ -18,7 +18,8 @@ from placement.data.arrivals import Arrivals
 from placement.data.problem import Problem
 from placement.simulation.lockstep.exchange import Exchange, digits, rounds
 from placement.simulation.lockstep.predict import StepCosts, lock_step
-from placement.simulation.lockstep.scheduler import Member, serve
+from placement.simulation.lockstep.scheduler import Member
+from placement.simulation.lockstep.serve import serve
 
 LAYERS, EXPERTS, K, HIDDEN = 3, 4, 2, 100
 COSTS = StepCosts(prefill=(0.1, 0.0, 0.01), decode=(0.02, 0.005, 0.001), message_seconds=1e-4)
@@ -74,8 +75,8 @@ def test_prefill_and_decode_take_turns():
 
     served = serve(arrivals((0.0, 0, 4, 4), (0.5, 0, 12, 2)), [0], step, sequences=2, chunk=4)
     assert [prefill for prefill, _ in kinds] == [True, False, True, False, True, False, True, False]
-    assert kinds[1] == (False, [Member(0, 0, 4, 1)])
-    assert kinds[4] == (True, [Member(0, 1, 4, 4)])
+    assert kinds[1] == (False, [Member(0, 0, 0, 4, 1)])
+    assert kinds[4] == (True, [Member(0, 1, 1, 4, 4)])
     assert served.latency == pytest.approx([6 * 1.5, 8 * 1.5 - 0.5])
     assert served.first_token == pytest.approx([1.5, 7 * 1.5 - 0.5])
     assert served.waiting == pytest.approx([2 * 1.5, 12 - 0.5 - 4 * 1.5])

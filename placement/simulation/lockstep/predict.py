@@ -1,11 +1,12 @@
 """Requests on servers that step together, as the runtime serves them: how long they take. Plans nothing itself.
 
-Modelled: one step at a time for the whole cluster. Where both are wanted, prefill and decode steps take turns. A prefill
-step takes up to `chunk` tokens of the earliest prompt on every device, a decode step one token of every sequence; a
-device has places for `sequences` of them, and a request goes to the device of its server with most places free. A step
-takes its computing, linear in busy devices and rows and measured beforehand (`StepCosts`), and its messages
-(exchange_time.py). What its tokens are routed to comes from the profile: a request takes tokens that follow each other
-in recorded sequences of its server, drawn at random; where only counts are known, sets drawn as if independent.
+Modelled: one step at a time for the whole cluster, by the rules that the serving engine follows (`placement.scheduling`).
+Where both are wanted, prefill and decode steps take turns. A prefill step takes up to `chunk` tokens of the earliest
+prompt on every device, a decode step one token of every sequence; a device has batch slots for `sequences` of them, and
+a request goes to the device of its server with most slots free. A step takes its computing, linear in busy devices and
+rows and measured beforehand (`StepCosts`), and its messages (exchange.py). What its tokens are routed to comes from the
+profile: a request takes tokens that follow each other in recorded sequences of its server, drawn at random; where only
+counts are known, sets drawn as if independent.
 
 Not modelled: variance of steps that hold the same, devices of unequal speed, migrations, memory of the KV cache, and
 what lies between two steps.
@@ -22,7 +23,8 @@ from placement.data.arrivals import Arrivals
 from placement.data.problem import Problem
 from placement.files import InputError, show
 from placement.simulation.lockstep.exchange import Exchange
-from placement.simulation.lockstep.scheduler import Member, Served, serve
+from placement.simulation.lockstep.scheduler import Member
+from placement.simulation.lockstep.serve import Served, serve
 
 _MESSAGES = ("message_seconds", "row_seconds", "contention")
 _OVERHEADS = ("prefill_overhead", "decode_overhead")
@@ -107,7 +109,7 @@ def lock_step(
         problem: the cluster, with measured links, and the workload that runs on it.
         resident: bool [D, L, E], every expert resident somewhere.
         costs: of a step at home.
-        sequences: places of a device; chunk: prompt tokens that a step takes of one prompt.
+        sequences: batch slots of a device; chunk: prompt tokens that a step takes of one prompt.
         serving, likely: see `Exchange.build`; as the runtime was given them.
         seed: of the tokens drawn; the same for all placements that are to be compared.
     """
@@ -118,7 +120,7 @@ def lock_step(
 
     def step(prefill: bool, members: list[Member]) -> tuple[float, float]:
         rows: list[list[np.ndarray]] = [[] for _ in range(devices)]
-        for device, request, start, count in members:
+        for device, _, request, start, count in members:
             rows[device].append(routing[request][start : start + count])
         ids = [np.concatenate(own) if own else none for own in rows]
         compute = costs.seconds(prefill, [len(own) for own in ids])

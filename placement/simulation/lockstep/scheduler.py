@@ -1,115 +1,88 @@
-"""What the next step of servers that step together holds, and serving by it. Knows no costs."""
+"""Continuous batching of all devices of a cluster by one that knows every request. Knows no clock and no costs.
+
+The rules are those of `placement.scheduling`, which the serving engine follows too. There each process knows the requests
+of its own devices alone, and what the others want comes with the steps; here one state holds them all.
+"""
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import numpy as np
-
-from placement.data.arrivals import Arrivals
+from placement.scheduling import Kind, Progress, Step, admit, next_kind, plan_step
 
 
 class Member(NamedTuple):
-    """Rows of a step: of request `request`, on `device`, from token `start` on, `count` of them."""
+    """Rows of a step: of request `request`, in batch slot `slot` of `device`, from token `start` on, `count` of them."""
 
     device: int
+    slot: int
     request: int
     start: int
     count: int
 
 
-@dataclass(frozen=True, eq=False)
-class Served:
-    """What happened to R requests, float64 [R] seconds each; `steps` and their kinds in all.
-
-    Attributes:
-        latency: from arrival to the last token; first_token: to the first.
-        compute, network: of the steps that a request took part in; the rest of its latency it waited.
-        steps: prefill and decode steps.
-    """
-
-    latency: np.ndarray
-    first_token: np.ndarray
-    compute: np.ndarray
-    network: np.ndarray
-    steps: dict[str, int]
-
-    @property
-    def waiting(self) -> np.ndarray:
-        """Seconds in no step, float64 [R]."""
-        return self.latency - self.compute - self.network
-
-    def summary(self) -> dict[str, Any]:
-        """Figures as JSON takes them; seconds, means unless they say otherwise."""
-        p50, p95, p99 = np.percentile(self.latency, [50, 95, 99]).tolist()
-        parts = {key: float(getattr(self, key).mean()) for key in ("first_token", "compute", "network", "waiting")}
-        latency = {"mean": float(self.latency.mean()), "p50": p50, "p95": p95, "p99": p99}
-        return {"requests": len(self.latency), "latency": latency, **parts, "steps": self.steps}
-
-
-def serve(
-    arrivals: Arrivals,
-    device_server: Sequence[int],
-    step: Callable[[bool, list[Member]], tuple[float, float]],
-    *,
-    sequences: int = 4,
-    chunk: int = 64,
-) -> Served:
-    """Serve all requests; `step` says what a step with these rows takes, computing and network.
+class Scheduler:
+    """Gives requests batch slots, and steps their rows.
 
     Args:
-        device_server: server of each device, [D]; every server of `arrivals` has one.
-        step: (whether it is a prefill step, its rows) -> seconds of computing, seconds of network.
+        device_server: server of each device, [D].
+        sequences: batch slots of a device; chunk: prompt tokens that a step takes from one sequence.
     """
-    arrival, home = arrivals.seconds.tolist(), arrivals.server.tolist()
-    prompt, output = arrivals.prompt.tolist(), arrivals.output.tolist()
-    done, places = [0] * len(arrivals), [[-1] * sequences for _ in device_server]
-    waiting: dict[int, deque[int]] = {int(server): deque() for server in device_server}
-    first, finished, compute, network = np.full((4, len(arrivals)), np.nan)
-    compute[:], network[:] = 0.0, 0.0
-    coming, now, decode_next, steps = 0, 0.0, False, {"prefill": 0, "decode": 0}
 
-    def admit(coming: int) -> int:
-        while coming < len(arrival) and arrival[coming] <= now:
-            waiting[home[coming]].append(coming)
-            coming += 1
-        for server, queue in waiting.items():
-            own = [device for device, owner in enumerate(device_server) if owner == server]
-            while queue:
-                device = max(own, key=lambda d: places[d].count(-1))
-                if -1 not in places[device]:
-                    break
-                places[device][places[device].index(-1)] = queue.popleft()
-        return coming
+    def __init__(self, device_server: Sequence[int], sequences: int, chunk: int) -> None:
+        servers = [int(server) for server in device_server]
+        self._devices = {server: [d for d, owner in enumerate(servers) if owner == server] for server in servers}
+        self._server, self._chunk = servers, chunk
+        self._slots: list[list[Progress | None]] = [[None] * sequences for _ in servers]
+        self._request = [[-1] * sequences for _ in servers]  # in each slot
+        self._waiting: dict[int, deque[tuple[int, Progress]]] = {server: deque() for server in servers}
+        self._last: Step | None = None
 
-    while True:
-        coming = admit(coming)
-        if all(request < 0 for row in places for request in row):
-            if coming == len(arrival):
-                break
-            now = arrival[coming]
-            coming = admit(coming)
-        chunks, tokens = [], []
-        for device, row in enumerate(places):
-            due = [request for request in row if request >= 0 and done[request] < prompt[request]]
-            if due:
-                request = min(due, key=lambda r: (arrival[r], row.index(r)))
-                chunks.append(Member(device, request, done[request], min(chunk, prompt[request] - done[request])))
-            tokens += [Member(device, r, done[r], 1) for r in row if r >= 0 and done[r] >= prompt[r]]
-        decode = bool(tokens) and (decode_next or not chunks)
-        decode_next = not decode
-        members = tokens if decode else chunks
-        steps["decode" if decode else "prefill"] += 1
-        spent = step(not decode, members)
-        now += sum(spent)
-        for device, request, _, count in members:
-            done[request] += count
-            compute[request] += spent[0]
-            network[request] += spent[1]
-            if done[request] >= prompt[request] and np.isnan(first[request]):
-                first[request] = now
-            if done[request] >= prompt[request] + output[request] - 1 and not np.isnan(first[request]):
-                finished[request] = now
-                places[device][places[device].index(request)] = -1
-    return Served(finished - arrivals.seconds, first - arrivals.seconds, compute, network, steps)
+    @property
+    def in_flight(self) -> list[int]:
+        """Requests that have a batch slot."""
+        return [request for row in self._request for request in row if request >= 0]
+
+    def submit(self, request: int, server: int, arrival: float, prompt: int, output: int) -> None:
+        """Queue a request at its server; it is heard of with the next step.
+
+        Args:
+            request: its number, from 0.
+            arrival: orders the prompts of a device; any unit.
+            prompt, output: tokens, at least 1 each.
+        """
+        self._waiting[server].append((request, Progress(arrival, prompt, 0, output)))
+
+    def next_step(self) -> tuple[Kind, list[Member]] | None:
+        """Kind and rows of the next step, which ends with `finish_step`; None where nothing is to be done."""
+        self._admit()
+        last = self._last
+        kind = None if last is None else next_kind(last.kind, any(last.prefill), any(last.decode))
+        if kind is None:
+            if not self.in_flight:
+                return None
+            kind = "prefill"  # nobody has wanted anything: what there is came since
+        self._last = plan_step(kind, self._slots, [bool(self._waiting[s]) for s in self._server], self._chunk)
+        return kind, [Member(d, slot, self._request[d][slot], *rows) for d, slot, *rows in self._last.rows]
+
+    def finish_step(self) -> list[int]:
+        """Advance by the step that `next_step` gave; the requests that ended with it, whose slots are free."""
+        assert self._last is not None
+        ended = []
+        for device, slot, _, count in self._last.rows:
+            progress = self._slots[device][slot]
+            assert progress is not None
+            self._slots[device][slot] = progress = progress.after(count)
+            if progress.ended:
+                ended.append(self._request[device][slot])
+                self._slots[device][slot], self._request[device][slot] = None, -1
+        return ended
+
+    def _admit(self) -> None:
+        for server, queue in self._waiting.items():
+            if queue:
+                devices = self._devices[server]
+                free = [[slot for slot, p in enumerate(self._slots[device]) if p is None] for device in devices]
+                for own, slot in admit(free, len(queue)):
+                    device = devices[own]
+                    self._request[device][slot], self._slots[device][slot] = queue.popleft()

@@ -1,0 +1,60 @@
+"""The next tokens of a step: the likeliest ones, or by the rules of the requests. Keeps what these have seen."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dancemoe_jax.inference.sampling import SamplingRows, choose, stack_params
+from dancemoe_jax.inference.steps import StepResult
+from dancemoe_jax.mesh import own_rows, shard_rows, sharded
+from launch.engine.batch import Member
+from launch.engine.request import Request
+from launch.engine.step_inputs import SampledInputs, first_row, sampled_inputs
+from placement.scheduling import Kind
+
+
+class TokenChoice:
+    """Chooses for the batch slots of this process's devices.
+
+    Args:
+        sequences: batch slots of a device; vocabulary: tokens that there are.
+    """
+
+    def __init__(self, mesh: Mesh, sequences: int, vocabulary: int) -> None:
+        self._mesh = mesh
+        self._seen = jnp.zeros((mesh.size, sequences, vocabulary), bool, device=sharded(mesh))
+
+    def next_tokens(
+        self,
+        kind: Kind,
+        members: Sequence[Member],
+        running: Sequence[Sequence[Request | None]],
+        result: StepResult,
+        width: int,
+    ) -> list[int]:
+        """The next token of each member of a step, whether or not its request has its whole prompt behind it.
+
+        Args:
+            running: requests by device and batch slot.
+            width: tokens that the step takes of a sequence at most.
+        """
+        if all(request.greedy for _, request in members):
+            likeliest = own_rows(result.tokens)
+            return [int(likeliest[rows.device][first_row(kind, rows)]) for rows, _ in members]
+        inputs = sampled_inputs(members, len(running), len(running[0]), width)
+        chosen = own_rows(self._choose(inputs, running, result.logits))
+        return [int(chosen[rows.device][rows.slot]) for rows, _ in members]
+
+    def _choose(
+        self, inputs: SampledInputs, running: Sequence[Sequence[Request | None]], logits: jax.Array
+    ) -> jax.Array:
+        """Tokens by batch slot, int32 [D, sequences]."""
+        rows = [stack_params([request and request.params for request in row]) for row in running]
+        rules = SamplingRows(*(shard_rows(self._mesh, np.stack(column)) for column in zip(*rows, strict=True)))
+        index = np.array([[len(r.output) if r else 0 for r in row] for row in running], np.int32)
+        given = [shard_rows(self._mesh, part) for part in inputs]
+        self._seen, chosen = choose(self._seen, *given, logits, rules, shard_rows(self._mesh, index), mesh=self._mesh)
+        return chosen
