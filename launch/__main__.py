@@ -2,13 +2,17 @@
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from dancemoe_jax.errors import DanceMoEError
-from placement import InputError
+from launch import log
+from placement.files import InputError
+from placement.version import version
+
+_log = logging.getLogger("launch")
 
 COMMANDS = {
     "demo": "serve a small model on three unequal servers, plan from what is seen, migrate while serving",
@@ -35,28 +39,54 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
+    """Run one command; returns the exit status. argv: default: those of this process, whose standard output then is for
+    the command alone."""
+    from_shell = argv is None
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(prog="launch", description="Serve Mixture-of-Experts models from unequal servers.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for name, what in COMMANDS.items():
-        command = commands.add_parser(name, help=what, description=what)
-        if argv[:1] == [name]:  # importing jax takes seconds: only for the command that is run
-            module = importlib.import_module(_MODULES.get(name, f"launch.commands.{name}"))
-            module.add_arguments(command)
-            command.set_defaults(run=module.run)
-    arguments = parser.parse_args(argv)
+    arguments = _parser(argv).parse_args(argv)
+    log.configure(arguments.log_level, arguments.log_json, getattr(arguments, "server", None))
+    if from_shell:
+        log.keep_output_clean()
     try:
-        return arguments.run(arguments) or 0
-    except (InputError, DanceMoEError) as error:
-        print(f"launch {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        module = importlib.import_module(_MODULES.get(arguments.command, f"launch.commands.{arguments.command}"))
+        return module.run(arguments) or 0
+    except InputError as error:
+        _log.error("launch %s: %s", arguments.command, " ".join(str(error).split()))
         return 2
     except BrokenPipeError:  # the reader of our output left, as `head` does; nobody is there to be told
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        print(f"launch {arguments.command}: interrupted", file=sys.stderr)
+        _log.error("launch %s: interrupted", arguments.command)
         return 1
+    except ValueError as error:
+        if not _is_librarys(error):
+            raise
+        _log.error("launch %s: %s", arguments.command, " ".join(str(error).split()))
+        return 2
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """For all commands, with the flags of the one that is run: the others' modules are not loaded."""
+    parser = _Parser(prog="launch", description="Serve Mixture-of-Experts models from unequal servers.")
+    parser.add_argument("--version", action="version", version=f"launch {version()} (dancemoe-jax)")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, what in COMMANDS.items():
+        command = commands.add_parser(name, help=what, description=what)
+        if argv[:1] != [name]:
+            continue
+        if name == "bench":
+            importlib.import_module(_MODULES[name]).add_arguments(command, argv[1] if argv[1:] else None)
+        else:
+            log.add_log_arguments(command)
+            getattr(importlib.import_module("launch.arguments"), name)(command)
+    return parser
+
+
+def _is_librarys(error: ValueError) -> bool:
+    """Whether it is the library's; where that was not loaded, it is none."""
+    errors = sys.modules.get("dancemoe_jax.errors")
+    return errors is not None and isinstance(error, errors.DanceMoEError)
 
 
 if __name__ == "__main__":

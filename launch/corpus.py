@@ -6,7 +6,6 @@ belongs to the training or to the held-out part by a hash of its name, so that n
 Python version reads them; arithmetic holds out a tenth of all pairs of two-digit numbers.
 """
 
-import argparse
 import ast
 import dataclasses
 import hashlib
@@ -210,11 +209,6 @@ def encode(documents: tuple[str, ...]) -> np.ndarray:
     for text in documents:
         parts += [np.frombuffer(text.encode(), np.uint8).astype(np.uint16), np.array([EOS], np.uint16)]
     return np.concatenate(parts)
-
-
-def add_domain_argument(parser: argparse.ArgumentParser) -> None:
-    text = "text file or directory; repeat for several; default: code, prose, arithmetic"
-    parser.add_argument("--domain", action="append", default=[], metavar="NAME=PATH", help=text)
 
 
 def read_domains(specifications: list[str], seed: int) -> list[Domain]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from placement.files import InputError
+from placement.version import version
 
 # Each is a module of placement/commands, with `add_arguments(parser)` and `run(arguments)`.
 COMMANDS = {
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(prog="placement", description="Plan where copies of experts live on servers of unequal memory.")
+    parser.add_argument("--version", action="version", version=f"placement {version()} (dancemoe-jax)")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, what in COMMANDS.items():
         command = commands.add_parser(name, help=what, description=what)

@@ -129,7 +129,7 @@ def _serve(
         "moving": moving,
         "compilations": _compiled() - compiled,
         "peak": worker.peak_bytes,
-        "stall": max(stall for outcome in worker.outcomes for stall in outcome.stalls_s),
+        "stall": max(stall for result in worker.results for stall in result.stalls_s),
     }
     told = phases.exchange(index, own)
     alone = 0.0

@@ -3,6 +3,8 @@
 import argparse
 import importlib
 
+from launch.log import add_log_arguments
+
 WHAT = {
     "load": "memory and speed of loading one server's share of a large checkpoint",
     "testbed": "requests of a routing trace on servers joined by real links, by strategy",
@@ -13,13 +15,16 @@ WHAT = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, chosen: str | None) -> None:
+    """The flags of the chosen benchmark; only its module is loaded."""
     commands = parser.add_subparsers(dest="what", required=True, metavar="what")
     for name, what in WHAT.items():
         command = commands.add_parser(name, help=what, description=what)
-        module = importlib.import_module(f"launch.bench.{name}")
-        module.add_arguments(command)
-        command.set_defaults(bench=module.run)
+        if name == chosen:
+            add_log_arguments(command)
+            module = importlib.import_module(f"launch.bench.{name}")
+            module.add_arguments(command)
+            command.set_defaults(bench=module.run)
 
 
 def run(args: argparse.Namespace) -> int | None:

@@ -1,45 +1,67 @@
-"""What is asked of JAX beyond its public interface: leaving a program without the others, launchers' variables, own address.
+"""What is asked of JAX beyond its public interface: where it listens, what it does about a loss, leaving without the others.
 
 Private JAX is used here and nowhere else.
 """
 
 import ctypes
+import functools
 import gc
-import socket
+import logging
+from typing import Any
 
 import jax
-from jax._src import distributed
+from jax._src import distributed, xla_bridge
 from jax.extend.backend import clear_backends
 
-from placement import Cluster, InputError
+from launch.cluster.addresses import join_address, source_address, split_address
+
+log = logging.getLogger(__name__)
+
+_HEARTBEAT_S = (
+    100  # a process that is stopped for less goes on; one that ends is missed at once (launch.cluster.liveness)
+)
+_SHUTDOWN_S = 60
 
 
-def from_environment(cluster: Cluster, timeout: float = 60.0) -> tuple[str, str] | None:
-    """Server and coordinator of this process as SLURM, Open MPI or Kubernetes tell them, the n-th task being the n-th
-    server; None outside of these.
+def start_program(
+    address: str, port: int, own: str, count: int, index: int, devices: list[int], timeout: float
+) -> None:
+    """Become one of the processes of a program that meets at an address, which only it and the others' exchanges use.
 
-    Raises:
-        InputError: there are more or fewer tasks than servers.
+    Args:
+        address: of the first process, as this one reaches it; own: of this process, as the others reach it.
+        devices: accelerators of this process.
+        timeout: seconds for all to come.
     """
-    from jax._src.clusters import ClusterEnv
+    _exchange_at(own)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
+    coordinator = join_address(address, port)
+    jax.distributed.initialize(
+        coordinator,
+        count,
+        index,
+        local_device_ids=devices,
+        cluster_detection_method="deactivate",
+        coordinator_bind_address=coordinator,
+        initialization_timeout=max(1, round(timeout)),
+        heartbeat_timeout_seconds=_HEARTBEAT_S,
+        shutdown_timeout_seconds=_SHUTDOWN_S,
+    )
 
-    found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, [0], None, int(timeout))
-    address, count, index, _ = found
-    if address is None or count is None or index is None:
-        return None
-    if count != len(cluster.servers):
-        raise InputError(
-            f"{cluster.source}: {len(cluster.servers)} servers, but {count} tasks were started; start one each"
-        )
-    return cluster.names[index], address
+
+def _exchange_at(own: str) -> None:
+    """Have exchanges on the CPU listen at an address: they take the one that the machine's name leads to otherwise."""
+    library: Any = xla_bridge._jax  # pyright: ignore[reportPrivateImportUsage]
+    make = library.make_gloo_tcp_collectives
+    original = make.func if isinstance(make, functools.partial) else make
+    library.make_gloo_tcp_collectives = functools.partial(original, hostname=own)
 
 
 def own_address() -> str:
     """The address under which the other servers reach this one: that from which it reaches where they have met."""
-    host, _, port = str(distributed.global_state.coordinator_address).rpartition(":")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # connecting it sends nothing
-        probe.connect((host, int(port)))
-        return str(probe.getsockname()[0])
+    host, port = split_address(str(distributed.global_state.coordinator_address), "coordinator")
+    return source_address(host, port, "coordinator")
 
 
 def abandon() -> None:

@@ -5,8 +5,8 @@ JAX's own start aborts a process when another never comes, without a word on whi
 they are started (processes.py).
 """
 
-import socket
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,14 +15,17 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from dancemoe_jax.mesh import AXIS, make_mesh, shard_rows
-from launch.cluster.addresses import coordinator_address, is_loopback, split_address
+from launch.cluster.addresses import coordinator_address, source_address, split_address
 from launch.cluster.channel import open_channel
 from launch.cluster.devices import ordered_devices, visible_devices
 from launch.cluster.fingerprint import cluster_fingerprint
-from launch.cluster.jax_runtime import abandon, own_address
+from launch.cluster.jax_runtime import abandon, start_program
 from launch.cluster.liveness import watching
 from launch.cluster.rendezvous import rendezvous
+from launch.cluster.secret import load_secret
 from placement import Cluster, InputError
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -33,6 +36,8 @@ def join(
     coordinator: str | None = None,
     agree: Mapping[str, str] | None = None,
     timeout: float = 60.0,
+    secret: bytes | None = None,
+    lost: Callable[[str], None] | None = None,
 ) -> Iterator[list[Any]]:
     """Be one server of the cluster for the length of a block, with all the cluster's devices in mesh order.
 
@@ -47,6 +52,8 @@ def join(
         agree: fingerprints by what they are of, which must be the same on all servers; the cluster file and the version
             of JAX are compared in any case.
         timeout: seconds to wait for the others.
+        secret: of the cluster; default: `load_secret()`.
+        lost: called with the name of the first server that goes within the block without having left its own.
 
     Raises:
         InputError: no such server; the port is in use; a server did not come, or came with something else; a server
@@ -61,26 +68,18 @@ def join(
         yield ordered_devices(cluster)
         return
     coordinator = coordinator or coordinator_address(cluster)
+    secret = load_secret() if secret is None else secret
     facts = {"cluster file": cluster_fingerprint(cluster), "version of JAX": jax.__version__, **(agree or {})}
-    with rendezvous(cluster.names, server, coordinator, facts, timeout):
+    with rendezvous(cluster.names, server, coordinator, facts, timeout, secret) as address:
+        _, port = split_address(coordinator, "coordinator")
+        own = address if index == 0 else source_address(address, port, f"server {server}")
+        log.info("%s: meets the others at %s port %d, is reached at %s", server, address, port, own)
         jax.config.update("jax_num_cpu_devices", devices_here)
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
-        jax.distributed.initialize(
-            coordinator,
-            count,
-            index,
-            local_device_ids=visible_devices(cluster, index),
-            cluster_detection_method="deactivate",
-            initialization_timeout=max(1, round(timeout)),
-            heartbeat_timeout_seconds=30,
-            shutdown_timeout_seconds=60,
-        )
+        start_program(address, port, own, count, index, visible_devices(cluster, index), timeout)
     try:
         devices = ordered_devices(cluster)
-        _check_own_address(coordinator, server)
         _connect(devices)
-        with watching(cluster.names, index, open_channel(), own_address()):
+        with watching(cluster.names, index, open_channel(), own, secret, lost):
             yield devices
     except BaseException:
         abandon()
@@ -94,16 +93,3 @@ def _connect(devices: list[Any]) -> None:
     mesh = make_mesh(devices)
     add = jax.shard_map(lambda a: jax.lax.psum(a, AXIS), mesh=mesh, in_specs=P(AXIS), out_specs=P())
     jax.jit(add)(shard_rows(mesh, np.zeros(mesh.size, np.int32))).block_until_ready()
-
-
-def _check_own_address(coordinator: str, server: str) -> None:
-    """Gloo tells the others to reach this machine where its own name leads."""
-    host, _ = split_address(coordinator, "coordinator")
-    if jax.default_backend() != "cpu" or is_loopback(host):
-        return
-    name = socket.gethostname()
-    if is_loopback(name):
-        raise InputError(
-            f"server {server}: its host name {name} leads to no address that other servers reach (see /etc/hosts); "
-            f"give it there the address of this machine in the cluster's network"
-        )

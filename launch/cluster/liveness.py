@@ -5,34 +5,51 @@ a loss is not decided here.
 """
 
 import contextlib
-import itertools
+import json
+import logging
+import queue
 import selectors
 import socket
-import sys
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 
+from launch.cluster.addresses import listen
 from launch.cluster.channel import Channel
+from launch.cluster.framing import Connection, Listener, MessageError, connect
 
+log = logging.getLogger(__name__)
+
+PURPOSE = "liveness"
 _START_S = 60.0
+_READ_S = 5.0
 _BYE = b"."
 _SILENT_S, _PROBES = 10, 3  # a machine that is silent so long is asked so often, as long apart
 
 
 @contextlib.contextmanager
-def watching(names: Sequence[str], server: int, channel: Channel, host: str) -> Iterator[None]:
-    """Within the block a line on standard error names a server that goes without having left its own block.
+def watching(
+    names: Sequence[str],
+    server: int,
+    channel: Channel,
+    host: str,
+    secret: bytes,
+    lost: Callable[[str], None] | None = None,
+) -> Iterator[None]:
+    """Within the block a line of the log names a server that goes without having left its own block.
 
     Args:
         names: of all servers, each of which has to come here; server: index of this one.
         host: address under which the others reach it.
+        lost: called with the name of the first that goes, from a thread of its own.
 
     Raises:
         RuntimeError: a server has not come.
     """
-    peers = _connect(names, server, channel, host)
+    peers = _connect(names, server, channel, host, secret)
     left = threading.Event()
-    threading.Thread(target=_listen, args=(names, server, peers, left), name="watch", daemon=True).start()
+    arguments = (names, server, peers, left, lost)
+    threading.Thread(target=_listen, args=arguments, name="liveness", daemon=True).start()
     yield
     # Only whoever comes to the end of the block says goodbye: an error is a loss to the others.
     left.set()
@@ -41,58 +58,81 @@ def watching(names: Sequence[str], server: int, channel: Channel, host: str) -> 
             connection.sendall(_BYE)
 
 
-def _connect(names: Sequence[str], server: int, channel: Channel, host: str) -> dict[socket.socket, int]:
+def _connect(names: Sequence[str], server: int, channel: Channel, host: str, secret: bytes) -> dict[socket.socket, int]:
     """A connection to each other server: asked for by the later one of the two."""
     peers: dict[socket.socket, int] = {}
-    with socket.create_server((host, 0)) as listener:
-        listener.settimeout(_START_S)
-        channel.put(f"watch/{server}", f"{host} {listener.getsockname()[1]}".encode())
+    came: queue.SimpleQueue[tuple[int, socket.socket]] = queue.SimpleQueue()
+
+    def take(connection: Connection) -> None:
+        other = connection.receive({"server": int}, _READ_S)["server"]
+        connection.send({"server": server})
+        came.put((other, connection.socket))
+
+    listening = listen(host, 0, f"server {names[server]}")
+    with Listener(listening, secret, PURPOSE, take):
+        channel.put(f"watch/{server}", json.dumps(listening.getsockname()[:2]).encode())
         for other in range(server):
-            told = channel.get(f"watch/{other}", _START_S)
-            if told is None:
+            message = channel.get(f"watch/{other}", _START_S)
+            if message is None:
                 raise RuntimeError(f"server {names[other]} has not said within {_START_S:g} s where to watch it")
-            where, port = told.decode().split()
-            connection = socket.create_connection((where, int(port)), _START_S)
-            connection.sendall(server.to_bytes(2))
-            peers[connection] = other
-        for _ in itertools.repeat(None, len(names) - 1 - server):
+            where, port = json.loads(message)
             try:
-                connection, _ = listener.accept()
-            except TimeoutError:
-                absent = {*range(server + 1, len(names))} - {*peers.values()}
+                connection = connect((where, port), secret, PURPOSE, _START_S)
+                connection.send({"server": server})
+                connection.receive({"server": int}, _START_S)
+            except (OSError, MessageError) as error:
+                raise RuntimeError(f"server {names[other]} cannot be watched at {where}:{port} ({error})") from None
+            peers[connection.socket] = other
+        deadline = time.monotonic() + _START_S
+        while absent := {*range(server + 1, len(names))} - {*peers.values()}:
+            try:
+                other, connected = came.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
                 raise RuntimeError(f"server {names[min(absent)]} has not come within {_START_S:g} s") from None
-            peers[connection] = int.from_bytes(connection.recv(2, socket.MSG_WAITALL))
-    for connection in peers:
-        connection.settimeout(None)
-        for option, value in (
-            (socket.TCP_KEEPIDLE, _SILENT_S),
-            (socket.TCP_KEEPINTVL, _SILENT_S),
-            (socket.TCP_KEEPCNT, _PROBES),
-        ):
-            connection.setsockopt(socket.IPPROTO_TCP, option, value)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            if other in absent:
+                peers[connected] = other
+    for connected in peers:
+        _keep_alive(connected)
     return peers
 
 
-def _listen(names: Sequence[str], server: int, peers: dict[socket.socket, int], left: threading.Event) -> None:
+def _keep_alive(connected: socket.socket) -> None:
+    """Have the system find out that the other machine has gone without a word."""
+    connected.settimeout(None)
+    for option, value in (
+        ("TCP_KEEPIDLE", _SILENT_S),
+        ("TCP_KEEPINTVL", _SILENT_S),
+        ("TCP_KEEPCNT", _PROBES),
+    ):
+        if hasattr(socket, option):
+            connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+def _listen(
+    names: Sequence[str],
+    server: int,
+    peers: dict[socket.socket, int],
+    left: threading.Event,
+    lost: Callable[[str], None] | None,
+) -> None:
     """Until all have gone, or this server has left and the others too."""
     with selectors.DefaultSelector() as selector:
-        for connection, other in peers.items():
-            selector.register(connection, selectors.EVENT_READ, other)
-        lost = False
+        for connected, other in peers.items():
+            selector.register(connected, selectors.EVENT_READ, other)
+        found = False
         while selector.get_map():
             for key, _ in selector.select():
-                connection: socket.socket = key.fileobj  # pyright: ignore[reportAssignmentType]
+                connected: socket.socket = key.fileobj  # pyright: ignore[reportAssignmentType]
                 try:
-                    said = connection.recv(len(_BYE))
+                    word = connected.recv(len(_BYE))
                 except OSError:
-                    said = b""
-                selector.unregister(connection)
+                    word = b""
+                selector.unregister(connected)
                 # The others end because of the first.
-                if said != _BYE and not lost and not left.is_set():
-                    lost = True
-                    print(
-                        f"server {names[server]}: server {names[key.data]} has ended or cannot be reached any more",
-                        file=sys.stderr,
-                        flush=True,
-                    )
+                if word != _BYE and not found and not left.is_set():
+                    found = True
+                    gone = names[key.data]
+                    log.error("server %s: server %s has ended or cannot be reached any more", names[server], gone)
+                    if lost is not None:
+                        threading.Thread(target=lost, args=(gone,), name="lost", daemon=True).start()

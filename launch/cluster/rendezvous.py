@@ -1,10 +1,10 @@
 """Servers meet before they become one program: each reports to the first, which compares what they bring.
 
-Whoever is missing, and whoever has other inputs than the first, is named to all. It knows nothing of JAX but that its
-service will answer at the port where the servers have met.
+A server that is missing, and one that has other inputs than the first, is named to all. It knows nothing of JAX but that
+its service will answer at the port where the servers have met.
 """
 
-import json
+import queue
 import socket
 import threading
 import time
@@ -12,51 +12,59 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from launch.cluster.addresses import split_address
+from launch.cluster.addresses import listen, split_address
+from launch.cluster.framing import Connection, Listener, MessageError, OtherSecret, connect
 from placement import InputError
 
-_LONGEST_HANDSHAKE = 2**16
-_READ_SECONDS = 2.0
+PURPOSE = "rendezvous"
+_READ_SECONDS = 5.0
 _RETRY_SECONDS = 0.1
+REPORT = {"server": str, "facts": dict}
+REPLY = {"problem": (str, type(None))}
 
 
 @contextmanager
 def rendezvous(
-    names: tuple[str, ...], server: str, coordinator: str, facts: Mapping[str, str], timeout: float
-) -> Iterator[None]:
+    names: tuple[str, ...], server: str, coordinator: str, facts: Mapping[str, str], timeout: float, secret: bytes
+) -> Iterator[str]:
     """Meet, and let the block, which starts JAX, begin only when everybody has come with the same facts.
 
-    The first server enters the block before it tells the others to: they then find its service up.
+    The first server enters the block before it lets the others: they then find its service up. Gives the address where
+    they have met, as this server reaches it.
     """
     host, port = split_address(coordinator, "coordinator")
     if server != names[0]:
-        _report(server, names[0], host, port, facts, timeout)
-        yield
+        yield _report(server, names[0], host, port, facts, timeout, secret)
         return
-    clients = _receive(names, port, facts, timeout)
-    telling = threading.Thread(target=_tell_when_up, args=(clients, port, time.monotonic() + timeout), daemon=True)
-    telling.start()
+    clients, address = _receive(names, host, port, facts, timeout, secret)
+    release = threading.Thread(
+        target=_release_when_up, args=(clients, address, port, time.monotonic() + timeout), daemon=True
+    )
+    release.start()
     try:
-        yield
+        yield address
     finally:
         for client in clients.values():
             client.close()
 
 
-def _receive(names: tuple[str, ...], port: int, facts: Mapping[str, str], timeout: float) -> dict[str, socket.socket]:
-    """On the first server: the connections of all others, once they have come. Raises InputError, and tells it to those
-    who came, where one has not or differs."""
-    clients: dict[str, socket.socket] = {}
+def _receive(
+    names: tuple[str, ...], host: str, port: int, facts: Mapping[str, str], timeout: float, secret: bytes
+) -> tuple[dict[str, Connection], str]:
+    """On the first server: the connections of all others, once they have come, and the own address. Raises InputError, and
+    tells it to those who came, where one has not or differs."""
+    clients: dict[str, Connection] = {}
     brought: dict[str, dict[str, str]] = {}
+    arrived: queue.SimpleQueue[tuple[Connection, str, dict[str, str]]] = queue.SimpleQueue()
     deadline = time.monotonic() + timeout
-    with _listen(names[0], port) as listener:
+    listening = listen(host, port, f"server {names[0]}")
+    address = str(listening.getsockname()[0])
+    with Listener(listening, secret, PURPOSE, lambda client: arrived.put((client, *handshake(client)))):
         while len(clients) < len(names) - 1 and (left := deadline - time.monotonic()) > 0:
-            listener.settimeout(left)
             try:
-                client, _ = listener.accept()
-            except TimeoutError:
+                client, name, theirs = arrived.get(timeout=left)
+            except queue.Empty:
                 break
-            name, theirs = handshake(client)
             if name not in names[1:]:
                 answer(client, f"server {name}: no other server than {names[0]} has this name in its cluster file")
                 continue
@@ -68,7 +76,7 @@ def _receive(names: tuple[str, ...], port: int, facts: Mapping[str, str], timeou
         for client in clients.values():
             answer(client, problem)
         raise InputError(problem)
-    return clients
+    return clients, address
 
 
 def _absence(names: tuple[str, ...], clients: Mapping[str, Any], timeout: float, port: int) -> str | None:
@@ -94,68 +102,63 @@ def difference(first: str, facts: Mapping[str, str], brought: Mapping[str, Mappi
     return None
 
 
-def _listen(server: str, port: int) -> socket.socket:
-    both = socket.has_dualstack_ipv6()
-    try:
-        if both:
-            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
-        return socket.create_server(("", port))
-    except OSError as error:
-        raise InputError(
-            f"server {server}: port {port}: {error.strerror or error}; end the program that uses it, or name another port"
-        ) from None
+def handshake(client: Connection) -> tuple[str, dict[str, str]]:
+    """Name and facts of a server that has connected.
+
+    Raises:
+        MessageError: it says something else, or nothing in time.
+    """
+    message = client.receive(REPORT, _READ_SECONDS)
+    return message["server"], {str(key): str(value) for key, value in message["facts"].items()}
 
 
-def handshake(client: socket.socket) -> tuple[str, dict[str, str]]:
-    """Name and facts of who has connected; an empty name for whatever is no server."""
-    client.settimeout(_READ_SECONDS)
-    try:
-        with client.makefile("rb") as lines:
-            said = json.loads(lines.readline(_LONGEST_HANDSHAKE))
-        return str(said["server"]), {str(key): str(value) for key, value in said["facts"].items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return "", {}
-
-
-def answer(client: socket.socket, problem: str | None) -> None:
+def answer(client: Connection, problem: str | None) -> None:
     """Let a server go on, or tell it why not; the connection ends."""
-    with suppress(OSError), client:
-        client.sendall(json.dumps({"problem": problem}).encode() + b"\n")
+    with suppress(MessageError), client:
+        client.send({"problem": problem})
 
 
-def _tell_when_up(clients: Mapping[str, socket.socket], port: int, deadline: float) -> None:
+def _release_when_up(clients: Mapping[str, Connection], address: str, port: int, deadline: float) -> None:
     """Let the others go on as soon as JAX's service answers at the port."""
     while time.monotonic() < deadline:
-        with suppress(OSError), socket.create_connection(("localhost", port), _READ_SECONDS):
+        with suppress(OSError), socket.create_connection((address, port), _READ_SECONDS):
             break
         time.sleep(0.01)
     for client in clients.values():
         answer(client, None)
 
 
-def _report(server: str, first: str, host: str, port: int, facts: Mapping[str, str], timeout: float) -> None:
-    """On the others: report to the first server and wait for its word. Raises InputError with what it says."""
+def _report(
+    server: str, first: str, host: str, port: int, facts: Mapping[str, str], timeout: float, secret: bytes
+) -> str:
+    """On the others: report to the first server, wait for its word, and give the address at which it was reached. Raises
+    InputError with what it says."""
     deadline = time.monotonic() + timeout
+    where = f"{host}:{port}"
     while True:
         try:
-            connection = socket.create_connection((host, port), max(_RETRY_SECONDS, deadline - time.monotonic()))
+            connection = connect(
+                (host, port), secret, PURPOSE, max(_RETRY_SECONDS, min(timeout, deadline - time.monotonic()))
+            )
             break
-        except OSError as error:
+        except OtherSecret as error:
+            raise InputError(f"server {first}: {error}") from None
+        except (OSError, MessageError) as error:
             if time.monotonic() + _RETRY_SECONDS > deadline:
+                words = getattr(error, "strerror", None) or str(error)
                 raise InputError(
-                    f"server {first} does not answer server {server} at {host}:{port} within {timeout:g} s "
-                    f"({error.strerror or error}); start it, and see that this address reaches it"
+                    f"server {first} does not answer server {server} at {where} within {timeout:g} s "
+                    f"({words}); start it, and see that this address reaches it"
                 ) from None
             time.sleep(_RETRY_SECONDS)
     with connection:
-        connection.settimeout(2 * timeout)  # it may have started to wait just before we came
+        address = str(connection.socket.getpeername()[0])
         try:
-            connection.sendall(json.dumps({"server": server, "facts": dict(facts)}).encode() + b"\n")
-            with connection.makefile("rb") as lines:
-                problem = json.loads(lines.readline(_LONGEST_HANDSHAKE))["problem"]
-        except (OSError, ValueError, LookupError, TypeError):
-            raise InputError(
-                f"server {first} at {host}:{port} ended before all servers had come; see what it says"
-            ) from None
+            connection.send({"server": server, "facts": dict(facts)})
+            # It may have started to wait just before we came.
+            problem = connection.receive(REPLY, 2 * timeout)["problem"]
+        except MessageError:
+            raise InputError(f"server {first} at {where} ended before all servers had come; see what it says") from None
     if problem is not None:
-        raise InputError(str(problem))
+        raise InputError(problem)
+    return address

@@ -1,13 +1,15 @@
 """A command that every server of a cluster runs: started once, it starts itself for each server of this machine."""
 
-import contextlib
+import logging
 import socket
 import sys
 from collections.abc import Callable, Sequence
 
-from launch.cluster.addresses import free_port
+from launch.cluster.addresses import DEFAULT_PORT, free_port, is_here, split_address
 from launch.cluster.processes import ServerFailed, prefixed, start
 from placement import Cluster, InputError
+
+log = logging.getLogger(__name__)
 
 
 def _is_json(server: str, line: str) -> bool:
@@ -26,6 +28,8 @@ def run_everywhere(
     given: Sequence[str],
     coordinator: str | None,
     passes: Callable[[str, str], bool] = _is_json,
+    *,
+    as_json: bool = False,
 ) -> int:
     """Run `python -m launch COMMAND` with what was given for each server whose host is this machine; the exit status.
 
@@ -33,11 +37,12 @@ def run_everywhere(
 
     Args:
         passes: server and line -> whether a line of its standard output goes to ours.
+        as_json: the lines of the servers' logs are JSON, and name their server themselves.
 
     Raises:
         InputError: none of the servers is this machine.
     """
-    names = [server.name for server in cluster.servers if _here(server.host)]
+    names = [server.name for server in cluster.servers if _here(cluster, server.host)]
     if not names:
         raise InputError(f"{cluster.source}: no server's host is this machine ({socket.gethostname()}); give --server")
     if coordinator is None and len(names) == len(cluster.names) and cluster.servers[0].host is None:
@@ -50,22 +55,22 @@ def run_everywhere(
         if stream == "stdout" and passes(server, line):
             print(line, flush=True)
         elif stream == "stderr":
-            lines(server, stream, line)
+            if as_json:
+                print(line, file=sys.stderr, flush=True)
+            else:
+                lines(server, stream, line)
 
     with start(commands, output=output) as processes:
         try:
             processes.wait()
         except ServerFailed as failed:
-            print(f"launch {command}: {failed}", file=sys.stderr)
+            log.error("launch %s: %s", command, failed)
             return failed.status if failed.status in (1, 2) else 1
     return 0
 
 
-def _here(host: str | None) -> bool:
+def _here(cluster: Cluster, host: str | None) -> bool:
     if host is None:
         return True
-    name = host.rpartition(":")[0] or host
-    with contextlib.suppress(OSError):
-        address = socket.gethostbyname(name)
-        return address.startswith("127.") or address == socket.gethostbyname(socket.gethostname())
-    return False
+    name, _ = split_address(host, f"{cluster.source}: host", DEFAULT_PORT)
+    return is_here(name, f"{cluster.source}: host")

@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import logging
 import sys
 from pathlib import Path
 
@@ -9,22 +10,15 @@ from dancemoe_jax.checkpoint.families import read_config
 from dancemoe_jax.checkpoint.reader import bundled_model
 from launch.cluster.addresses import coordinator_address
 from launch.cluster.fingerprint import folder_fingerprint
-from launch.cluster.jax_runtime import from_environment
 from launch.cluster.join import join
+from launch.cluster.launchers import from_environment
 from launch.cluster.measure import Measured, measure
+from launch.cluster.secret import load_secret
 from launch.cluster.start_all import run_everywhere
 from placement import Cluster, InputError
 from placement.files import write_bytes
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--cluster", required=True, metavar="C.toml", help="the servers")
-    add("--out", required=True, type=Path, metavar="NEW.toml", help="cluster file with what was measured")
-    add("--server", metavar="NAME", help="be this one (default: start every server of the file that is this machine)")
-    add("--model", type=Path, metavar="DIR", help="whose experts to read and compute (default: the bundled model)")
-    add("--coordinator", metavar="HOST:PORT", help="where the servers meet (default: the first server's host)")
-    add("--timeout", type=float, default=60.0, metavar="S", help="seconds to wait for the other servers (60)")
+log = logging.getLogger(__name__)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,18 +31,21 @@ def run(args: argparse.Namespace) -> int:
     config = read_config(path)
     if not args.out.parent.is_dir():
         raise InputError(f"--out {args.out}: its folder does not exist")
-    found = None if args.server else from_environment(cluster, args.timeout)
+    found = None if args.server else from_environment(cluster)
     if found:
         args.server, args.coordinator = found
+    secret = load_secret(args.secret_file)
     if not args.server:
-        return run_everywhere("calibrate", cluster, sys.argv[2:], args.coordinator)
+        return run_everywhere("calibrate", cluster, sys.argv[2:], args.coordinator, as_json=args.log_json)
     coordinator = args.coordinator or coordinator_address(cluster)
     agree = {"model": folder_fingerprint(path)}
-    with join(cluster, args.server, coordinator=coordinator, agree=agree, timeout=args.timeout) as devices:
+    with join(
+        cluster, args.server, coordinator=coordinator, agree=agree, timeout=args.timeout, secret=secret
+    ) as devices:
         measured = measure(cluster, devices, path, config, cluster.names.index(args.server))
         if args.server == cluster.names[0]:
             write_bytes(args.out, cluster_text(cluster, measured).encode())
-            _print(cluster, measured, args.out)
+            _report(cluster, measured, args.out)
     return 0
 
 
@@ -79,14 +76,16 @@ def cluster_text(cluster: Cluster, measured: Measured) -> str:
     return "\n".join(lines)
 
 
-def _print(cluster: Cluster, measured: Measured, out: Path) -> None:
+def _report(cluster: Cluster, measured: Measured, out: Path) -> None:
     for a, b in itertools.combinations(range(len(cluster.names)), 2):
-        print(
-            f"{cluster.names[a]} - {cluster.names[b]}: {1e3 * measured.latency[a, b]:.3f} ms, "
-            f"{8 * measured.bandwidth[a, b] / 1e6:.0f} Mbit/s",
-            file=sys.stderr,
+        log.info(
+            "%s - %s: %.3f ms, %.0f Mbit/s",
+            cluster.names[a],
+            cluster.names[b],
+            1e3 * measured.latency[a, b],
+            8 * measured.bandwidth[a, b] / 1e6,
         )
     for index, name in enumerate(cluster.names):
         speeds = ", ".join(f"{speed:.2f}" for speed in measured.speed[cluster.device_server == index])
-        print(f"{name}: speed {speeds}, reads {measured.load_bandwidth[index] / 1e6:.0f} MB/s", file=sys.stderr)
-    print(f"wrote {out}", file=sys.stderr)
+        log.info("%s: speed %s, reads %.0f MB/s", name, speeds, measured.load_bandwidth[index] / 1e6)
+    log.info("wrote %s", out)

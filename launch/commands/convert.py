@@ -26,7 +26,6 @@ from dancemoe_jax.checkpoint.writer import stored_tensors
 from dancemoe_jax.errors import ModelError
 from dancemoe_jax.files import read_json, replace_directory, write_json
 from dancemoe_jax.model.experts import dequantize
-from launch.model_flags import DTYPES
 from placement import InputError
 from placement.units import parse_bytes
 
@@ -38,14 +37,6 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 _PLAIN_LINE_SECONDS = 5.0
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, help="Hugging Face directory, or a store")
-    parser.add_argument("target", type=Path, help="store to write, or Hugging Face directory if the source is a store")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the stored weights (bfloat16)")
-    parser.add_argument("--int8", action="store_true", help="store routed experts as int8 (to a store only)")
-    parser.add_argument("--shard-size", default="4GB", help="of the safetensors files (4GB)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -9,7 +9,6 @@ import functools
 import json
 import re
 import zlib
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +23,7 @@ from dancemoe_jax.checkpoint.reader import Model, bundled_model, load_model, on_
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.model.decoder import Decoder, Experts, forward
 from dancemoe_jax.model.experts import grouped_experts
-from launch.corpus import Domain, add_domain_argument, held_out_sums, load_domains, read_domains
+from launch.corpus import Domain, held_out_sums, load_domains, read_domains
 from placement import InputError
 
 BATCH = 16
@@ -37,14 +36,6 @@ class Scores(NamedTuple):
 
     nats: np.ndarray  # [windows]
     counts: np.ndarray  # int64 [windows, layers, experts]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, default=None, help="model directory (default: the bundled model)")
-    add_domain_argument(parser)
-    parser.add_argument("--bytes", type=int, default=200_000, help="held-out text to read of each domain (200000)")
-    parser.add_argument("--seed", type=int, default=0, help="decides the arithmetic lines")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ from dancemoe_jax.mesh import sharded
 from dancemoe_jax.text.detokenizer import IncrementalDetokenizer
 from dancemoe_jax.text.tokenizer import TokenizerBundle, load_tokenizer_bundle
 from launch.engine.single_process import Local, load
-from launch.model_flags import add_model_arguments, read_shape
+from launch.model_flags import read_shape
 from placement import InputError
 
 CHUNK = 64
@@ -36,31 +36,6 @@ class Prompt:
     output: list[int] = dataclasses.field(default_factory=list)
     continuation: str = ""
     reason: str = ""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", type=Path, default=None, help="model directory or store (default: the bundled model)"
-    )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", help="text to continue; - reads all of standard input as it is")
-    source.add_argument(
-        "--prompt-file", help='prompts, one a line, or JSON lines {"prompt": …} or {"messages": […]}; - standard input'
-    )
-    parser.add_argument(
-        "--chat", action="store_true", help="take a prompt as a user's message, by the model's template"
-    )
-    parser.add_argument("--max-tokens", type=int, default=100, help="tokens to generate at most (100)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
-    parser.add_argument("--top-k", type=int, default=0, help="sample among so many likeliest tokens; 0 = all (0)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="among the fewest tokens that are so probable (1)")
-    parser.add_argument("--min-p", type=float, default=0.0, help="among tokens so probable against the likeliest (0)")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 avoids tokens seen before (1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling, for each prompt alike (0)")
-    parser.add_argument("--stop", action="append", default=[], help="text that ends the output; may be repeated")
-    parser.add_argument("--stop-token", action="append", type=int, default=[], help="token id that ends the output")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a prompt instead of the text")
-    add_model_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:

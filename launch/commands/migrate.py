@@ -3,9 +3,9 @@
 import argparse
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from launch.cluster.secret import load_secret
 from launch.migration.control import ask
 from launch.migration.decision import Decision, describe
 from placement import InputError, Placement
@@ -13,38 +13,13 @@ from placement.data.cluster import parse_toml
 from placement.units import format_bytes, parse_bytes
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--state", required=True, type=Path, metavar="DIR", help="the folder that `serve --state` was given")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--status", action="store_true", help="the placement in force and what is under way (default)")
-    what.add_argument("--plan", action="store_true", help="replan now from what users activate; migrate if that pays")
-    what.add_argument("--to", metavar="X.json", help="migrate to this placement")
-    what.add_argument(
-        "--memory",
-        action="append",
-        metavar="WHERE=SIZE",
-        help="give a device (edge-c/0) or each of a server (edge-c) less memory, or `all` it has",
-    )
-    what.add_argument("--drain", action="append", metavar="SERVER", help="leave no expert on this server")
-    what.add_argument("--undrain", action="append", metavar="SERVER", help="use all of its memory again")
-    what.add_argument(
-        "--add", metavar="C.toml", help="take in the servers that this cluster file has beside those that serve"
-    )
-    what.add_argument(
-        "--abort", action="store_true", help="stop the migration under way where it is, or wait for no server"
-    )
-    add("--dry-run", action="store_true", help="say what would be done, and do nothing")
-    add("--json", action="store_true", help="print JSON")
-
-
-def run(args: argparse.Namespace) -> None:
-    """Ask the cluster.
+def run(args: argparse.Namespace) -> int:
+    """Ask the cluster; 1 where a migration has failed.
 
     Raises:
         InputError: no cluster serves there, or what is asked for cannot be done.
     """
-    reply = ask(args.state, question(args))
+    reply = ask(args.state, request(args), load_secret(args.secret_file))
     if args.json:
         print(json.dumps(reply))
     elif reply.get("aborted") == "growth":
@@ -64,9 +39,10 @@ def run(args: argparse.Namespace) -> None:
         print(describe(decision))
     else:
         _print_status(reply)
+    return 1 if reply.get("verdict") == "failed" else 0
 
 
-def question(args: argparse.Namespace) -> dict[str, Any]:
+def request(args: argparse.Namespace) -> dict[str, Any]:
     """What the flags ask for."""
     if args.abort:
         return {"what": "abort"}

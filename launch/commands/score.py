@@ -11,21 +11,11 @@ from dancemoe_jax.checkpoint.reader import bundled_model
 from dancemoe_jax.inference.steps import init_state, prefill
 from dancemoe_jax.model.config import ModelConfig
 from launch.engine.single_process import Local, load
-from launch.model_flags import add_model_arguments, read_shape
+from launch.model_flags import read_shape
 from placement import InputError
 from placement.files import write_bytes
 
 CHUNK = 64
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", type=Path, default=None, help="model directory or store (default: the bundled model)"
-    )
-    parser.add_argument("--ids", type=Path, required=True, help="int [batch, length] token ids, a .npy file")
-    parser.add_argument("--out", type=Path, required=True, help="where to write float32 [batch, length, vocabulary]")
-    parser.add_argument("--placement-seed", type=int, help="scatter the experts and copies at random (else evenly)")
-    add_model_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -16,51 +16,17 @@ from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.text.tokenizer import load_tokenizer_bundle
 from launch.cluster.addresses import coordinator_address
 from launch.cluster.fingerprint import folder_fingerprint
-from launch.cluster.jax_runtime import from_environment
+from launch.cluster.launchers import from_environment
+from launch.cluster.secret import load_secret
 from launch.cluster.start_all import run_everywhere
 from launch.elastic.process_group import ProcessGroup
 from launch.migration.record import open_state, read_record
-from launch.model_flags import DTYPES, read_shape
+from launch.model_flags import read_shape
 from launch.serve.json_lines import Feeder
 from launch.serve.server import Server
-from placement import STRATEGIES, Cluster, InputError, Placement
+from placement import Cluster, InputError, Placement
 from placement.migration.decide import Policy
 from placement.units import parse_bytes, parse_rate, parse_seconds
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--cluster", required=True, metavar="C.toml", help="the servers")
-    add("--server", metavar="NAME", help="be this one (default: start every server of the file that is this machine)")
-    add("--model", type=Path, metavar="DIR", help="model directory or store (default: the bundled model)")
-    add("--placement", metavar="X.json", help="what is where (default: planned for users who are all alike)")
-    add("--requests", default="-", metavar="FILE", help="JSON lines; - for standard input (default)")
-    add("--coordinator", metavar="HOST:PORT", help="where the servers meet (default: the first server's host)")
-    add(
-        "--join",
-        metavar="HOST:PORT",
-        help="come to a cluster that serves, where its `migrate --add` waits for this server",
-    )
-    add("--timeout", type=float, default=60.0, metavar="S", help="seconds to wait for the other servers (60)")
-    add("--sequences", type=int, default=8, metavar="N", help="sequences a device serves at once (8)")
-    add("--chunk", type=int, default=64, metavar="N", help="prompt tokens of a step (64)")
-    add("--dtype", choices=DTYPES, default="float32", help="of weights and activations (float32)")
-    add("--int8", action="store_true", help="hold routed experts as int8")
-    add(
-        "--state",
-        type=Path,
-        metavar="DIR",
-        help="folder for the record of the placement in force; lets experts migrate",
-    )
-    add("--interval", default="60s", metavar="T", help="between revisions of the placement (60s); 0s for none")
-    add("--half-life", metavar="T", help="after which an activation counts half (the interval, or 60s)")
-    add("--horizon", default="300s", metavar="T", help="over which a migration has to pay (300s)")
-    add("--strategy", default="latency", choices=sorted(STRATEGIES), help="of revised placements (latency)")
-    add(
-        "--staging-memory", default="1GB", metavar="SIZE", help="host memory of a server for experts on their way (1GB)"
-    )
-    add("--staging-bandwidth", metavar="RATE", help="at which a server reads them at most, such as 200MB/s (no limit)")
-    add("--context", type=int, metavar="N", help="longest sequence (the model's, at most 4096)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -81,9 +47,10 @@ def run(args: argparse.Namespace) -> int:
     config = read_shape(path, args)
     placed = Placement.load(args.placement) if args.placement else None
     lines = _read(args.requests)
-    found = None if args.server else from_environment(cluster, args.timeout)
+    found = None if args.server else from_environment(cluster)
     if found:
         args.server, args.coordinator = found
+    args.secret = load_secret(args.secret_file)
     if args.server:
         _serve(args, cluster, path, config, placed, policy, lines)
         return 0
@@ -99,7 +66,7 @@ def _start_all(args: argparse.Namespace, cluster: Cluster) -> int:
             requests = Path(folder) / "requests.jsonl"
             requests.write_text(sys.stdin.read(), encoding="utf-8")
             given = [*given, "--requests", str(requests)]
-        return run_everywhere("serve", cluster, given, args.coordinator)
+        return run_everywhere("serve", cluster, given, args.coordinator, as_json=args.log_json)
 
 
 def policy_of(args: argparse.Namespace) -> Policy:
@@ -140,6 +107,7 @@ def _serve(
         {"dtype": args.dtype, "int8": args.int8, "sequences": args.sequences},
         args.chunk,
         facts,
+        args.secret,
         args.timeout,
         policy if args.state else None,
         state,

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,22 +15,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from dancemoe_jax.checkpoint.writer import check_replaceable, save_hf
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.training import TrainConfig, TrainState, batch_at, init_state, schedule, train_step
-from launch.corpus import EOS, add_domain_argument, encode, read_domains
+from launch.corpus import EOS, encode, read_domains
 from placement import InputError
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, help="model directory to write (Hugging Face layout)")
-    parser.add_argument("--checkpoints", type=Path, help="Orbax checkpoints, resumed from if any (OUT.checkpoints)")
-    add_domain_argument(parser)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--experts", type=int, default=32)
-    parser.add_argument("--top-k", type=int, default=4)
-    parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--expert-size", type=int, default=64)
-    parser.add_argument("--save-every", type=int, default=500, metavar="STEPS")
-    for field in dataclasses.fields(TrainConfig):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=field.type, default=field.default)  # pyright: ignore
 
 
 def run(args: argparse.Namespace) -> None:

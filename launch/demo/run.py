@@ -51,21 +51,6 @@ PROMPT_TOKENS, OUTPUT_TOKENS = 96, (24, 64)
 _JOIN_S = 120.0
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cluster", type=Path, metavar="FILE", help="cluster.toml (default: three servers of its own)")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="model directory (default: the bundled model)")
-    parser.add_argument("--seed", type=int, default=0, help="of arrivals, prompts and lengths (default: 0)")
-    parser.add_argument(
-        "--phase-seconds", type=float, default=12.0, metavar="S", help="length of each phase (default: 12)"
-    )
-    parser.add_argument("--rate", type=float, default=1.5, help="requests a second at each server (default: 1.5)")
-    parser.add_argument("--report", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure here")
-    parser.add_argument("--processes", action="store_true", help="one process for each server (default: one for all)")
-    parser.add_argument("--server", metavar="NAME", help=argparse.SUPPRESS)  # be this one's process
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help=argparse.SUPPRESS)
-
-
 @dataclasses.dataclass
 class _Setting:
     """What every process works out alike before anything is put on a device."""

@@ -114,7 +114,7 @@ class DemoServer:
         }
         self._across = set()
         if order:
-            outcome = self.worker.outcomes[order - 1]
+            outcome = self.worker.results[order - 1]
             told["outcome"] = {
                 "failed": outcome.failed,
                 "moved": outcome.moved,

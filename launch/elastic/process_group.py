@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launch.engine.host import Host
-from placement import Cluster, Placement
+from placement import Cluster, InputError, Placement
 
 _NAME = "reform"
 _LOOK_S = 0.5
@@ -38,52 +38,55 @@ class ProcessGroup:
     back: "ProcessGroup | None" = None
 
 
-def encode(file: Mapping[str, Any], group: ProcessGroup) -> bytes:
-    """A world as it travels to those who know the cluster of its `back`; `decode` reads it. file: the parsed cluster file."""
+def encode(file: Mapping[str, Any], group: ProcessGroup) -> dict[str, Any]:
+    """A group as it travels to servers that know the cluster of its `back`; `decode` reads it. file: the parsed cluster
+    file."""
     assert group.back is not None
-    return json.dumps({"cluster": dict(file), "world": _told(group), "back": _told(group.back)}).encode()
+    return {"cluster": dict(file), "next": _encode_one(group), "back": _encode_one(group.back)}
 
 
-def _told(group: ProcessGroup) -> dict[str, Any]:
+def _encode_one(group: ProcessGroup) -> dict[str, Any]:
     assert group.placement is not None
-    about = {
+    return {
+        "placement": group.placement.to_dict(),
         "coordinator": group.coordinator,
         "epoch": group.epoch,
         "reason": group.reason,
         "limits": dict(group.limits),
     }
-    return {"placement": group.placement.to_dict(), **about}
 
 
-def decode(data: bytes, present: Cluster | None = None) -> ProcessGroup:
-    """A world that has travelled. present: the cluster that serves, on its servers.
+def decode(message: Mapping[str, Any], present: Cluster | None = None) -> ProcessGroup:
+    """A group that has travelled. present: the cluster that serves, on its servers.
 
     Raises:
         InputError: its cluster or its placement is none.
     """
-    told = json.loads(data)
 
-    def group(cluster: Cluster, said: Mapping[str, Any], back: ProcessGroup | None = None) -> ProcessGroup:
-        placement = Placement.from_dict(said["placement"], f"the placement for {said['reason']}")
+    def group(cluster: Cluster, about: Mapping[str, Any], back: ProcessGroup | None = None) -> ProcessGroup:
+        placement = Placement.from_dict(about["placement"], f"the placement for {about['reason']}")
         return ProcessGroup(
-            cluster, said["coordinator"], placement, said["epoch"], said["reason"], said["limits"], back
+            cluster, about["coordinator"], placement, about["epoch"], about["reason"], about["limits"], back
         )
 
-    back = group(present, told["back"]) if present is not None else None
-    return group(Cluster.from_dict(told["cluster"], "the new cluster file"), told["world"], back)
+    try:
+        back = group(present, message["back"]) if present is not None else None
+        return group(Cluster.from_dict(message["cluster"], "the new cluster file"), message["next"], back)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"the next process group lacks {error}; use the same version everywhere") from None
 
 
 class GroupChange:
-    """Waits for the order to reform, and has the host leave once all servers have heard it.
+    """Waits for the command to re-form, and has the host leave once all servers have received it.
 
     Attributes:
-        world: the next one; None before it has been ordered.
+        group: the next one; None before it has been commanded.
     """
 
     def __init__(self, host: Host, cluster: Cluster) -> None:
         self.group: ProcessGroup | None = None
         self._host, self._cluster, self._ended = host, cluster, threading.Event()
-        self._thread = threading.Thread(target=self._wait, name="regrouping", daemon=True)
+        self._thread = threading.Thread(target=self._wait, name="group change", daemon=True)
         self._thread.start()
 
     def _wait(self) -> None:
@@ -91,7 +94,7 @@ class GroupChange:
         while not self._ended.is_set():
             data = channel.get(_NAME, _LOOK_S)
             if data is not None:
-                self.group, engine.reform = decode(data, self._cluster), True
+                self.group, engine.reform = decode(json.loads(data), self._cluster), True
                 self._host.wake()
                 return
 
@@ -101,6 +104,6 @@ class GroupChange:
         self._thread.join()
 
 
-def order(host: Host, group: bytes) -> None:
-    """Have all servers reform. On the first server."""
-    host.channel.put(_NAME, group)
+def command_change(host: Host, group: Mapping[str, Any]) -> None:
+    """Have all servers re-form as an encoded group. On the first server."""
+    host.channel.put(_NAME, json.dumps(group).encode())

@@ -12,7 +12,7 @@ class ControlWord(NamedTuple):
         prefill, decode: whether the device wants such a step after this one.
         done: its process has no more requests to come and none in flight; stop: it wants all to end now.
         reform: its process is ready to leave for another program.
-        order, stage: the migration command that its process carries out, and how far it has come.
+        command, stage: the migration command that its process carries out, and how far it has come.
         given_up: the last migration command that its process gives up.
     """
 
@@ -21,7 +21,7 @@ class ControlWord(NamedTuple):
     done: np.ndarray
     stop: np.ndarray
     reform: np.ndarray
-    order: np.ndarray
+    command: np.ndarray
     stage: np.ndarray
     given_up: np.ndarray
 
@@ -42,6 +42,6 @@ def blank(devices: int) -> np.ndarray:
 class MigrationProgress(NamedTuple):
     """What a process tells of a migration, as the columns of the same names."""
 
-    order: int = 0
+    command: int = 0
     stage: int = 0
     given_up: int = 0

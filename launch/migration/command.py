@@ -1,4 +1,4 @@
-"""What a migration worker is told to do and what came of it, as they travel between servers."""
+"""What a migration worker is to do and what came of it, as they travel between servers."""
 
 import io
 import json
@@ -27,7 +27,7 @@ class MigrationCommand:
     reason: str
 
     def encode(self) -> bytes:
-        """The order as it travels; `decode` reads it."""
+        """The command as it travels; `decode` reads it."""
         about = {"number": self.number, "epoch": self.epoch, "reason": self.reason, "strategy": self.placement.strategy}
         buffer = io.BytesIO()
         packed = np.packbits(self.placement.resident)
@@ -36,7 +36,7 @@ class MigrationCommand:
 
     @classmethod
     def decode(cls, data: bytes, present: Placement) -> "MigrationCommand":
-        """An order to change the placement in force."""
+        """A command to change the placement in force."""
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             about = json.loads(str(arrays["about"]))
             shape = present.resident.shape
@@ -47,7 +47,7 @@ class MigrationCommand:
 
 @dataclass(eq=False)
 class MigrationResult:
-    """What has become of an order, on this server.
+    """What has become of a command, on this server.
 
     Attributes:
         moved: copies written here, bytes: of them; rounds: committed.

@@ -1,74 +1,91 @@
-"""Questions to a cluster that serves, over a socket in its state folder: a line of JSON each way."""
+"""Requests to a cluster that serves, over a socket in its state folder: a message each way (`launch.cluster.framing`)."""
 
-import json
 import os
 import socket
-import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from launch.cluster.framing import Connection, Listener, MessageError, connect
 from placement import InputError
 
 NAME = "control.sock"
-_LONGEST = 2**26
+PURPOSE = "control"
+LONGEST = 2**26  # bytes of a message: placements of large models travel in it
+_READ_S = 30.0
 _LONGEST_PATH = 100  # of a socket; the system's limit is 108
+_CONNECT_S = 5.0
+_OPTIONAL = {"dry?": bool, "source?": str}
+REQUESTS = {
+    "status": {},
+    "plan": _OPTIONAL,
+    "abort": {},
+    "to": {"placement": dict, **_OPTIONAL},
+    "memory": {"memory": dict, **_OPTIONAL},
+    "add": {"cluster": dict, **_OPTIONAL},
+}
+_ALL = {f"{name.removesuffix('?')}?": kind for fields in REQUESTS.values() for name, kind in fields.items()}
 
 
 class ControlServer:
-    """Answers questions until it is closed, each in a thread of its own.
+    """Answers requests until it is closed, each in a thread of its own.
 
     Args:
+        secret: of the cluster.
         answer: may raise InputError, whose text is the answer then.
 
     Raises:
         InputError: the folder's path is too long, or another cluster serves with it.
     """
 
-    def __init__(self, state: Path, answer: Callable[[Mapping[str, Any]], dict[str, Any]]) -> None:
+    def __init__(self, state: Path, secret: bytes, answer: Callable[[Mapping[str, Any]], dict[str, Any]]) -> None:
         self._path, self._answer = _path(state), answer
         if self._path.exists():
             if _answers(self._path):
                 raise InputError(f"--state {state}: another cluster serves with it; stop it or give another folder")
             self._path.unlink()
-        self._listener = socket.socket(socket.AF_UNIX)
+        listening = socket.socket(socket.AF_UNIX)
         before = os.umask(0o077)  # nobody else's business
         try:
-            self._listener.bind(str(self._path))
+            listening.bind(str(self._path))
         finally:
             os.umask(before)
-        self._listener.listen()
-        threading.Thread(target=self._serve, name="control", daemon=True).start()
+        listening.listen()
+        self._listener = Listener(listening, secret, PURPOSE, self._reply)
 
     def close(self) -> None:
+        """Answer no more."""
         self._listener.close()
         self._path.unlink(missing_ok=True)
 
-    def _serve(self) -> None:
-        while True:
+    def _reply(self, connection: Connection) -> None:
+        with connection:
             try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._reply, args=(connection,), daemon=True).start()
-
-    def _reply(self, connection: socket.socket) -> None:
-        with connection, suppress(OSError), connection.makefile("rwb") as stream:
-            try:
-                asked = json.loads(stream.readline(_LONGEST))
-                if not isinstance(asked, dict):
-                    raise InputError("not an object")
-                reply = self._answer(asked)
-            except InputError as error:
+                reply = self._answer(checked(connection.receive({"what": str, **_ALL}, _READ_S, LONGEST)))
+            except (InputError, MessageError) as error:
                 reply = {"error": " ".join(str(error).split())}
-            except (ValueError, KeyError, TypeError) as error:
-                reply = {"error": f"not a question ({type(error).__name__}: {error})"}
-            stream.write(json.dumps(reply).encode() + b"\n")
-            stream.flush()
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                reply = {"error": f"not a request ({type(error).__name__}: {' '.join(str(error).split())})"}
+            connection.send(reply)
 
 
-def ask(state: Path, question: Mapping[str, Any], timeout: float = 600.0) -> dict[str, Any]:
+def checked(message: dict[str, Any]) -> dict[str, Any]:
+    """A request that has the fields of what it asks for.
+
+    Raises:
+        InputError: it asks for nothing that is known, or lacks a field.
+    """
+    fields = REQUESTS.get(message["what"])
+    if fields is None:
+        raise InputError(f"{message['what']!r} is unknown; known are {', '.join(REQUESTS)}")
+    for name in fields:
+        if not name.endswith("?") and name not in message:
+            raise InputError(f"request {message['what']}: field {name!r} is missing")
+    return message
+
+
+def ask(state: Path, request: Mapping[str, Any], secret: bytes, timeout: float = 600.0) -> dict[str, Any]:
     """Ask a serving cluster, on the machine of its first server.
 
     Raises:
@@ -76,25 +93,22 @@ def ask(state: Path, question: Mapping[str, Any], timeout: float = 600.0) -> dic
     """
     path = _path(state)
     try:
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(timeout)
-            connection.connect(str(path))
-            with connection.makefile("rwb") as stream:
-                stream.write(json.dumps(question).encode() + b"\n")
-                stream.flush()
-                line = stream.readline()
-    except TimeoutError:
-        raise InputError(f"{path}: no answer within {timeout:g} s") from None
+        connection = connect(str(path), secret, PURPOSE, _CONNECT_S)
+    except MessageError as error:
+        raise InputError(f"--state {state}: {error}") from None
     except OSError as error:
         raise InputError(
-            f"--state {state}: no cluster serves with it ({error.strerror}); on the machine of its first server, give the "
-            "folder that `serve --state` was given"
+            f"--state {state}: no cluster serves with it ({error.strerror or error}); on the machine of its first server, "
+            "give the folder that `serve --state` was given"
         ) from None
-    if not line:
-        raise InputError(f"{path}: the cluster ended before it answered")
-    reply = json.loads(line)
+    with connection:
+        try:
+            connection.send(request)
+            reply = connection.receive(None, timeout, LONGEST)
+        except MessageError as error:
+            raise InputError(f"{error}; see what the cluster says") from None
     if "error" in reply:
-        raise InputError(reply["error"])
+        raise InputError(str(reply["error"]))
     return reply
 
 
@@ -109,8 +123,8 @@ def _path(state: Path) -> Path:
 
 def _answers(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX) as connection:
-        try:
+        connection.settimeout(_CONNECT_S)
+        with suppress(OSError):
             connection.connect(str(path))
-        except OSError:
-            return False
-        return True
+            return True
+    return False

@@ -7,8 +7,8 @@ the last intervals too: a workload that changes faster than that moves nothing. 
 
 import dataclasses
 import json
+import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -31,6 +31,8 @@ from launch.migration.worker import MigrationWorker
 from placement import Cluster, DecayingCounts, InputError, Placement, Profile, Workload
 from placement.migration.adapt import adapt
 from placement.migration.decide import Confirmation, Figures, Policy
+
+log = logging.getLogger(__name__)
 
 DECISIONS = "decisions.jsonl"
 _END_S = 5.0  # for a revision to end, when serving does
@@ -215,22 +217,18 @@ class Controller:
             write_record(self.state, self.worker.placement, self.worker.epoch, reason, self.limits)
         except InputError as error:
             self.disabled = str(error)
-            print(
-                f"placement: no more migrations, the placement cannot be recorded: {error}", file=sys.stderr, flush=True
-            )
+            log.error("placement: no more migrations, the placement cannot be recorded: %s", error)
 
     def note(self, decision: Decision, dry: bool = False) -> Decision:
         if dry:
             return decision
         self.last, self.decisions = decision, self.decisions + 1
-        print(describe(decision), file=sys.stderr, flush=True)
+        log.info("%s", describe(decision))
         try:
             with open(self.state / DECISIONS, "a", encoding="utf-8") as file:
                 file.write(json.dumps(dataclasses.asdict(decision)) + "\n")
         except OSError as error:
-            print(
-                f"placement: {self.state / DECISIONS}: cannot be written: {error.strerror}", file=sys.stderr, flush=True
-            )
+            log.warning("placement: %s: cannot be written: %s", self.state / DECISIONS, error.strerror)
         return decision
 
     # ---- other servers ----
@@ -258,10 +256,18 @@ class Controller:
         )  # new servers stage all theirs, and then all change at once
         return decision, target
 
-    def undisturbed(self, act: Callable[[], T]) -> T:
-        """Do something while no placement is revised; waits for a migration that is under way."""
-        with self._busy:
+    def undisturbed(self, act: Callable[[], T], seconds: float = -1) -> T:
+        """Do something while no placement is revised; waits for a migration that is under way, at most so long.
+
+        Raises:
+            InputError: it is under way still.
+        """
+        if not self._busy.acquire(timeout=seconds):
+            raise InputError(f"a migration is under way ({self.worker.stage_name}); wait for it, or --abort it")
+        try:
             return act()
+        finally:
+            self._busy.release()
 
     def wait_for_end(self) -> None:
         self._ended.wait()
@@ -283,18 +289,13 @@ class Controller:
                 raise InputError("--abort: no migration is under way")
             self.worker.give_up(number)
             return {"aborted": number}
-        if not self._busy.acquire(timeout=1.0):
-            raise InputError(f"a migration is under way ({self.worker.stage_name}); wait for it, or --abort it")
-        try:
-            return self._change(str(what), asked)
-        finally:
-            self._busy.release()
+        return self.undisturbed(lambda: self._change(str(what), asked), 1.0)
 
     def _change(self, what: str, asked: Mapping[str, Any]) -> dict[str, Any]:
         dry, target = bool(asked.get("dry")), None
         before = dict(self.limits)
         if what == "to":
-            target = Placement.from_dict(asked["placement"], str(asked["source"]))
+            target = Placement.from_dict(asked["placement"], str(asked.get("source", "the request")))
         elif what == "memory":
             self._waiting.plan = None
             self.limits = with_limits(self.loaded.profile, self.loaded.cluster, self.limits, asked["memory"])

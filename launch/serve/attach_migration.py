@@ -1,8 +1,8 @@
-"""A host whose experts migrate: mover and reports on every server, controller and control on the first."""
+"""A host whose experts migrate: migration worker and telemetry on every server, controller and control on the first."""
 
 import dataclasses
 import json
-import sys
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 
 from launch.cluster.channel import open_channel
+from launch.cluster.secret import load_secret
 from launch.elastic.grow import Growth
 from launch.engine.host import Host
 from launch.engine.loading import Loaded
@@ -24,7 +25,9 @@ from placement import Cluster, InputError, Placement, Profile
 from placement.migration.adapt import adapt, fitted
 from placement.migration.decide import Policy
 
-_START_S = 120.0  # until the first server has told what is in force
+log = logging.getLogger(__name__)
+
+_START_S = 120.0  # until the first server has said what is in force
 
 
 def resumed(
@@ -36,19 +39,17 @@ def resumed(
         found, epoch = placed, 0
         if record is not None:
             found, epoch = _fit(record.placement, profile, cluster), record.epoch
-            print(
-                f"placement: epoch {epoch} resumed, {record.hash[:12]}, recorded for: {record.reason}",
-                file=sys.stderr,
-                flush=True,
-            )
-        told = {"epoch": epoch, "placement": found.to_dict() if found is not None else None}
-        channel.put("start", json.dumps(told).encode())
+            log.info("placement: epoch %d resumed, %s, recorded for: %s", epoch, record.hash[:12], record.reason)
+        message = {"epoch": epoch, "placement": found.to_dict() if found is not None else None}
+        channel.put("start", json.dumps(message).encode())
         return found, epoch
     data = channel.get("start", _START_S)
     if data is None:
-        raise InputError(f"server {cluster.names[0]} has not told what is where within {_START_S:g} s")
-    told = json.loads(data)
-    return Placement.from_dict(told["placement"], NAME) if told["placement"] else None, told["epoch"]
+        raise InputError(
+            f"server {cluster.names[0]} has not said what is where within {_START_S:g} s; see what it says"
+        )
+    message = json.loads(data)
+    return Placement.from_dict(message["placement"], NAME) if message["placement"] else None, message["epoch"]
 
 
 def _fit(placement: Placement, profile: Profile, cluster: Cluster) -> Placement:
@@ -57,7 +58,7 @@ def _fit(placement: Placement, profile: Profile, cluster: Cluster) -> Placement:
         return fitted(placement, profile, cluster)
     except InputError as error:
         carried = adapt(placement, cluster)
-        print(f"placement: carried over to a cluster that has changed ({error})", file=sys.stderr, flush=True)
+        log.warning("placement: carried over to a cluster that has changed (%s)", error)
         return fitted(carried, profile, cluster)
 
 
@@ -70,6 +71,7 @@ class Start:
         limits: memory of devices in bytes, where less is to be used than the cluster file says.
         facts: what a server that is added has to serve with too, and coordinator: where this program has met; servers can
             be added only where they are given.
+        secret: of the cluster; None takes that of `load_secret()`.
     """
 
     epoch: int = 0
@@ -77,6 +79,7 @@ class Start:
     limits: Mapping[str, int] = dataclasses.field(default_factory=dict)
     facts: Mapping[str, str] | None = None
     coordinator: str = ""
+    secret: bytes | None = None
 
 
 @contextmanager
@@ -88,8 +91,10 @@ def migrating(
     Args:
         state: on the first server, the folder of the record and of control; None elsewhere.
     """
+    start = dataclasses.replace(start, secret=load_secret() if start.secret is None else start.secret)
+    assert start.secret is not None
     with ExitStack() as stack:
-        read = stack.enter_context(reading(loaded.cluster, host.server, host.channel, loaded.read))
+        read = stack.enter_context(reading(loaded.cluster, host.server, host.channel, loaded.read, start.secret))
         loaded = dataclasses.replace(loaded, read=read)
         yield stack.enter_context(_migrating(host, loaded, policy, state, start))
 
@@ -116,13 +121,14 @@ def _migrating(
 
     with ExitStack() as stack:
         if state is not None:
+            assert start.secret is not None
             controller = Controller(loaded, worker, host.channel, state, policy, start.limits)
             answer = controller.answer
             if start.facts is not None:
-                growth = Growth(controller, host, start.facts, start.coordinator)
+                growth = Growth(controller, host, start.facts, start.coordinator, start.secret)
                 stack.callback(growth.end)
                 answer = growth.answer
-            server = ControlServer(state, answer)
+            server = ControlServer(state, start.secret, answer)
             stack.callback(server.close)
             clear_leftovers(state)  # the folder is ours from here on
             stack.callback(controller.end)

@@ -4,7 +4,7 @@ Who asks for answers is not known here, nor what a cluster grows for (`launch.el
 """
 
 import contextlib
-import sys
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.model.experts import ExpertWeights
 from launch.cluster.jax_runtime import leave_program
 from launch.cluster.join import join
-from launch.elastic.grow import report
+from launch.elastic.newcomer import report
 from launch.elastic.process_group import GroupChange, ProcessGroup
 from launch.engine.host import Host, ending
 from launch.engine.loading import Loaded, load
@@ -28,6 +28,8 @@ from launch.migration.record import Record
 from launch.serve.attach_migration import Start, migrating, resumed
 from placement import Cluster, InputError
 from placement.migration.decide import Policy
+
+log = logging.getLogger(__name__)
 
 _REFORM_S = 30.0  # for the others to come to the next program: all have said that they are ready
 
@@ -38,7 +40,7 @@ class Server:
 
     Attributes:
         name: of this server; path: of the model, and config: its shape; options: dtype, int8 and sequences of `load`.
-        facts: what every server has to serve with too, fingerprints by what they are of.
+        facts: what every server has to serve with too, fingerprints by what they are of; secret: of the cluster.
         policy: how experts migrate, None if they do not; state: on the first server, the folder of the record.
         begin: called once, with the host, before its loop starts; changed: with the cluster of every later program.
     """
@@ -49,6 +51,7 @@ class Server:
     options: Mapping[str, Any]
     chunk: int
     facts: Mapping[str, str]
+    secret: bytes
     timeout: float
     policy: Policy | None
     state: Path | None
@@ -78,7 +81,7 @@ class Server:
         assert self.policy is not None
         file = ExpertFile(self.path, jnp.dtype(self.options["dtype"]), self.options["int8"])
         group, read = report(
-            address, cluster, self.name, self.facts, file.read, self.policy.staging_bytes, self.timeout
+            address, cluster, self.name, self.facts, file.read, self.policy.staging_bytes, self.timeout, self.secret
         )
         self._go_on(self._program(group, read=read))
 
@@ -90,7 +93,7 @@ class Server:
             except _NotTogether as error:
                 if group.back is None:
                     raise InputError(str(error)) from None
-                print(f"placement: {error}; all go on as before", file=sys.stderr, flush=True)
+                log.warning("placement: %s; all go on as before", error)
                 group = group.back
 
     def _program(
@@ -110,7 +113,14 @@ class Server:
             try:
                 timeout = self.timeout if self.host is None else _REFORM_S
                 facts = {**self.facts, **(also or {})}
-                joined = join(cluster, self.name, coordinator=group.coordinator, agree=facts, timeout=timeout)
+                joined = join(
+                    cluster,
+                    self.name,
+                    coordinator=group.coordinator,
+                    agree=facts,
+                    timeout=timeout,
+                    secret=self.secret,
+                )
                 devices = stack.enter_context(joined)
             except InputError as error:
                 if self.host is None:
@@ -124,12 +134,12 @@ class Server:
                 self.path, self.config, cluster, devices, chunk=self.chunk, placed=placed, read=read, **self.options
             )
             host = self._moved(loaded, cluster)
-            print(f"{self.name}: serving after {time.monotonic() - self._since:.1f} s", file=sys.stderr, flush=True)
+            log.info("%s: serving after %.1f s", self.name, time.monotonic() - self._since)
             stack.enter_context(ending(host))
             change = GroupChange(host, cluster)
             stack.callback(change.end)
             if self.policy is not None:
-                start = Start(epoch, group.reason, group.limits, self.facts, group.coordinator)
+                start = Start(epoch, group.reason, group.limits, self.facts, group.coordinator, self.secret)
                 stack.enter_context(migrating(host, loaded, self.policy, self.state, start))
             if first or read is not None:
                 self.begin(host, cluster)
@@ -159,10 +169,10 @@ class _NotTogether(Exception):
 
 def _lost(server: str, error: Exception) -> NoReturn:
     """Leave because a step has failed. Said at once: JAX may abort this process while it cleans up behind itself."""
-    print(
-        f"launch serve: server {server}: a step has failed, most likely because another server has ended "
-        f"({' '.join(str(error).split())}); see which one and why, then start all again",
-        file=sys.stderr,
-        flush=True,
+    log.error(
+        "server %s: a step has failed, most likely because another server has ended (%s); see which one and why, then "
+        "start all again",
+        server,
+        " ".join(str(error).split()),
     )
     raise SystemExit(1) from None

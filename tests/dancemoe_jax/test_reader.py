@@ -21,6 +21,7 @@ from dancemoe_jax.errors import ModelError
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.model.decoder import Decoder, Experts, forward
 from dancemoe_jax.text.tokenizer import byte_tokenizer
+from launch import arguments
 from launch.commands import evaluate, generate
 from tests.helpers.paths import FIXTURES
 
@@ -237,7 +238,7 @@ def test_broken_index_and_missing_shard(tmp_path):
 
 def command(module, *flags):
     parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
+    getattr(arguments, module.__name__.rpartition(".")[2])(parser)
     module.run(parser.parse_args(list(flags)))
 
 

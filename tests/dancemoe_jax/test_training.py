@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+import launch.arguments
 from dancemoe_jax.checkpoint.reader import load_model
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.training import TrainConfig, batch_at, init_state, schedule, train_step
@@ -36,7 +37,7 @@ STREAMS = [np.arange(300, dtype=np.uint16) % 10 + 10 * i for i in range(3)]
 
 def arguments(tmp_path, *flags):
     parser = argparse.ArgumentParser()
-    train.add_arguments(parser)
+    launch.arguments.train(parser)
     for name in ("letters", "digits"):
         alphabet = np.frombuffer(b"abcdefghij" if name == "letters" else b"0123456789", np.uint8)
         text = "\n\n".join(bytes(np.roll(alphabet, i)).decode() * 10 for i in range(60))

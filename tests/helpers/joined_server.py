@@ -8,9 +8,11 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from launch.cluster.join import join
+from launch.log import configure
 from placement import Cluster
 
 tables = [{"name": f"edge-{x}", "devices": [{"memory": 1}] * n} for x, n in (("a", 1), ("b", 1), ("c", 2))]
+configure()
 server, coordinator, then = sys.argv[1:]
 with join(Cluster.from_dict({"server": tables}), server, coordinator=coordinator, timeout=60) as devices:
     print("owners", *(device.process_index for device in devices), flush=True)

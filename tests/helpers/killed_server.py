@@ -17,8 +17,9 @@ from jax._src import compiler  # lets only the first process of a program write 
 
 import launch.migration.controller
 import launch.migration.planner_process
-import launch.migration.worker
+import launch.migration.staging
 from launch.__main__ import main
+from launch.migration.committing import Committer
 from launch.migration.record import NAME
 from launch.migration.worker import MigrationWorker
 
@@ -67,14 +68,14 @@ def inject(phase: str, n: int) -> None:
             **{**vars(pickle), "load": fatal(pickle.load, n)}
         )
     elif phase == "staging":
-        stage = launch.migration.worker.stage
-        launch.migration.worker.stage = lambda *args: stage(*args[:4], fatal(args[4], n))
+        stage = launch.migration.staging.stage
+        launch.migration.staging.stage = lambda *args: stage(*args[:4], fatal(args[4], n))
     elif phase == "between rounds":
         MigrationWorker._round = fatal(MigrationWorker._round, n, after=True)
     elif phase.endswith("writing"):
-        MigrationWorker._write = fatal(MigrationWorker._write, n, after=phase == "after writing", when=carried_out)
+        Committer.write = fatal(Committer.write, n, after=phase == "after writing", when=carried_out)
     elif phase.endswith("tables"):
-        MigrationWorker._adopt = fatal(MigrationWorker._adopt, n, after=phase == "after tables")
+        Committer._adopt = fatal(Committer._adopt, n, after=phase == "after tables")
     elif phase == "before the record":
         launch.migration.controller.write_record = fatal(launch.migration.controller.write_record, 1, when=carried_out)
     elif phase == "record written":

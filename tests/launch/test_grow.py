@@ -16,10 +16,14 @@ import pytest
 from dancemoe_jax.checkpoint.reader import bundled_model
 from dancemoe_jax.errors import ModelError
 from dancemoe_jax.inference.sampling import SamplingParams
+from launch import arguments
 from launch.__main__ import main
+from launch.cluster.framing import Connection, MessageError, connect
 from launch.cluster.rendezvous import handshake
-from launch.commands.serve import add_arguments, facts_of, policy_of
-from launch.elastic.grow import Growth, described, report
+from launch.cluster.secret import load_secret
+from launch.commands.serve import facts_of, policy_of
+from launch.elastic.grow import Growth
+from launch.elastic.newcomer import PURPOSE, described, report
 from launch.engine.engine import Engine
 from launch.engine.host import Host
 from launch.engine.request import Request
@@ -133,7 +137,7 @@ def serving(two, requests, state):
 def facts_by_flags(cluster_file, state):
     """What a server has to serve with to be taken in, as `serve` makes it out of its flags."""
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    arguments.serve(parser)
     args = parser.parse_args([*command(cluster_file)[4:], "--state", str(state), "--interval", "0s"])
     args.devices = 1
     path = bundled_model()
@@ -162,13 +166,13 @@ def test_a_server_is_added_while_requests_run(files, tmp_path, capsys):
     )
     with serving(two, requests, state) as (process, answers, errors):
         question = {"what": "add", "cluster": parse_toml(three), "source": "three.toml"}
-        dry = ask(state, {**question, "dry": True})
+        dry = ask(state, {**question, "dry": True}, load_secret())
         assert (dry["verdict"], dry["epoch"]) == ("adopted", 0)
         assert dry["copies"] > 0
-        waiting = ask(state, question)
+        waiting = ask(state, question, load_secret())
         assert waiting["waiting"] == ["edge-c"]
         with pytest.raises(InputError, match="are being added already"):
-            ask(state, question)
+            ask(state, question, load_secret())
         flags = ["--server", "edge-c", "--state", tmp_path / "c", "--interval", "0s", "--join", waiting["address"]]
         other = subprocess.run(
             [*command(three, "--requests", named, *flags), "--sequences", "3"],
@@ -204,39 +208,38 @@ def test_a_server_that_cannot_read_or_does_not_come_leaves_all_as_it_was(files, 
     requests.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with serving(two, requests, state) as (process, answers, errors):
         question = {"what": "add", "cluster": parse_toml(three), "source": "three.toml"}
-        address = ask(state, question)["address"]
-        assert ask(state, {"what": "abort"}) == {"aborted": "growth"}
+        address = ask(state, question, load_secret())["address"]
+        assert ask(state, {"what": "abort"}, load_secret()) == {"aborted": "growth"}
         with pytest.raises(InputError, match="nobody takes in servers there"):
-            report(address, cluster, "edge-c", facts, lambda *_: None, 0, 5.0)
-        address = ask(state, question)["address"]
+            report(address, cluster, "edge-c", facts, lambda *_: None, 0, 5.0, load_secret())
+        address = ask(state, question, load_secret())["address"]
         host, _, port = address.rpartition(":")
-        with socket.create_connection((host, int(port))) as client:  # reports, and goes
-            said = {"server": "edge-c", "facts": described(cluster, facts)}
-            client.sendall(json.dumps(said).encode() + b"\n")
-            assert b"edge-c" in client.recv(100_000)
+        with connect((host, int(port)), load_secret(), PURPOSE, 5.0) as client:  # reports, and goes
+            client.send({"server": "edge-c", "facts": described(cluster, facts)})
+            assert "edge-c" in json.dumps(client.receive(None, 60.0, 2**26)["cluster"])
 
         def slowly(layer, expert):
             time.sleep(0.1)
             return weights
 
         # One that is given up while it stages.
-        while ask(state, {"what": "status"})["growth"]:
+        while ask(state, {"what": "status"}, load_secret())["growth"]:
             time.sleep(0.1)
         weights, refused = Small.make().read(0, 0), []
-        address = ask(state, question)["address"]
+        address = ask(state, question, load_secret())["address"]
 
         def come():
             try:
-                report(address, cluster, "edge-c", facts, slowly, 0, 5.0)
+                report(address, cluster, "edge-c", facts, slowly, 0, 5.0, load_secret())
             except InputError as error:
                 refused.append(str(error))
 
         client = threading.Thread(target=come)
         client.start()
-        while "staging" not in ask(state, {"what": "status"})["growth"]:
+        while "staging" not in ask(state, {"what": "status"}, load_secret())["growth"]:
             time.sleep(0.1)
-        assert ask(state, {"what": "abort"}) == {"aborted": "growth"}
-        assert ask(state, {"what": "status"})["growth"] == ""
+        assert ask(state, {"what": "abort"}, load_secret()) == {"aborted": "growth"}
+        assert ask(state, {"what": "status"}, load_secret())["growth"] == ""
         client.join(60)
         assert "takes in nobody any more" in refused[0]
 
@@ -244,15 +247,15 @@ def test_a_server_that_cannot_read_or_does_not_come_leaves_all_as_it_was(files, 
             raise ModelError(f"layer {layer} expert {expert}: absent")
 
         # One whose checkpoint lacks an expert, and one that reads and then never comes to the next program.
-        while ask(state, {"what": "status"})["growth"]:
+        while ask(state, {"what": "status"}, load_secret())["growth"]:
             time.sleep(0.1)
-        address = ask(state, question)["address"]
+        address = ask(state, question, load_secret())["address"]
         with pytest.raises(ModelError):
-            report(address, cluster, "edge-c", facts, lacking, 0, 5.0)
-        while ask(state, {"what": "status"})["growth"]:
+            report(address, cluster, "edge-c", facts, lacking, 0, 5.0, load_secret())
+        while ask(state, {"what": "status"}, load_secret())["growth"]:
             time.sleep(0.1)
-        address = ask(state, question)["address"]
-        group, _ = report(address, cluster, "edge-c", facts, lambda *_: weights, 0, 5.0)
+        address = ask(state, question, load_secret())["address"]
+        group, _ = report(address, cluster, "edge-c", facts, lambda *_: weights, 0, 5.0, load_secret())
         assert group.epoch == 1
         assert process.wait(240) == 0, errors
     assert any("edge-c has gone while it was staging" in line for line in errors)
@@ -279,7 +282,7 @@ def test_cluster_files_that_change_what_serves_are_refused(tmp_path):
         def loaded(self):
             return self
 
-    growth = Growth(Present(Cluster.from_toml(two)), None, {}, "127.0.0.1:8476")  # pyright: ignore
+    growth = Growth(Present(Cluster.from_toml(two)), None, {}, "127.0.0.1:8476", b"")  # pyright: ignore
     for file, message in ((three, "is not edge-b as it serves now"), (two, "no server that does not serve already")):
         with pytest.raises(InputError, match=message):
             growth.answer({"what": "add", "cluster": parse_toml(file), "source": str(file)})
@@ -289,4 +292,5 @@ def test_a_guest_that_is_no_server_is_sent_away():
     left, right = socket.socketpair()
     with left, right:
         left.sendall(b"GET / HTTP/1.1\r\n")
-        assert handshake(right) == ("", {})
+        with pytest.raises(MessageError, match="not a line of JSON"):
+            handshake(Connection(right))

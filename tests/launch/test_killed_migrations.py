@@ -21,9 +21,10 @@ import placement
 from dancemoe_jax.checkpoint.writer import save_hf
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.model.decoder import Decoder, Experts
+from launch import arguments
 from launch.__main__ import main
 from launch.cluster.addresses import free_port
-from launch.commands import serve
+from launch.cluster.secret import load_secret
 from launch.engine.memory import reserved_bytes, sizes
 from launch.migration.control import ask
 from launch.migration.record import NAME, Record, clear_leftovers, read_record, write_record
@@ -118,7 +119,7 @@ class Runs:
         self.flags += ["--chunk", "8", "--staging-memory", f"{STAGING}B", "--state", str(self.state)]
         self.cache = str(model.with_name("cache"))
         parser = argparse.ArgumentParser()
-        serve.add_arguments(parser)
+        arguments.serve(parser)
         args = parser.parse_args(self.flags)
         args.devices = 1
         self.cluster = Cluster.from_toml(file)
@@ -184,7 +185,7 @@ def order(state: Path, target: placement.Placement, over: threading.Event) -> No
     """Have a cluster migrate as soon as it listens."""
     while not over.wait(0.05):
         with contextlib.suppress(InputError):  # it does not listen yet, or whoever dies takes the answer along
-            ask(state, {"what": "to", "placement": target.to_dict(), "source": "x.json"})
+            ask(state, {"what": "to", "placement": target.to_dict(), "source": "x.json"}, load_secret())
             return
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import dancemoe_jax.checkpoint.arena
-import launch.migration.worker
+import launch.migration.staging
 from dancemoe_jax.checkpoint.arena import Arena, room
 from dancemoe_jax.errors import ModelError
 from dancemoe_jax.inference.steps import decode_step, prefill
@@ -37,6 +37,7 @@ from placement.migration.decide import Policy
 from tests.helpers.cluster_of_devices import CAPACITY, CLUSTER, EXPERT, PROMPTS, Small, placement_of, random_resident
 
 COUNT = 24
+SECRET = b"known to the servers of these tests"
 
 
 class Serving:
@@ -109,7 +110,7 @@ class SpoiledArena(Arena):
 @pytest.mark.parametrize("staging", [2**30, 3 * EXPERT])
 def test_tokens_are_the_reference_s_while_experts_move(serving, rng, staging, monkeypatch):
     monkeypatch.setattr(dancemoe_jax.checkpoint.arena, "LARGE", 0)
-    monkeypatch.setattr(launch.migration.worker, "Arena", SpoiledArena)
+    monkeypatch.setattr(launch.migration.staging, "Arena", SpoiledArena)
     small, staged = Small.make(), []
 
     def into(arena, array):
@@ -370,15 +371,15 @@ def test_a_record_that_cannot_be_written_ends_migrations_not_serving(serving, rn
 
 def test_control_drains_a_server_and_takes_it_back(serving, rng, tmp_path):
     one = serving()
-    server = ControlServer(tmp_path, one.controller.answer)
+    server = ControlServer(tmp_path, SECRET, one.controller.answer)
     try:
-        status = ask(tmp_path, {"what": "status"})
+        status = ask(tmp_path, {"what": "status"}, SECRET)
         assert (status["epoch"], status["moving"]) == (0, None)
-        dry = ask(tmp_path, {"what": "memory", "memory": {"a": 0}, "dry": True})
+        dry = ask(tmp_path, {"what": "memory", "memory": {"a": 0}, "dry": True}, SECRET)
         assert dry["verdict"] == "adopted"
         assert one.worker.epoch == 0
         assert one.controller.limits == {}
-        done = ask(tmp_path, {"what": "memory", "memory": {"a": 0}})
+        done = ask(tmp_path, {"what": "memory", "memory": {"a": 0}}, SECRET)
         assert done["verdict"] == "adopted"
         assert not one.worker.placement.resident[0].any()
         record = read_record(tmp_path)
@@ -391,15 +392,15 @@ def test_control_drains_a_server_and_takes_it_back(serving, rng, tmp_path):
             (placement_of(np.zeros_like(target)), "is on no device"),
         ):
             with pytest.raises(InputError, match=message):
-                ask(tmp_path, {"what": "to", "placement": wrong.to_dict(), "source": "x.json"})
-        ask(tmp_path, {"what": "memory", "memory": {"a": None}})
-        done = ask(tmp_path, {"what": "to", "placement": placement_of(target).to_dict(), "source": "x.json"})
+                ask(tmp_path, {"what": "to", "placement": wrong.to_dict(), "source": "x.json"}, SECRET)
+        ask(tmp_path, {"what": "memory", "memory": {"a": None}}, SECRET)
+        done = ask(tmp_path, {"what": "to", "placement": placement_of(target).to_dict(), "source": "x.json"}, SECRET)
         assert done["verdict"] == "adopted"
         assert (one.worker.placement.resident == target).all()
         with pytest.raises(InputError, match="no migration is under way"):
-            ask(tmp_path, {"what": "abort"})
+            ask(tmp_path, {"what": "abort"}, SECRET)
         with pytest.raises(InputError, match="no such server"):
-            ask(tmp_path, {"what": "memory", "memory": {"z": 0}})
+            ask(tmp_path, {"what": "memory", "memory": {"z": 0}}, SECRET)
         stream = one.host.submit(Request(2, PROMPTS[2], 8, 0.0))
         assert list(stream) == one.small.reference_text(PROMPTS[2], 8)
     finally:

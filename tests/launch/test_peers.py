@@ -13,6 +13,8 @@ from launch.bench.harness.namespaces import Testbed, inside, missing
 from launch.migration.peers import ExpertServer, PeerReader, quickest
 from placement import Cluster
 
+SECRET = b"known to the servers of these tests"
+
 
 def cluster(loads, bandwidth="500Mbps"):
     servers = [{"name": f"s{i}", "devices": [{"memory": 1, "load_bandwidth": load}]} for i, load in enumerate(loads)]
@@ -50,13 +52,13 @@ def test_experts_arrive_as_they_are_and_failures_fall_back():
     def read(layer, expert, arena):
         return refuse(layer, expert) if expert == 3 else weights(layer, expert)
 
-    server, own = ExpertServer(read, "127.0.0.1"), []
+    server, own = ExpertServer(read, "127.0.0.1", SECRET), []
 
     def from_own(layer, expert, arena):
         own.append((layer, expert))
         return weights(layer, expert)
 
-    reader = PeerReader(server.address, from_own)
+    reader = PeerReader(server.address, from_own, SECRET)
     for layer in range(3):
         for expert in range(5):
             got, expected = reader(layer, expert), weights(layer, expert)
@@ -69,9 +71,9 @@ def test_experts_arrive_as_they_are_and_failures_fall_back():
     assert own == [(0, 3), (1, 3), (2, 3)]
     reader.close()
     server.close()
-    assert PeerReader(server.address, weights)(0, 1).w_in.shape == (40, 60)
+    assert PeerReader(server.address, weights, SECRET)(0, 1).w_in.shape == (40, 60)
     with pytest.raises(ModelError, match="expert 1 of layer 0 is damaged"):
-        PeerReader(server.address, refuse)(0, 1)
+        PeerReader(server.address, refuse, SECRET)(0, 1)
 
 
 ANSWER = """
@@ -79,7 +81,7 @@ import sys, time, numpy as np
 from dancemoe_jax.model.experts import ExpertWeights
 from launch.migration.peers import ExpertServer
 weights = ExpertWeights(np.ones((1024, 1536), np.float32), np.ones((768, 1024), np.float32))
-print(ExpertServer(lambda layer, expert, arena: weights, sys.argv[1]).address[1], flush=True)
+print(ExpertServer(lambda layer, expert, arena: weights, sys.argv[1], b'secret').address[1], flush=True)
 time.sleep(600)
 """
 ASK = """
@@ -89,7 +91,7 @@ from launch.migration.peers import PeerReader
 host, port, experts = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 def own(layer, expert, arena):
     raise SystemExit("not from there")
-reader = PeerReader((host, port), own)
+reader = PeerReader((host, port), own, b'secret')
 reader(0, 0)
 begin, size = time.monotonic(), 0
 for weights in read_ahead(reader, [(0, expert) for expert in range(experts)], threads=2):

@@ -15,8 +15,8 @@ import pytest
 from launch.cluster.addresses import coordinator_address, free_port
 from launch.cluster.devices import visible_devices
 from launch.cluster.fingerprint import cluster_fingerprint, folder_fingerprint
-from launch.cluster.jax_runtime import from_environment
 from launch.cluster.join import join
+from launch.cluster.launchers import from_environment
 from launch.cluster.processes import ServerFailed, prefixed, start, to_files
 from launch.cluster.rendezvous import rendezvous
 from launch.cluster.signals import Interrupts
@@ -25,6 +25,7 @@ from tests.helpers.paths import HELPERS, ROOT
 
 JOINED = str(HELPERS / "joined_server.py")
 NAMES = ("edge-a", "edge-b", "edge-c")
+SECRET = b"known to the servers of these tests"
 ENV = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 
 
@@ -136,7 +137,7 @@ def test_a_program_that_is_not_there_is_named(lines):
 
 PARENT = """
 import sys
-from launch.cluster.rendezvous import meeting
+from launch.cluster.rendezvous import rendezvous
 from launch.cluster.processes import start
 child = "import os, subprocess as s, time; p = s.Popen(['sleep', '61']); print(os.getpid(), p.pid); time.sleep(60)"
 with start({n: [sys.executable, "-c", child] for n in ("edge-a", "edge-b")}) as processes:
@@ -193,7 +194,7 @@ def meet(given, *, names=NAMES, timeout=20.0):
 
     def come(key, name, facts):
         try:
-            with rendezvous(names, name, address, facts, timeout):
+            with rendezvous(names, name, address, facts, timeout, SECRET):
                 told[key] = ""
                 if name == names[0]:  # stands for JAX's service, which the others wait for
                     with socket.create_server(("127.0.0.1", int(address.split(":")[1]))) as service:
@@ -246,7 +247,7 @@ def test_whatever_connects_without_being_a_server_is_ignored():
 
     def first():
         try:
-            with rendezvous(NAMES[:2], "edge-a", f"127.0.0.1:{port}", {}, 2.0):
+            with rendezvous(NAMES[:2], "edge-a", f"127.0.0.1:{port}", {}, 2.0, SECRET):
                 pass
         except InputError as error:
             outcome.append(str(error))

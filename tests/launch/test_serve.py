@@ -15,6 +15,7 @@ import jax
 import pytest
 
 from launch.__main__ import main
+from launch.cluster.secret import load_secret
 from launch.engine.engine import Engine
 from launch.engine.host import Host
 from launch.engine.request import Request
@@ -224,10 +225,10 @@ def test_a_full_disk_for_the_record_stops_migrations_not_serving(tmp_path, rng, 
             resident = rng.random(before.placement.resident.shape) < 0.3
             resident[rng.integers(2), ~resident.any(0)] = True
             target = dataclasses.replace(before.placement, resident=resident)
-            replies.append(ask(state, {"what": "to", "placement": target.to_dict(), "source": "x.json"}))
+            replies.append(ask(state, {"what": "to", "placement": target.to_dict(), "source": "x.json"}, load_secret()))
         assert [reply["verdict"] for reply in replies] == ["adopted", "kept"]
         assert "No space left on device" in replies[1]["why"]
-        assert "No space left on device" in ask(state, {"what": "status"})["disabled"]
+        assert "No space left on device" in ask(state, {"what": "status"}, load_secret())["disabled"]
         out, err = process.communicate(timeout=200)
         assert process.returncode == 0
         assert "no more migrations" in err
@@ -263,7 +264,7 @@ def test_experts_migrate_over_three_processes_and_a_restart_resumes(files, rng, 
         resident = rng.random(record.placement.resident.shape) < 0.35
         resident[rng.integers(4), ~resident.any(0)] = True
         target = dataclasses.replace(record.placement, resident=resident)
-        done = ask(state, {"what": "to", "placement": target.to_dict(), "source": "x.json"})
+        done = ask(state, {"what": "to", "placement": target.to_dict(), "source": "x.json"}, load_secret())
         assert (done["verdict"], done["epoch"]) == ("adopted", epoch)
         assert done["rounds"] > 1
     process.send_signal(signal.SIGKILL)
