@@ -170,7 +170,7 @@ class Engine:
         control = ControlWord.of(words)
         control.prefill[:], control.decode[:] = step.prefill, step.decode
         control.done[:], control.stop[:], control.reform[:] = self.done and self.idle, self.stop, self.reform
-        control.order[:], control.stage[:], control.given_up[:] = self.migration_progress
+        control.command[:], control.stage[:], control.given_up[:] = self.migration_progress
         return words
 
     def _routing(self, kind: Kind, members: Sequence[Member]) -> GivenRouting | None:

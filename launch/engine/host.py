@@ -153,7 +153,7 @@ class Host:
     def _wanted(self) -> bool:
         """Whether there is something to do, or something that the others do not know yet."""
         engine, sent, own = self.engine, self.engine.received, self.engine.own[0]
-        progress = (sent.order[own], sent.stage[own], sent.given_up[own])
+        progress = (sent.command[own], sent.stage[own], sent.given_up[own])
         news = (
             (engine.done and not sent.done[own])
             or engine.reform > sent.reform[own]
