@@ -11,7 +11,7 @@ from placement.files import InputError
 from placement.migration.decide import Verdict, should_migrate
 from placement.migration.diff import Diff, Move, Round, diff
 from placement.planner import evaluate, optimum, plan
-from placement.strategies.registry import STRATEGIES, register
+from placement.registry import STRATEGIES, register
 
 __all__ = [
     "STRATEGIES",

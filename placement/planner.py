@@ -14,9 +14,9 @@ from placement.data.profile import Profile
 from placement.data.statistics import shrink
 from placement.data.workload import Workload
 from placement.files import InputError, show
+from placement.registry import Strategy, strategy_named
 from placement.strategies.equal_slots import project, restricted, slots_per_device
 from placement.strategies.exact.optimum import gap, least_remote
-from placement.strategies.registry import Strategy, strategy_named
 
 
 def plan(

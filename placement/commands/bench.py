@@ -15,8 +15,8 @@ from placement.data.cluster import Cluster
 from placement.data.problem import Problem
 from placement.data.profile import Profile
 from placement.files import InputError, show
+from placement.registry import STRATEGIES, strategy_named, strategy_names
 from placement.strategies.exact.optimum import certificate
-from placement.strategies.registry import STRATEGIES, strategy_named, strategy_names
 
 SIZES = "58x64x64x4,58x128x64x4,58x256x64x4"
 _MOST = 2**26  # servers x layers x experts, and devices x layers x experts

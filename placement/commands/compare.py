@@ -17,7 +17,7 @@ from placement.commands.output import print_costs
 from placement.data.cluster import Cluster
 from placement.data.profile import Profile
 from placement.planner import evaluate, optimum, plan
-from placement.strategies.registry import STRATEGIES, strategy_names
+from placement.registry import STRATEGIES, strategy_names
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

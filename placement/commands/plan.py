@@ -17,7 +17,7 @@ from placement.commands.output import print_costs, print_devices
 from placement.data.cluster import Cluster
 from placement.data.placement import Placement
 from placement.planner import optimum, plan
-from placement.strategies.registry import STRATEGIES
+from placement.registry import STRATEGIES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

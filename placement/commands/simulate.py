@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from placement.commands.grid import Cell, Grid, run_grid, trends
 from placement.commands.output import print_table
 from placement.commands.simulate_flags import add_arguments, read_arrivals, read_compute, read_costs
 from placement.costs.network_use import likely_links
@@ -20,12 +21,11 @@ from placement.data.profile import Profile
 from placement.files import InputError
 from placement.migration.decide import Policy
 from placement.planner import plan
-from placement.simulation.grid import Cell, Grid, run_grid, trends
+from placement.registry import strategy_named, strategy_names
 from placement.simulation.independent.events import Simulation, simulate
 from placement.simulation.independent.replan import Replan
 from placement.simulation.independent.unit_costs import Compute
 from placement.simulation.lockstep.predict import lock_step
-from placement.strategies.registry import strategy_named, strategy_names
 from placement.units import format_bytes
 
 __all__ = ["add_arguments", "run"]

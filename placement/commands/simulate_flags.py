@@ -12,9 +12,9 @@ from placement.data.arrivals import Arrivals
 from placement.data.cluster import Cluster
 from placement.data.problem import Problem
 from placement.files import InputError, read_bytes
+from placement.registry import STRATEGIES
 from placement.simulation.independent.unit_costs import Compute
 from placement.simulation.lockstep.predict import StepCosts
-from placement.strategies.registry import STRATEGIES
 
 
 def _above_zero(text: str) -> float:

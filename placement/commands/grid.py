@@ -13,9 +13,9 @@ from placement.data.problem import Problem
 from placement.data.profile import Profile
 from placement.files import InputError
 from placement.planner import plan
+from placement.registry import STRATEGIES
 from placement.simulation.independent.events import simulate
 from placement.simulation.independent.unit_costs import Compute, Steps
-from placement.strategies.registry import STRATEGIES
 
 BLOCK = (1, 1, 2)  # GPUs of the paper's three servers; larger clusters repeat them, the last block cut short
 COPIES = 1.3  # of all experts that four GPUs have room for, as in the paper's DeepSeek-V2-Lite setting

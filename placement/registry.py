@@ -104,7 +104,7 @@ def _from_file(path: str, function: str, where: str) -> Strategy:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever the file's code raises is its author's to mend
+    except Exception as error:  # whatever the file's code raises is its author's to correct
         detail = show(" ".join(f"{type(error).__name__}: {error}".split()), 160).strip("'\"")
         raise InputError(f"{path}: cannot be loaded: {detail}") from error
     found = getattr(module, function, None)
