@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from placement.planner import STRATEGIES
+from placement.registry import STRATEGIES
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Contexts of published models reach 131,072 tokens and more, and each sequence's cache is made for the whole of it.

@@ -10,7 +10,8 @@ from placement.data.workload import Workload
 from placement.files import InputError
 from placement.migration.decide import Verdict, should_migrate
 from placement.migration.diff import Diff, Move, Round, diff
-from placement.planner import STRATEGIES, evaluate, optimum, plan
+from placement.planner import evaluate, optimum, plan
+from placement.registry import STRATEGIES, register
 
 __all__ = [
     "STRATEGIES",
@@ -33,6 +34,7 @@ __all__ = [
     "evaluate",
     "optimum",
     "plan",
+    "register",
     "should_migrate",
     "shrink",
 ]

@@ -1,6 +1,5 @@
-"""The registry of strategies, and the two calls most users need: plan and evaluate."""
+"""The calls that most users need: plan and evaluate."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,26 +14,9 @@ from placement.data.profile import Profile
 from placement.data.statistics import shrink
 from placement.data.workload import Workload
 from placement.files import InputError, show
-from placement.strategies.baselines import redundance, smartmoe, uniform
-from placement.strategies.dance import dance
-from placement.strategies.eplb import eplb, eplb_nodup
+from placement.registry import Strategy, strategy_named
 from placement.strategies.equal_slots import project, restricted, slots_per_device
-from placement.strategies.exact.optimum import exact, gap, least_remote
-from placement.strategies.latency.plan import latency
-from placement.strategies.swift import swift
-
-# strategy(problem, *, previous: bool [D, L, E] | None, seed: int) -> bool [D, L, E]; pure.
-STRATEGIES: dict[str, Callable[..., np.ndarray]] = {
-    "uniform": uniform,
-    "redundance": redundance,
-    "smartmoe": smartmoe,
-    "eplb": eplb,
-    "eplb-nodup": eplb_nodup,
-    "swift": swift,
-    "dance": dance,
-    "latency": latency,
-    "exact": exact,
-}
+from placement.strategies.exact.optimum import gap, least_remote
 
 
 def plan(
@@ -54,7 +36,7 @@ def plan(
     Args:
         profile: what the users of each server activate.
         cluster: the servers it is planned for, the same and in the same order as the profile's.
-        strategy: a key of `STRATEGIES`.
+        strategy: a key of `STRATEGIES`, one that was registered (`register`), or `path/to/file.py:function`.
         previous: the placement in force; among equally good plans the one that moves least wins.
         seed: for strategies that draw at random.
         equal_slots: the same number of slots per layer on every device (strategies/equal_slots.py), for engines that need
@@ -68,23 +50,69 @@ def plan(
 
     Raises:
         InputError: unknown strategy, inputs that disagree, or too little memory: how much is missing, and on what.
+
+    >>> import numpy as np
+    >>> from placement import Cluster, Profile
+    >>> device = {"memory": 3}
+    >>> servers = [{"name": "a", "devices": [device]}, {"name": "b", "devices": [device]}]
+    >>> counts = np.array([[[9, 5, 1, 0]], [[0, 2, 5, 9]]])
+    >>> profile = Profile(counts, ("a", "b"), "toy", top_k=1, hidden_size=64, expert_bytes=1)
+    >>> plan(profile, Cluster.from_dict({"server": servers}), "exact").resident.astype(int)[:, 0].tolist()
+    [[1, 1, 1, 0], [0, 1, 1, 1]]
     """
-    if strategy not in STRATEGIES:
-        raise InputError(f"strategy = {show(strategy)}: unknown; choose from {', '.join(STRATEGIES)}")
+    chosen = strategy_named(strategy)
     problem = Problem.build(profile, cluster, workload)
     problem.require_capacity()
-    if previous is not None:
-        _check_model(previous, profile)
-        if previous.devices != cluster.device_names:
-            raise InputError(f"{previous.source}: its devices are not those of {cluster.source}; leave out --previous")
-    planning, in_force = _shrunk(problem, profile, prior), None if previous is None else previous.resident
+    planning, in_force = _shrunk(problem, profile, prior), _in_force(previous, profile, cluster)
     slots = slots_per_device(problem) if equal_slots else 0
-    resident = STRATEGIES[strategy](restricted(planning, slots) if slots else planning, previous=in_force, seed=seed)
+    resident = _run(chosen, restricted(planning, slots) if slots else planning, in_force, seed, strategy)
     if slots:
         resident = project(planning, resident, slots)
     resident.setflags(write=False)
+    names, model = cluster.device_names, _model(problem, profile)
+    placement = Placement(resident, names, strategy, model, source=f"plan by {strategy}")
+    placement.validate(cluster)
+    predicted = _costs(problem, resident)
+    if optimum is not None:
+        predicted["gap"] = gap(planning, resident, optimum)
+    if slots:
+        free = _remote_share(problem, chosen, planning, in_force, seed, strategy)
+        predicted["equal_slots"] = {"slots_per_layer": slots, "remote_share_without": free}
+    return replace(placement, predicted=predicted, source="placement")
+
+
+def _in_force(previous: Placement | None, profile: Profile, cluster: Cluster) -> np.ndarray | None:
+    """The previous placement as a strategy takes it, if it is for this model and these devices."""
+    if previous is None:
+        return None
+    _check_model(previous, profile)
+    if previous.devices != cluster.device_names:
+        raise InputError(f"{previous.source}: its devices are not those of {cluster.source}; leave out --previous")
+    return previous.resident
+
+
+def _remote_share(problem: Problem, chosen: Strategy, planning: Problem, *options: Any) -> float | None:
+    """That of a strategy's own plan, where it has one."""
+    try:
+        return cost.summary(problem, _run(chosen, planning, *options))["remote_share"]
+    except InputError:  # experts of unequal sizes that pack into equal slots, but not into the strategy's own
+        return None
+
+
+def _run(chosen: Strategy, problem: Problem, previous: np.ndarray | None, seed: int, name: str) -> np.ndarray:
+    """What a strategy returns, if it has the form of a plan."""
+    resident = np.asarray(chosen(problem, previous=previous, seed=seed))
+    shape = (len(problem.budget), *problem.shape[1:])
+    if resident.shape != shape or resident.dtype != bool:
+        found = f"{resident.dtype} {list(resident.shape)}"
+        raise InputError(f"strategy {name} returned {found}; must be bool [devices, layers, experts], {list(shape)}")
+    return resident
+
+
+def _model(problem: Problem, profile: Profile) -> dict[str, Any]:
+    """What a placement says of its model."""
     sizes = set(problem.expert_bytes.tolist())
-    model = {
+    return {
         "name": profile.model,
         "layers": problem.shape[1],
         "experts": problem.shape[2],
@@ -92,18 +120,6 @@ def plan(
         "expert_bytes": sizes.pop() if len(sizes) == 1 else problem.expert_bytes.tolist(),
         "reserved_bytes": np.asarray(profile.reserved_bytes).tolist(),
     }
-    placement = Placement(resident, cluster.device_names, strategy, model, source=f"plan by {strategy}")
-    placement.validate(cluster)
-    predicted = _costs(problem, resident)
-    if optimum is not None:
-        predicted["gap"] = gap(planning, resident, optimum)
-    if slots:
-        try:
-            free = cost.summary(problem, STRATEGIES[strategy](planning, previous=in_force, seed=seed))["remote_share"]
-        except InputError:  # experts of unequal sizes that pack into equal slots, but not into the strategy's own
-            free = None
-        predicted["equal_slots"] = {"slots_per_layer": slots, "remote_share_without": free}
-    return Placement(resident, cluster.device_names, strategy, model, predicted)
 
 
 def _shrunk(problem: Problem, profile: Profile, prior: float) -> Problem:
@@ -136,6 +152,15 @@ def evaluate(
 
     Raises:
         InputError: placement, profile and cluster do not belong together, or the placement is not valid.
+
+    >>> import numpy as np
+    >>> from placement import Cluster, Profile
+    >>> servers = [{"name": name, "devices": [{"memory": 2}]} for name in "ab"]
+    >>> cluster = Cluster.from_dict({"server": servers})
+    >>> profile = Profile(np.array([[[6, 4]], [[4, 6]]]), ("a", "b"), "toy", top_k=1, hidden_size=64, expert_bytes=2)
+    >>> costs = evaluate(profile, cluster, plan(profile, cluster, "exact"))
+    >>> costs["remote_share"], costs["remote_share_by_server"]
+    (0.4, {'a': 0.4, 'b': 0.4})
     """
     _check_model(placement, profile)
     problem = Problem.build(profile, cluster, workload)

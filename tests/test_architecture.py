@@ -24,6 +24,7 @@ ORDER = {
         commands
         __init__
         planner
+        registry
         strategies.latency
         strategies.exact
         strategies
@@ -31,7 +32,7 @@ ORDER = {
         simulation.independent simulation.lockstep
         migration engines
         costs
-        data
+        data scheduling
         files units
     """,
     "dancemoe_jax": """

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from placement.commands.inputs import add_json
+from placement.commands.inputs import STRATEGIES_HELP, add_json
 from placement.commands.output import print_table
 from placement.data.cluster import Cluster
 from placement.data.problem import Problem
 from placement.data.profile import Profile
 from placement.files import InputError, show
-from placement.planner import STRATEGIES
+from placement.registry import STRATEGIES, strategy_named, strategy_names
 from placement.strategies.exact.optimum import certificate
 
 SIZES = "58x64x64x4,58x128x64x4,58x256x64x4"
@@ -23,7 +23,7 @@ _MOST = 2**26  # servers x layers x experts, and devices x layers x experts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--strategies", default=",".join(STRATEGIES), metavar="A,B", help="default: all")
+    parser.add_argument("--strategies", default=",".join(STRATEGIES), metavar="A,B", help=STRATEGIES_HELP)
     what = "layers x experts x servers x devices per server"
     parser.add_argument("--sizes", default=SIZES, metavar="LxExNxG,...", help=f"{what} (default: {SIZES})")
     parser.add_argument("--copies", type=float, default=1.3, help="memory, in copies of all experts (default: 1.3)")
@@ -37,10 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         InputError: a flag cannot be used.
     """
-    names = [name.strip() for name in arguments.strategies.split(",")]
-    for name in names:
-        if name not in STRATEGIES:
-            raise InputError(f"--strategies: {show(name)} is unknown; choose from {', '.join(STRATEGIES)}")
+    names = strategy_names(arguments.strategies)
     sizes = [_size(text) for text in arguments.sizes.split(",")]
     if not 1 <= arguments.copies <= 1000:
         raise InputError(f"--copies = {arguments.copies:g}: must be from 1 to 1000 to hold every expert")
@@ -88,7 +85,7 @@ def measure(name: str, size: tuple[int, int, int, int], copies: float, seed: int
     runs: list[tuple[float, float]] = []
     while True:
         cpu, wall = time.process_time(), time.perf_counter()
-        resident = STRATEGIES[name](problem, previous=None, seed=seed)
+        resident = strategy_named(name)(problem, previous=None, seed=seed)
         proof = certificate(problem, resident) if name == "exact" else None
         runs.append((time.process_time() - cpu, time.perf_counter() - wall))
         if len(runs) == 5 or sum(wall for _, wall in runs) > 1:

@@ -4,12 +4,20 @@ import argparse
 import json
 import time
 
-from placement.commands.inputs import add_cluster, add_json, add_prior, add_workload, check_plot, read_workload
+from placement.commands.inputs import (
+    STRATEGIES_HELP,
+    add_cluster,
+    add_json,
+    add_prior,
+    add_workload,
+    check_plot,
+    read_workload,
+)
 from placement.commands.output import print_costs
 from placement.data.cluster import Cluster
 from placement.data.profile import Profile
-from placement.files import InputError, show
-from placement.planner import STRATEGIES, evaluate, optimum, plan
+from placement.planner import evaluate, optimum, plan
+from placement.registry import STRATEGIES, strategy_names
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_cluster(parser)
     add("--profile", required=True, metavar="P", help="profile.npz to plan on")
     add("--eval", metavar="P2", help="profile.npz to count costs on (default: the one planned on)")
-    add("--strategies", default=",".join(STRATEGIES), metavar="A,B", help="default: all")
+    add("--strategies", default=",".join(STRATEGIES), metavar="A,B", help=STRATEGIES_HELP)
     add("--seed", type=int, default=0, help="for strategies that draw at random (default: 0)")
     add("--plot", metavar="FILE.png", help="draw remote share against P(network), with the frontier")
     add_prior(parser)
@@ -34,10 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_plot(arguments)
     cluster, profile = Cluster.from_toml(arguments.cluster), Profile.load(arguments.profile)
     evaluation = Profile.load(arguments.eval) if arguments.eval else profile
-    names = [name.strip() for name in arguments.strategies.split(",")]
-    for name in names:  # all of them before the first one runs
-        if name not in STRATEGIES:
-            raise InputError(f"--strategies: {show(name)} is unknown; choose from {', '.join(STRATEGIES)}")
+    names = strategy_names(arguments.strategies)
     workload = read_workload(arguments)
     best, costs = optimum(profile, cluster, prior=arguments.prior), {}
     for name in names:

@@ -9,6 +9,8 @@ from placement.data.workload import Workload
 from placement.files import InputError
 from placement.units import parse_seconds
 
+STRATEGIES_HELP = "names, or path/to/file.py:function of one's own (default: all)"
+
 
 def add_cluster(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """The flag that names the cluster file."""

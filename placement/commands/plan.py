@@ -16,14 +16,20 @@ from placement.commands.inputs import (
 from placement.commands.output import print_costs, print_devices
 from placement.data.cluster import Cluster
 from placement.data.placement import Placement
-from placement.planner import STRATEGIES, optimum, plan
+from placement.planner import optimum, plan
+from placement.registry import STRATEGIES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_cluster(parser)
     add("--profile", required=True, metavar="P", help="profile.npz: what each server's users activate")
-    add("--strategy", default="dance", metavar="S", help=f"{', '.join(STRATEGIES)} (default: dance)")
+    add(
+        "--strategy",
+        default="dance",
+        metavar="S",
+        help=f"{', '.join(STRATEGIES)}, or FILE.py:FUNCTION (default: dance)",
+    )
     add("--previous", metavar="OLD", help="placement.json in force; ties go to what moves least")
     add("--seed", type=int, default=0, help="for strategies that draw at random (default: 0)")
     add("--out", required=True, metavar="NEW", help="placement.json to write")

@@ -1,127 +1,37 @@
-"""The command `simulate`: its arguments, what it runs, what it prints."""
+"""The command `simulate`: what it runs, what it prints."""
 
 import argparse
 import json
-import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from placement.commands.inputs import add_cluster, add_json
+from placement.commands.grid import Cell, Grid, run_grid, trends
 from placement.commands.output import print_table
+from placement.commands.simulate_flags import add_arguments, read_arrivals, read_compute, read_costs
 from placement.costs.network_use import likely_links
 from placement.costs.routing import serving_server
 from placement.data.arrivals import Arrivals
 from placement.data.cluster import Cluster
 from placement.data.problem import Problem
 from placement.data.profile import Profile
-from placement.files import InputError, read_bytes, show
+from placement.files import InputError
 from placement.migration.decide import Policy
-from placement.planner import STRATEGIES, plan
-from placement.simulation.grid import Cell, Grid, run_grid, trends
+from placement.planner import plan
+from placement.registry import strategy_named, strategy_names
 from placement.simulation.independent.events import Simulation, simulate
 from placement.simulation.independent.replan import Replan
 from placement.simulation.independent.unit_costs import Compute
-from placement.simulation.lockstep.predict import StepCosts, lock_step
+from placement.simulation.lockstep.predict import lock_step
 from placement.units import format_bytes
+
+__all__ = ["add_arguments", "run"]
 
 # What the paper reports of its simulation, as cuts of mean time (section 4 of its evaluation).
 _PAPER = {"gpus": "9-19 %", "bandwidth_small": "over 55 %", "bandwidth_large": "35 %"}
-
-
-def _above_zero(text: str) -> float:
-    value = float(text)
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-_above_zero.__name__, _count.__name__ = "number above 0", "whole number from 1"  # argparse names them in its messages
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add_cluster(parser, required=False)
-    add("--profile", required=True, metavar="P", help="profile.npz to plan on")
-    add("--eval", metavar="P2", help="profile.npz of what users do then (default: the one planned on)")
-    add("--strategies", default=",".join(STRATEGIES), metavar="A,B", help="default: all")
-    add("--arrivals", metavar="A.csv", help="requests: t_s,prompt_tokens,output_tokens and optionally server")
-    add("--stretch", type=_above_zero, default=1.0, metavar="F", help="factor on the times of --arrivals (default: 1)")
-    add(
-        "--gap",
-        type=_above_zero,
-        metavar="S",
-        help="Poisson, mean seconds between requests of a server; with "
-        "--arrivals the file gives lengths alone (default without --arrivals: 10)",
-    )
-    add("--duration", type=_above_zero, metavar="S", help="seconds of arrivals (default: 3600, or the whole file)")
-    add("--prompt-tokens", type=_count, default=128, metavar="N", help="without --arrivals (default: 128)")
-    add("--output-tokens", type=_count, default=64, metavar="N", help="without --arrivals (default: 64)")
-    add("--batch", type=_count, default=32, metavar="N", help="sequences a server decodes at once (default: 32)")
-    add("--shift", type=_above_zero, metavar="S", help="after S seconds the servers' workloads trade places")
-    add("--replan", type=_above_zero, metavar="S", help="plan again every S seconds and migrate where it pays")
-    add(
-        "--device-flops",
-        type=_above_zero,
-        default=50e12,
-        metavar="F",
-        help="operations/s reached by a device of speed 1 (default: 5e13)",
-    )
-    add(
-        "--device-bandwidth",
-        type=_above_zero,
-        default=500e9,
-        metavar="B",
-        help="bytes of weights/s it reads (default: 5e11)",
-    )
-    add("--prefill-token", type=_above_zero, metavar="S", help="measured seconds of a prompt token, all layers")
-    add("--decode-step", type=_above_zero, metavar="S", help="measured seconds of a decode step of one sequence")
-    add(
-        "--lock-step",
-        action="store_true",
-        help="all servers take their steps together, as python -m launch serve does, in "
-        "place of a loop of each server's own",
-    )
-    add(
-        "--costs",
-        metavar="C.json",
-        help="with --lock-step: measured seconds of steps at home, as python -m launch bench "
-        "testbed --json prints them under costs",
-    )
-    add(
-        "--sequences",
-        type=_count,
-        default=4,
-        metavar="N",
-        help="with --lock-step: sequences a device serves at once (4)",
-    )
-    add(
-        "--chunk",
-        type=_count,
-        default=64,
-        metavar="N",
-        help="with --lock-step: prompt tokens of a step on a device (64)",
-    )
-    add("--seed", type=int, default=0, help="of arrivals and of strategies that draw (default: 0)")
-    add(
-        "--grid",
-        action="store_true",
-        help="the paper's grid on clusters of its own: 4 to 256 GPUs, 100 to 1000 Mbit/s, gaps 8 to 15 s",
-    )
-    add("--jobs", type=_count, metavar="N", help="processes for --grid (default: one per core)")
-    add("--plot", metavar="FILE.png", help="draw latency by strategy")
-    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -130,17 +40,13 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         InputError: an input cannot be used.
     """
-    names = [name.strip() for name in arguments.strategies.split(",")]
-    for name in names:
-        if name not in STRATEGIES:
-            raise InputError(f"--strategies: {show(name)} is unknown; choose from {', '.join(STRATEGIES)}")
+    names = strategy_names(arguments.strategies)
     if arguments.seed < 0:
         raise InputError(f"--seed {arguments.seed}: must be at least 0")
     if arguments.plot:
         from placement.commands.plots import check_path
 
         check_path(arguments.plot)
-    names = list(dict.fromkeys(names))
     if arguments.grid:
         _run_grid(arguments, tuple(names))
         return
@@ -152,8 +58,8 @@ def run(arguments: argparse.Namespace) -> None:
     planned = Problem.build(profile, cluster)
     if planned.shape != problem.shape or (planned.expert_bytes != problem.expert_bytes).any():
         raise InputError(f"{evaluation.source}: another model than {profile.source}'s; use profiles of the same model")
-    arrivals = _arrivals(arguments, cluster)
-    compute = _compute(arguments, problem)
+    arrivals = read_arrivals(arguments, cluster)
+    compute = read_compute(arguments, problem)
     if arguments.lock_step:
         _run_lock_step(arguments, profile, cluster, problem, arrivals, compute, names)
         return
@@ -190,7 +96,7 @@ def _run_lock_step(
     for option in ("shift", "replan", "plot"):
         if getattr(arguments, option) is not None:
             raise InputError(f"--{option}: not with --lock-step; leave one out")
-    costs = _costs(arguments.costs, compute)
+    costs = read_costs(arguments.costs, compute)
     planned, done = Problem.build(profile, cluster), {}
     for name in names:
         resident = plan(profile, cluster, name, seed=arguments.seed).resident
@@ -214,52 +120,12 @@ def _run_lock_step(
     print("token. What is modelled: placement/simulation/lockstep/predict.py")
 
 
-def _costs(path: str | None, compute: Compute) -> StepCosts:
-    """Measured costs; without a file those of one speed of devices, which compute side by side."""
-    if path is None:
-        return StepCosts((0.0, 0.0, compute.prefill_token), (compute.decode_step, 0.0, compute.decode_token))
-    try:
-        parsed = json.loads(read_bytes(path))
-    except ValueError:
-        raise InputError(f"{path}: not JSON; write prefill and decode, three seconds each") from None
-    return StepCosts.from_dict(parsed, path)
-
-
-def _arrivals(arguments: argparse.Namespace, cluster: Cluster) -> Arrivals:
-    servers, seed = cluster.names, arguments.seed
-    lengths = np.array([[arguments.prompt_tokens, arguments.output_tokens]])
-    if arguments.arrivals:
-        duration = math.inf if arguments.duration is None or arguments.gap else float(arguments.duration)
-        listed = Arrivals.from_csv(arguments.arrivals, servers, stretch=arguments.stretch, duration=duration, seed=seed)
-        if arguments.gap is None:
-            return listed
-        lengths = np.stack([listed.prompt, listed.output], 1)
-    gap, duration = arguments.gap or 10.0, arguments.duration or 3600.0
-    if duration / gap * len(servers) > 10**7:
-        raise InputError(f"--duration {duration:g}: gives over 10 million requests; shorten it or raise --gap")
-    drawn = Arrivals.poisson(len(servers), gap, duration, lengths, seed)
-    if not len(drawn):
-        raise InputError(f"--duration {duration:g}: no request comes in this time; raise it or lower --gap")
-    return drawn
-
-
-def _compute(arguments: argparse.Namespace, problem: Problem) -> Compute:
-    compute = Compute.roofline(problem, arguments.device_flops, arguments.device_bandwidth)
-    if arguments.prefill_token:
-        compute = replace(compute, prefill_token=arguments.prefill_token)
-    if arguments.decode_step:  # split as the roofline splits it
-        scale = arguments.decode_step / (compute.decode_step + compute.decode_token)
-        step, token = compute.decode_step * scale, compute.decode_token * scale
-        compute = replace(compute, decode_step=step, decode_token=token)
-    return compute
-
-
 def _replan(arguments: argparse.Namespace, cluster: Cluster, name: str) -> Replan | None:
     if arguments.replan is None:
         return None
 
     def planner(problem: Problem, previous: np.ndarray) -> np.ndarray:
-        return STRATEGIES[name](problem, previous=previous, seed=arguments.seed)
+        return strategy_named(name)(problem, previous=previous, seed=arguments.seed)
 
     return Replan(planner, cluster.load_bandwidth, Policy(name, interval=arguments.replan))
 

@@ -107,6 +107,11 @@ class Cluster:
 
         Raises:
             InputError: unknown keys or units, duplicate names, no server, links of unknown servers, negative values.
+
+        >>> servers = [{"name": "a", "devices": [{"memory": "12GB"}]}, {"name": "b", "devices": [{"memory": "8GiB"}]}]
+        >>> cluster = Cluster.from_dict({"server": servers, "network": {"bandwidth": "500Mbps", "latency": "1ms"}})
+        >>> cluster.memory.tolist(), cluster.bandwidth[0].tolist()
+        ([12000000000, 8589934592], [inf, 62500000.0])
         """
         _check_keys(parsed, {"server", "network", "link"}, source)
         tables = parsed.get("server")

@@ -97,6 +97,12 @@ class Profile:
 
         Raises:
             InputError: shapes or values do not fit together.
+
+        >>> ids = np.array([[[0, 2]], [[0, 1]], [[2, 1]]])  # three tokens, one layer, two experts each
+        >>> meta = {"model": "toy", "hidden_size": 64, "expert_bytes": 1000}
+        >>> one = Profile.from_tokens(ids, [0, 0, 1], [7, 7, 8], servers=("a", "b"), experts=4, **meta)
+        >>> one.counts[:, 0].tolist()
+        [[2, 1, 1, 0], [0, 1, 1, 0]]
         """
         ids, server = np.asarray(ids), np.asarray(server)
         source = meta.get("source", "profile")

@@ -91,6 +91,9 @@ def shrink(counts: np.ndarray, prior: float) -> np.ndarray:
 
     Returns:
         float64 [N, L, E]; unchanged where no other server has counts.
+
+    >>> shrink(np.array([[[4, 0]], [[0, 0]]]), prior=2)[:, 0].tolist()  # the second server has no history
+    [[4.0, 0.0], [2.0, 0.0]]
     """
     if not (prior >= 0 and math.isfinite(prior)):
         raise ValueError(f"prior = {prior}: must be a finite number, at least 0")
@@ -179,6 +182,9 @@ def drift(counts: np.ndarray, against: np.ndarray | None = None) -> dict[str, An
         [L], mean over pairs; `own_top_quarter` and `others_top_quarter`: see `top_share`, mean over servers and over
         pairs of different ones (None for a single server); with `against` also `between_windows`: [N, L],
         `between_windows_mean` and `between_windows_by_chance`: [N]. NaN where there are no counts.
+
+    >>> drift(np.array([[[8, 0]], [[0, 8]]]))["between_servers"].tolist()  # bits: 0 is alike, 1 nothing in common
+    [[0.0, 1.0], [1.0, 0.0]]
     """
     pairs = divergence(counts[:, None], counts[None])
     off = ~np.eye(len(counts), dtype=bool)

@@ -31,36 +31,12 @@ def routed_experts(
     Raises:
         InputError: damaged, or of unlike shapes, or only some lines name a server.
     """
-    ids: list[np.ndarray] = []
-    source: list[int] = []
-    names: dict[str, int] = {}
-    unnamed = ""
-    for number, path in enumerate(paths):
-        if Path(path).suffix == ".npy":
-            ids.append(_routing(load_npy(read_bytes(path), path), layers, top_k, path))
-            source.append(number)
-            unnamed = unnamed or path
-            continue
-        for where, request in _requests(path):
-            given = request.get("server", request.get("source"))
-            if given is not None and not isinstance(given, str):
-                raise InputError(f"{where}: server = {show(given)}: must be a name")
-            parts = [_routing(value, layers, top_k, f"{where}: {key}") for key, value in _parts(request)]
-            if not parts:
-                raise InputError(f"{where}: routed_experts: missing; ask for it with the request")
-            parts = [part for part in parts if len(part)] or parts[:1]
-            if len({part.shape[1:] for part in parts}) > 1:
-                raise InputError(f"{where}: prompt and completion have other layers or k; {parts[0].shape[1:]} first")
-            ids.append(np.concatenate(parts))
-            unnamed = unnamed or ("" if given is not None else where)
-            source.append(number if given is None else names.setdefault(given, len(names)))
+    ids, source, names = _every_request(paths, layers, top_k)
     empty = [not len(array) for array in ids]
     source = [number for number, skip in zip(source, empty, strict=True) if not skip]
     ids = [array for array in ids if len(array)]
     if not ids:
         raise InputError(f"{paths[0]}: has no request with routing")
-    if names and unnamed:
-        raise InputError(f"{unnamed}: server: missing, but other requests name theirs; name it in every line")
     odd = next((array for array in ids if array.shape[1:] != ids[0].shape[1:]), None)
     if odd is not None:
         raise InputError(
@@ -84,6 +60,43 @@ def routed_experts(
     counts = np.bincount(flat.ravel(), minlength=int(np.prod(shape))).reshape(shape)
     tokens = Tokens(every, server, sequence)
     return Recording(counts, names=tuple(names) or None, tokens=tokens, top_k=every.shape[2], notes=notes)
+
+
+def _every_request(
+    paths: Sequence[str], layers: int | None, top_k: int | None
+) -> tuple[list[np.ndarray], list[int], list[str]]:
+    """Ids of every request, the index of its server, and the servers' names; no name where each file is a source."""
+    ids: list[np.ndarray] = []
+    source: list[int] = []
+    names: dict[str, int] = {}
+    unnamed = ""
+    for number, path in enumerate(paths):
+        if Path(path).suffix == ".npy":
+            ids.append(_routing(load_npy(read_bytes(path), path), layers, top_k, path))
+            source.append(number)
+            unnamed = unnamed or path
+            continue
+        for where, request in _requests(path):
+            given = request.get("server", request.get("source"))
+            if given is not None and not isinstance(given, str):
+                raise InputError(f"{where}: server = {show(given)}: must be a name")
+            ids.append(_of_request(request, layers, top_k, where))
+            unnamed = unnamed or ("" if given is not None else where)
+            source.append(number if given is None else names.setdefault(given, len(names)))
+    if names and unnamed and any(len(array) for array in ids):
+        raise InputError(f"{unnamed}: server: missing, but other requests name theirs; name it in every line")
+    return ids, source, list(names)
+
+
+def _of_request(request: Mapping[str, Any], layers: int | None, top_k: int | None, where: str) -> np.ndarray:
+    """Ids of prompt and completion, int64 [T, L, k]."""
+    parts = [_routing(value, layers, top_k, f"{where}: {key}") for key, value in _parts(request)]
+    if not parts:
+        raise InputError(f"{where}: routed_experts: missing; ask for it with the request")
+    parts = [part for part in parts if len(part)] or parts[:1]
+    if len({part.shape[1:] for part in parts}) > 1:
+        raise InputError(f"{where}: prompt and completion have other layers or k; {parts[0].shape[1:]} first")
+    return np.concatenate(parts)
 
 
 def _requests(path: str) -> list[tuple[str, dict[str, Any]]]:

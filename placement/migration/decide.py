@@ -51,6 +51,15 @@ def should_migrate(
 
     Raises:
         InputError: a horizon that is not above 0, or negative interference, stall or transfer.
+
+    >>> from placement import Cluster, Profile, diff, plan
+    >>> import numpy as np
+    >>> cluster = Cluster.from_dict({"server": [{"name": n, "devices": [{"memory": 1000}]} for n in "ab"]})
+    >>> profile = Profile(np.array([[[9, 1]], [[1, 9]]]), ("a", "b"), "toy", top_k=1, hidden_size=8, expert_bytes=1000)
+    >>> swapped = Profile(profile.counts[::-1], ("a", "b"), "toy", top_k=1, hidden_size=8, expert_bytes=1000)
+    >>> old, new = (plan(seen, cluster, "exact") for seen in (profile, swapped))
+    >>> bool(should_migrate(diff(old, new, cluster), saving_seconds=5.0))
+    True
     """
     transfer = diff.seconds if transfer_seconds is None else transfer_seconds
     if not diff.rounds:

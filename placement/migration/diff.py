@@ -109,6 +109,17 @@ def diff(old: Placement, new: Placement, cluster: Cluster, *, staging_bytes: int
 
     Raises:
         InputError: placements of different models, or one that is not valid on the cluster.
+
+    >>> from placement import Cluster, Placement
+    >>> cluster = Cluster.from_dict({"server": [{"name": n, "devices": [{"memory": "1GB"}]} for n in "ab"]})
+    >>> model = {"name": "toy", "layers": 1, "experts": 2, "top_k": 1, "expert_bytes": 10**9}
+    >>> old, new = (
+    ...     Placement(np.array(held)[:, None] > 0, cluster.device_names, "mine", model)
+    ...     for held in ([[1, 0], [0, 1]], [[0, 1], [1, 0]])
+    ... )
+    >>> found = diff(old, new, cluster)
+    >>> found.bytes, len(found.moves), found.seconds
+    (2000000000, 2, 1.0)
     """
     for placement in (old, new):
         placement.validate(cluster)

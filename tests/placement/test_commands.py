@@ -113,7 +113,7 @@ def test_tables_on_a_terminal(folder, capsys, monkeypatch):
     [
         (["--profile", "absent.npz"], "absent.npz: cannot be read: No such file"),
         (["--profile", "cluster.toml"], "cluster.toml: not a .npz file"),
-        (["--profile", "profile.npz", "--strategy", "best"], "strategy = 'best': unknown; choose from"),
+        (["--profile", "profile.npz", "--strategy", "best"], "strategy: 'best' is unknown; choose from"),
         (["--profile", "profile.npz", "--previous", "cluster.toml"], "cluster.toml: not valid JSON"),
         (["--profile", "profile.npz", "--out", "absent/new.json"], "absent/new.json: cannot be written"),
         (["--profile", "profile.npz", "--out", "."], ".: cannot be written: not a regular file"),

@@ -194,7 +194,7 @@ def test_sizes_that_do_not_pack_are_refused(strategy):
 
 
 def test_unknown_strategy():
-    with pytest.raises(InputError, match=r"strategy = 'best': unknown; choose from uniform, .*dance"):
+    with pytest.raises(InputError, match=r"strategy: 'best' is unknown; choose from uniform, .*dance"):
         plan(*build(np.ones((1, 1, 1)), [[9]], 1), strategy="best")
 
 

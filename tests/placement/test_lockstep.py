@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from dancemoe_jax.expert_parallel import point_to_point
 from dancemoe_jax.expert_parallel.links import make_links
 from dancemoe_jax.expert_parallel.pool import pool_layout
 from dancemoe_jax.expert_parallel.tables import assign_slots, routing_tables
@@ -16,7 +17,7 @@ from placement.costs.network_use import likely_links
 from placement.costs.routing import serving_server
 from placement.data.arrivals import Arrivals
 from placement.data.problem import Problem
-from placement.simulation.lockstep.exchange import Exchange, digits, rounds
+from placement.simulation.lockstep.exchange import COUNT_BYTES, RADIX, Exchange, digits, rounds
 from placement.simulation.lockstep.predict import StepCosts, lock_step
 from placement.simulation.lockstep.scheduler import Member
 from placement.simulation.lockstep.serve import serve
@@ -154,6 +155,7 @@ def test_tables_are_the_runtimes(devices, rng):
     ours = Exchange.build(problem, resident, likely=likely)
     links = make_links(tuple(problem.device_server.tolist()), LAYERS * EXPERTS)
     assert rounds(problem.device_server.tolist()) == (links.across, links.within)
+    assert (point_to_point.RADIX, np.dtype(np.int32).itemsize) == (RADIX, COUNT_BYTES)
     for name in ("device", "needs", "eager"):
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
 

@@ -9,13 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from placement import Cluster, InputError, Problem, Profile, plan
+from placement import STRATEGIES, Cluster, InputError, Problem, Profile, plan
 from placement.__main__ import main
+from placement.commands.grid import Grid, grid_cluster, run_grid, spread_profile, trends
 from placement.data.arrivals import Arrivals
 from placement.data.workload import Workload
 from placement.migration.decide import Policy
-from placement.planner import STRATEGIES
-from placement.simulation.grid import Grid, grid_cluster, run_grid, spread_profile, trends
 from placement.simulation.independent.events import simulate
 from placement.simulation.independent.replan import Replan, loads, observe, trade_places
 from placement.simulation.independent.unit_costs import Compute, Steps

@@ -6,6 +6,7 @@ together. Within a layer the effect of one more or one less copy is counted on t
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -90,7 +91,7 @@ def local_search(problem: Problem, sets: TokenSets, held: np.ndarray, previous: 
             _apply(held, move)
         stale = np.unique([layer for move in moves for _, layer, _, _ in move])
         for layer in stale:
-            _measure(problem, sets, prices, held, int(layer), effects, only_time=True)
+            effects.time[layer] = _follow(problem, sets, prices, held, int(layer))[1]
         for move in moves:
             touched = sorted({layer for _, layer, _, _ in move})
             if effects.time[touched].sum() > before[touched].sum() - least / 2:
@@ -112,75 +113,112 @@ def _prices(problem: Problem) -> _Prices:
     return _Prices(problem.exchange_seconds, tokens * rows, tokens * work.assignment_seconds / speed)
 
 
-def _measure(
-    problem: Problem,
-    sets: TokenSets,
-    prices: _Prices,
-    held: np.ndarray,
-    layer: int,
-    effects: _Effects,
-    only_time: bool = False,
-) -> None:
-    """Update one layer of `effects`."""
-    servers, _, experts = problem.shape
-    work, here, source = problem.workload, held[:, layer], sets.source
+@dataclass(frozen=True, eq=False)
+class _Calls:
+    """Where the tokens of the sets go in one layer, and what that costs; T tokens of k experts.
+
+    Attributes:
+        ids: int64 [T, k]; row: source of each token, int64 [T, 1]; weight: float64 [T, 1].
+        rank: order in which a source turns to the servers, int64 [N, N].
+        distance: rank of each holder, N where it has no copy, int64 [source, holder, E].
+        first: whose copy a source uses, int64 [N, E]; target: of each assignment, int64 [T, k].
+        waits: seconds of its exchange, float64 [T, k]; longest: of the token's, float64 [T].
+        rows: seconds of its row, float64 [T, k]; computing: of the assignment, float64 [T, k].
+        slow: weight of a token's exchange in a chunk and its steps.
+        prices: of the problem.
+    """
+
+    ids: np.ndarray
+    row: np.ndarray
+    weight: np.ndarray
+    rank: np.ndarray
+    distance: np.ndarray
+    first: np.ndarray
+    target: np.ndarray
+    waits: np.ndarray
+    longest: np.ndarray
+    rows: np.ndarray
+    computing: np.ndarray
+    slow: float
+    prices: _Prices
+
+    def change(self, new: np.ndarray) -> np.ndarray:
+        """Weighted seconds that it makes if each assignment alone went to server `new`, broadcastable to [T, k]."""
+        new = np.broadcast_to(new, self.ids.shape)
+        met = np.zeros(self.ids.shape, bool)
+        for i in range(self.ids.shape[1]):
+            met |= new == self.target[:, i : i + 1]
+        after = np.where(met, 0.0, self.prices.rows[self.row, new]) + self.prices.computing[new]
+        after += self.slow * np.maximum(self._others, self.prices.exchange[self.row, new])
+        return (after - self._saved) * self.weight
+
+    @cached_property
+    def _others(self) -> np.ndarray:
+        """The longest exchange of a token's other assignments, float64 [T, k]."""
+        top = np.sort(self.waits, -1)
+        second = top[:, -2:-1] if self.ids.shape[1] > 1 else 0.0
+        return np.where(self.waits == top[:, -1:], second, top[:, -1:])
+
+    @cached_property
+    def _saved(self) -> np.ndarray:
+        """Seconds that an assignment costs where it goes now, float64 [T, k]."""
+        repeated = np.zeros(self.ids.shape, np.int64)  # other experts of the token at the same server
+        for i in range(self.ids.shape[1]):
+            repeated[:, i] = (self.target == self.target[:, i : i + 1]).sum(-1) - 1
+        return np.where(repeated == 0, self.rows, 0.0) + self.computing + self.slow * self.longest[:, None]
+
+
+def _follow(problem: Problem, sets: TokenSets, prices: _Prices, held: np.ndarray, layer: int) -> tuple[_Calls, float]:
+    """The calls of one layer, and its expected seconds in a chunk and its steps."""
+    work, row = problem.workload, sets.source[:, None]
     ids = sets.ids[:, layer].astype(np.int64)
     rank = copy_preference(problem, held[:, layer : layer + 1])[:, 0]
-    distance = np.where(here, rank[:, :, None], servers)  # [source, holder, expert]
+    distance = np.where(held[:, layer], rank[:, :, None], len(problem.names))
     first = distance.argmin(1)
-    row = source[:, None]
     target = first[row, ids]
-    waits = prices.exchange[row, target]
+    waits, rows, computing = prices.exchange[row, target], prices.rows[row, target], prices.computing[target]
     longest = waits.max(-1)
-    repeated = np.zeros(ids.shape, np.int64)  # other experts of the token at the same server
-    earlier = np.zeros(ids.shape, bool)
-    k = ids.shape[1]
-    for i in range(k):
-        same = target == target[:, i : i + 1]
-        repeated[:, i] = same.sum(-1) - 1
-        earlier[:, i] = same[:, :i].any(-1)
-    rows = prices.rows[row, target]
-    computing = prices.computing[target]
     # Of a sequences at once the slowest counts: a token's exchange matters as far as the others need none.
     need = float(sets.weight @ (longest > 0))
     slow = work.decode_steps * work.active * (1 - need) ** (work.active - 1)
     exchange = float(sets.weight @ longest)
+    earlier = np.zeros(ids.shape, bool)  # an expert of the token before this one goes to the same server
+    for i in range(ids.shape[1]):
+        earlier[:, i] = (target == target[:, i : i + 1])[:, :i].any(-1)
     time = float(sets.weight @ (np.where(earlier, 0.0, rows) + computing).sum(-1))
     together = (1 - (1 - need) ** work.active) / need if need > 0 else 0.0
-    effects.time[layer] = time + work.decode_steps * exchange * together
-    if only_time:
-        return
-    top = np.sort(waits, -1)
-    others = np.where((waits == top[:, -1:]), top[:, -2:-1] if k > 1 else 0.0, top[:, -1:])
-    saved = np.where(repeated == 0, rows, 0.0) + computing + slow * longest[:, None]
+    weight = sets.weight[:, None]
+    calls = _Calls(ids, row, weight, rank, distance, first, target, waits, longest, rows, computing, slow, prices)
+    return calls, time + work.decode_steps * exchange * together
 
-    def change(new: np.ndarray) -> np.ndarray:
-        """Weighted seconds if each assignment alone went to server `new`, broadcastable to [T, k]."""
-        new = np.broadcast_to(new, ids.shape)
-        met = np.zeros(ids.shape, bool)
-        for i in range(k):
-            met |= new == target[:, i : i + 1]
-        after = np.where(met, 0.0, prices.rows[row, new]) + prices.computing[new]
-        after += slow * np.maximum(others, prices.exchange[row, new])
-        return (after - saved) * sets.weight[:, None]
 
-    copies = here.sum(0)
-    np.put_along_axis(distance, first[:, None], servers, 1)
-    second = distance.argmin(1)
-    lost = np.bincount((target * experts + ids).ravel(), change(second[row, ids]).ravel(), minlength=here.size)
+def _measure(
+    problem: Problem, sets: TokenSets, prices: _Prices, held: np.ndarray, layer: int, effects: _Effects
+) -> None:
+    """Update one layer of `effects`."""
+    servers, _, experts = problem.shape
+    here = held[:, layer]
+    calls, effects.time[layer] = _follow(problem, sets, prices, held, layer)
+    ids, row, target, copies = calls.ids, calls.row, calls.target, here.sum(0)
+    np.put_along_axis(calls.distance, calls.first[:, None], servers, 1)
+    second = calls.distance.argmin(1)
+    lost = np.bincount((target * experts + ids).ravel(), calls.change(second[row, ids]).ravel(), minlength=here.size)
     effects.drop[:, layer] = np.where(here & (copies > 1), lost.reshape(here.shape), np.inf)
     if effects.shift is None:
-        moved = np.where(target == row, 0.0, change(row))
+        moved = np.where(target == row, 0.0, calls.change(row))
         won = np.bincount((row * experts + ids).ravel(), moved.ravel(), minlength=here.size).reshape(here.shape)
         effects.add[:, layer] = np.where(here, np.inf, won)
         return
     for server in range(servers):
-        moved = change(np.array(server))
-        nearer = rank[row, server] < rank[row, target]
+        moved = calls.change(np.array(server))
+        nearer = calls.rank[row, server] < calls.rank[row, target]
         won = np.bincount(ids[nearer], moved[nearer], minlength=experts)
         effects.add[server, layer] = np.where(here[server], np.inf, won)
         handed = np.bincount(ids.ravel(), moved.ravel(), minlength=experts)
         effects.shift[server, layer] = np.where(~here[server] & (copies == 1), handed, np.inf)
+
+
+Maker = Callable[..., Any]
 
 
 def _choose(
@@ -192,64 +230,20 @@ def _choose(
     tried: set[Move],
 ) -> list[Move]:
     """Moves that shorten the time, the most useful first, no two of them in one layer."""
-    servers, layers, _ = problem.shape
+    _, layers, _ = problem.shape
     drop, add = effects.drop + tie_break, effects.add - tie_break
-    out, into = drop.argmin(-1), add.argmin(-1)  # [N, L]
-    loss, gain = drop.min(-1), add.min(-1)
-    # A server's bytes after layer l loses a copy and layer j gets one: [N, j, l]
-    fits = problem.expert_bytes[:, None] <= room[:, None, None] + problem.expert_bytes
-    values: list[np.ndarray] = []
-    makers: list[tuple[tuple[int, ...], Callable[..., Any]]] = []
-
-    def offer(value: np.ndarray, make: Callable[..., Any]) -> None:
-        values.append(value.ravel())
-        makers.append((value.shape, make))
-
-    offer(
-        np.where(fits, gain[:, :, None] + loss[:, None, :], np.inf),
-        lambda n, j, i: ((n, i, out[n, i], False), (n, j, into[n, j], True)),
-    )
-    alone = np.where(problem.expert_bytes <= room[:, None], gain, np.inf)
-    offer(alone, lambda n, j: ((n, j, into[n, j], True),))
+    offers = _swaps(problem, drop, add, room)
     if effects.shift is not None:
-        # An only copy of layer i goes from n to m: [N (n), N (m), L].
-        only = np.isinf(effects.drop) & np.isinf(effects.add)
-        handed = np.where(only[:, None], effects.shift[None], np.inf)
-        which, hand = handed.argmin(-1), handed.min(-1)
-        few = min(_FEW, layers)
-        freed, wanted = np.argsort(loss, -1)[:, :few], np.argsort(gain, -1)[:, :few]  # [N, few]
-        n, m, i, a, b = np.ix_(*(np.arange(size) for size in (servers, servers, layers, few, few)))
-        f, w = freed[m, a], wanted[n, b]
-        value = hand[n, m, i] + loss[m, f] + gain[n, w]
-        offer(
-            np.where((i != f) & (i != w) & (f != w) & fits[m, i, f] & fits[n, w, i], value, np.inf),
-            lambda n, m, i, a, b: (
-                (n, i, which[n, m, i], False),
-                (m, i, which[n, m, i], True),
-                (m, freed[m, a], out[m, freed[m, a]], False),
-                (n, wanted[n, b], into[n, wanted[n, b]], True),
-            ),
-        )
-        n, m, i, j = np.ix_(*(np.arange(size) for size in (servers, servers, layers, layers)))
-        value = hand[n, m, i] + hand[m, n, j]
-        offer(
-            np.where((n < m) & (i != j) & fits[m, i, j] & fits[n, j, i], value, np.inf),
-            lambda n, m, i, j: (
-                (n, i, which[n, m, i], False),
-                (m, i, which[n, m, i], True),
-                (m, j, which[m, n, j], False),
-                (n, j, which[m, n, j], True),
-            ),
-        )
-    every = np.concatenate(values)
+        offers += _handovers(problem, effects, effects.shift, drop, add, room)
+    every = np.concatenate([value.ravel() for value, _ in offers])
     good = np.flatnonzero(every < -least)
-    starts = np.cumsum([0, *(len(value) for value in values)])
-    moves, used, busy = [], np.zeros(layers, bool), np.zeros(servers, bool)
+    starts = np.cumsum([0, *(value.size for value, _ in offers)])
+    moves, used, busy = [], np.zeros(layers, bool), np.zeros(len(problem.names), bool)
     equal = (problem.expert_bytes == problem.expert_bytes[0]).all()
-    for place in good[np.argsort(every[good], kind="stable")]:
-        kind = int(np.searchsorted(starts, place, side="right")) - 1
-        shape, make = makers[kind]
-        changes = make(*np.unravel_index(place - starts[kind], shape))
+    for index in good[np.argsort(every[good], kind="stable")]:
+        kind = int(np.searchsorted(starts, index, side="right")) - 1
+        value, make = offers[kind]
+        changes = make(*np.unravel_index(index - starts[kind], value.shape))
         move = tuple((int(n), int(layer), int(expert), added) for n, layer, expert, added in changes)
         at, by = [layer for _, layer, _, _ in move], [n for n, _, _, _ in move]
         # With unequal sizes, or into free room, a second move of a server might not fit any more.
@@ -260,3 +254,53 @@ def _choose(
         if used.all():
             break
     return moves
+
+
+def _swaps(problem: Problem, drop: np.ndarray, add: np.ndarray, room: np.ndarray) -> list[tuple[np.ndarray, Maker]]:
+    """A server gives up one copy for another, or takes one into free room: seconds of each, and what makes the move."""
+    out, into = drop.argmin(-1), add.argmin(-1)  # [N, L]
+    loss, gain = drop.min(-1), add.min(-1)
+    swap = np.where(_fits(problem, room), gain[:, :, None] + loss[:, None, :], np.inf)
+    alone = np.where(problem.expert_bytes <= room[:, None], gain, np.inf)
+    return [
+        (swap, lambda n, j, i: ((n, i, out[n, i], False), (n, j, into[n, j], True))),
+        (alone, lambda n, j: ((n, j, into[n, j], True),)),
+    ]
+
+
+def _handovers(
+    problem: Problem, effects: _Effects, shift: np.ndarray, drop: np.ndarray, add: np.ndarray, room: np.ndarray
+) -> list[tuple[np.ndarray, Maker]]:
+    """An only copy of layer i goes from n to m, which makes room, or gives an only copy of layer j in return."""
+    servers, layers, _ = problem.shape
+    out, into = drop.argmin(-1), add.argmin(-1)
+    loss, gain, fits = drop.min(-1), add.min(-1), _fits(problem, room)
+    only = np.isinf(effects.drop) & np.isinf(effects.add)
+    handed = np.where(only[:, None], shift[None], np.inf)
+    which, hand = handed.argmin(-1), handed.min(-1)  # [N (n), N (m), L]
+    few = min(_FEW, layers)
+    freed, wanted = np.argsort(loss, -1)[:, :few], np.argsort(gain, -1)[:, :few]  # [N, few]
+    n, m, i, a, b = np.ix_(*(np.arange(size) for size in (servers, servers, layers, few, few)))
+    f, w = freed[m, a], wanted[n, b]
+    value = hand[n, m, i] + loss[m, f] + gain[n, w]
+    one_way = np.where((i != f) & (i != w) & (f != w) & fits[m, i, f] & fits[n, w, i], value, np.inf)
+
+    def make_room(n: int, m: int, i: int, a: int, b: int) -> Move:
+        f, w = freed[m, a], wanted[n, b]
+        moved = which[n, m, i]
+        return (n, i, moved, False), (m, i, moved, True), (m, f, out[m, f], False), (n, w, into[n, w], True)
+
+    n, m, i, j = np.ix_(*(np.arange(size) for size in (servers, servers, layers, layers)))
+    value = hand[n, m, i] + hand[m, n, j]
+    both_ways = np.where((n < m) & (i != j) & fits[m, i, j] & fits[n, j, i], value, np.inf)
+
+    def exchange(n: int, m: int, i: int, j: int) -> Move:
+        mine, theirs = which[n, m, i], which[m, n, j]
+        return (n, i, mine, False), (m, i, mine, True), (m, j, theirs, False), (n, j, theirs, True)
+
+    return [(one_way, make_room), (both_ways, exchange)]
+
+
+def _fits(problem: Problem, room: np.ndarray) -> np.ndarray:
+    """Whether a server has the bytes after layer l loses a copy and layer j gets one: bool [N, j, l]."""
+    return problem.expert_bytes[:, None] <= room[:, None, None] + problem.expert_bytes

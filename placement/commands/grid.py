@@ -12,7 +12,8 @@ from placement.data.cluster import Cluster
 from placement.data.problem import Problem
 from placement.data.profile import Profile
 from placement.files import InputError
-from placement.planner import STRATEGIES, plan
+from placement.planner import plan
+from placement.registry import STRATEGIES
 from placement.simulation.independent.events import simulate
 from placement.simulation.independent.unit_costs import Compute, Steps
 
