@@ -43,6 +43,7 @@ ORDER = {
         text
         model
         kernels
+        arguments
         mesh files errors
     """,
     "launch": """
