@@ -44,6 +44,7 @@ ORDER = {
         text
         model
         kernels
+        arguments
         mesh files errors
     """,
     "launch": """

@@ -115,6 +115,28 @@ def routing_tables(
         raise PlacementError(
             f"slots: expert {expert} of layer {layer} has a slot on no device ({len(uncovered)} have none)"
         )
+    chosen = _nearest_copies(device_server, slots, link_cost, serving)
+    slot = np.take_along_axis(slots, chosen, axis=0)
+    # Within a server the devices share nearly every token, and bytes cost nothing.
+    eager = np.broadcast_to(device_server[:, None] == device_server, (layers, devices, devices)).copy()
+    if likely is not None:
+        eager |= np.asarray(likely)[device_server][:, :, device_server].transpose(1, 0, 2)
+    return Tables(chosen, slot.astype(np.int32), link_needs(layout.links, chosen), eager)
+
+
+def _check_server_arrays(link_cost: Any, serving: Any, likely: Any, servers: int, layers: int, experts: int) -> None:
+    if link_cost is not None:
+        check_array("link_cost", link_cost, "numbers", {"servers": servers, "to servers": servers})
+    if serving is not None:
+        check_array("serving", serving, "integers", {"servers": servers, "layers": layers, "experts": experts})
+    if likely is not None:
+        check_array("likely", likely, "booleans", {"servers": servers, "layers": layers, "to servers": servers})
+
+
+def _nearest_copies(device_server: np.ndarray, slots: np.ndarray, link_cost: Any, serving: Any) -> np.ndarray:
+    """The device whose copy each source uses: int32 [devices, layers, experts]."""
+    devices, layers, experts = slots.shape
+    servers = int(device_server.max()) + 1
     cost = np.ones((servers, servers)) if link_cost is None else np.asarray(link_cost, float)
     # 0 = this device, 1 = this server, 2 and up = other servers by the rank of their link's cost.
     ranks = np.stack([np.unique(row, return_inverse=True)[1] for row in cost]) + 2
@@ -131,18 +153,4 @@ def routing_tables(
         best = far == far.min(0)
         turn = (spread + source) % best.sum(0)
         chosen[source] = np.argmax(best & (np.cumsum(best, axis=0) - 1 == turn), axis=0)
-    slot = np.take_along_axis(slots, chosen, axis=0)
-    # Within a server the devices share nearly every token, and bytes cost nothing.
-    eager = np.broadcast_to(device_server[:, None] == device_server, (layers, devices, devices)).copy()
-    if likely is not None:
-        eager |= np.asarray(likely)[device_server][:, :, device_server].transpose(1, 0, 2)
-    return Tables(chosen, slot.astype(np.int32), link_needs(layout.links, chosen), eager)
-
-
-def _check_server_arrays(link_cost: Any, serving: Any, likely: Any, servers: int, layers: int, experts: int) -> None:
-    if link_cost is not None:
-        check_array("link_cost", link_cost, "numbers", {"servers": servers, "to servers": servers})
-    if serving is not None:
-        check_array("serving", serving, "integers", {"servers": servers, "layers": layers, "experts": experts})
-    if likely is not None:
-        check_array("likely", likely, "booleans", {"servers": servers, "layers": layers, "to servers": servers})
+    return chosen

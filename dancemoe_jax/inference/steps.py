@@ -16,12 +16,13 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Int
 
-from dancemoe_jax.arguments import check_array, check_mesh
+from dancemoe_jax.arguments import check_array
 from dancemoe_jax.errors import ArgumentError
 from dancemoe_jax.expert_parallel.dispatch import Traffic, Transport, default_transport, dispatch
-from dancemoe_jax.expert_parallel.pool import ExpertPool, PoolLayout, check_pool
+from dancemoe_jax.expert_parallel.pool import ExpertPool, PoolLayout
 from dancemoe_jax.expert_parallel.slot_experts import slot_experts
 from dancemoe_jax.expert_parallel.tables import Tables
+from dancemoe_jax.inference.step_arguments import check_model, check_rest
 from dancemoe_jax.mesh import AXIS, put, replicated, sharded
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.model.decoder import Decoder, decoder_layer, head_logits, scan_layers
@@ -157,12 +158,12 @@ def decode_step(
     Raises:
         ArgumentError: an array has the wrong shape or type, or config, layout and mesh are not those of the weights.
     """
-    sequences = _check_model(weights, state, config, layout, mesh)
+    sequences = check_model(weights, state, config, layout, mesh)
     rows = {"devices": mesh.size, "sequences": sequences}
     check_array("tokens", tokens, "integers", rows)
     check_array("positions", positions, "integers", rows)
     check_array("active", active, "booleans", rows)
-    _check_rest(control, routing, config, mesh, sequences)
+    check_rest(control, routing, config, mesh, sequences)
 
     def local(weights, state, tokens, positions, active, *rest):
         rows = jnp.where(active[0], positions[0], config.max_position)[:, None]
@@ -207,12 +208,12 @@ def prefill(
     Raises:
         ArgumentError: an array has the wrong shape or type, or config, layout and mesh are not those of the weights.
     """
-    _check_model(weights, state, config, layout, mesh)
+    check_model(weights, state, config, layout, mesh)
     check_array("tokens", tokens, "integers", {"devices": mesh.size, "rows": None, "chunk": None})
     _, rows, chunk = np.shape(tokens)
     for name, array in (("sequences", sequences), ("starts", starts), ("lengths", lengths)):
         check_array(name, array, "integers", {"devices": mesh.size, "rows": rows})
-    _check_rest(control, routing, config, mesh, rows * chunk)
+    check_rest(control, routing, config, mesh, rows * chunk)
 
     def local(weights, state, tokens, sequences, starts, lengths, *rest):
         index = jnp.arange(tokens.shape[2])[None]
@@ -221,38 +222,6 @@ def prefill(
         return _run(step, weights, state, tokens[0], positions, sequences[0], all_logits)
 
     return _over_devices(local, mesh)(weights, state, tokens, sequences, starts, lengths, control, routing)
-
-
-def _check_model(weights, state, config, layout, mesh) -> int:
-    """How many sequences each device has room for, once all parts are known to belong together."""
-    check_mesh(mesh, len(layout.capacity))
-    check_pool(layout, weights.pool)
-    grid = {"devices": mesh.size, "MoE layers": config.num_moe_layers, "experts": config.num_experts}
-    check_array("weights.tables.device", weights.tables.device, "integers", grid)
-    check_array("weights.tables.slot", weights.tables.slot, "integers", grid)
-    check_array("state.counts", state.counts, "integers", grid)
-    cache = {
-        "layers": config.num_layers,
-        "sequences": None,
-        "positions": config.max_position,
-        "heads": None,
-        "width": None,
-    }
-    check_array("state.k", state.k, "numbers", cache)
-    if state.k.shape[1] % mesh.size:
-        raise ArgumentError(
-            f"state.k: {state.k.shape[1]} sequences, must be shared evenly by the {mesh.size} devices of mesh"
-        )
-    return state.k.shape[1] // mesh.size
-
-
-def _check_rest(control, routing, config, mesh, tokens) -> None:
-    if control is not None:
-        check_array("control", control, "integers", {"devices": mesh.size, "words": None})
-    if routing is not None:
-        each = {"devices": mesh.size, "tokens": tokens, "MoE layers": config.num_moe_layers, "k": config.top_k}
-        check_array("routing.ids", routing.ids, "integers", each)
-        check_array("routing.weights", routing.weights, "numbers", each)
 
 
 def _over_devices(local, mesh):

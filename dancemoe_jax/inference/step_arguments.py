@@ -1,0 +1,43 @@
+"""Checks of what callers pass to the serving steps; they run once for each shape, when a step is traced."""
+
+from typing import Any
+
+from jax.sharding import Mesh
+
+from dancemoe_jax.arguments import check_array, check_mesh
+from dancemoe_jax.errors import ArgumentError
+from dancemoe_jax.expert_parallel.pool import PoolLayout, check_pool
+from dancemoe_jax.model.config import ModelConfig
+
+
+def check_model(weights: Any, state: Any, config: ModelConfig, layout: PoolLayout, mesh: Mesh) -> int:
+    """How many sequences each device has room for; raises ArgumentError where the parts do not belong together."""
+    check_mesh(mesh, len(layout.capacity))
+    check_pool(layout, weights.pool)
+    grid = {"devices": mesh.size, "MoE layers": config.num_moe_layers, "experts": config.num_experts}
+    check_array("weights.tables.device", weights.tables.device, "integers", grid)
+    check_array("weights.tables.slot", weights.tables.slot, "integers", grid)
+    check_array("state.counts", state.counts, "integers", grid)
+    cache = {
+        "layers": config.num_layers,
+        "sequences": None,
+        "positions": config.max_position,
+        "heads": None,
+        "width": None,
+    }
+    check_array("state.k", state.k, "numbers", cache)
+    if state.k.shape[1] % mesh.size:
+        raise ArgumentError(
+            f"state.k: {state.k.shape[1]} sequences, must be shared evenly by the {mesh.size} devices of mesh"
+        )
+    return state.k.shape[1] // mesh.size
+
+
+def check_rest(control: Any, routing: Any, config: ModelConfig, mesh: Mesh, tokens: int) -> None:
+    """Raise ArgumentError unless the optional arguments of a step fit its mesh and its tokens of each device."""
+    if control is not None:
+        check_array("control", control, "integers", {"devices": mesh.size, "words": None})
+    if routing is not None:
+        each = {"devices": mesh.size, "tokens": tokens, "MoE layers": config.num_moe_layers, "k": config.top_k}
+        check_array("routing.ids", routing.ids, "integers", each)
+        check_array("routing.weights", routing.weights, "numbers", each)
