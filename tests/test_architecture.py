@@ -32,7 +32,7 @@ ORDER = {
         migration engines
         costs
         data
-        files units
+        files units version
     """,
     "dancemoe_jax": """
         __init__
@@ -54,7 +54,8 @@ ORDER = {
         migration
         engine
         cluster
-        __init__ model_flags corpus
+        model_flags corpus
+        __init__ arguments log
     """,
 }
 LONGEST_FUNCTION, LONGEST_MODULE = 60, 350
