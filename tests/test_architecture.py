@@ -33,7 +33,7 @@ ORDER = {
         migration engines
         costs
         data scheduling
-        files units
+        files units version
     """,
     "dancemoe_jax": """
         __init__
@@ -56,7 +56,8 @@ ORDER = {
         migration
         engine
         cluster
-        __init__ model_flags corpus
+        model_flags corpus
+        __init__ arguments log
     """,
 }
 LONGEST_FUNCTION, LONGEST_MODULE = 60, 350

@@ -5,7 +5,8 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 import jax
-from jax._src import distributed
+
+from launch.cluster.jax_runtime import store_client
 
 
 class Channel(Protocol):
@@ -63,7 +64,7 @@ class ClusterChannel:
     """Between the processes of one program, by the store that they started with."""
 
     def __init__(self, prefix: str = "") -> None:
-        self._client: Any = distributed.global_state.client
+        self._client: Any = store_client()
         self._root = f"dancemoe/{prefix}"
 
     def put(self, name: str, value: bytes) -> None:

@@ -58,6 +58,11 @@ def _exchange_at(own: str) -> None:
     library.make_gloo_tcp_collectives = functools.partial(original, hostname=own)
 
 
+def store_client() -> Any:
+    """What puts and gets values in the store that the processes of this program started with."""
+    return distributed.global_state.client
+
+
 def own_address() -> str:
     """The address under which the other servers reach this one: that from which it reaches where they have met."""
     host, port = split_address(str(distributed.global_state.coordinator_address), "coordinator")

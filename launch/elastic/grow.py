@@ -45,21 +45,28 @@ class Growth:
         facts: what all servers serve with, fingerprints by what they are of.
         coordinator: where this program has met.
         secret: of the cluster.
+        otherwise: answers requests that are not about new servers.
     """
 
     def __init__(
-        self, controller: Controller, host: Host, facts: Mapping[str, str], coordinator: str, secret: bytes
+        self,
+        controller: Controller,
+        host: Host,
+        facts: Mapping[str, str],
+        coordinator: str,
+        secret: bytes,
+        otherwise: Callable[[Mapping[str, Any]], dict[str, Any]],
     ) -> None:
         self._controller, self._host, self._facts, self._coordinator = controller, host, facts, coordinator
         self._address = own_address() if jax.process_count() > 1 else split_address(coordinator, "coordinator")[0]
-        self._secret = secret
+        self._secret, self._otherwise = secret, otherwise
         self._admission: _Admission | None = None
         self._thread: threading.Thread | None = None
         self._stage = ""
         self._lock = threading.Lock()
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """What the command `migrate` asks for, where it is about new servers; everything else is the controller's."""
+        """What the command `migrate` asks for, where it is about new servers; everything else goes on."""
         what = request.get("what")
         if what == "add":
             return self._add(request["cluster"], str(request.get("source", "")), bool(request.get("dry")))
@@ -70,7 +77,7 @@ class Growth:
             if self._thread is not None:
                 self._thread.join(_ABORT_S)
             return {"aborted": "growth"}
-        reply = self._controller.answer(request)
+        reply = self._otherwise(request)
         return {**reply, "growth": self._stage} if what == "status" else reply
 
     def end(self) -> None:
@@ -131,7 +138,7 @@ class Growth:
             client.send(group)
         for name, client in clients.items():
             _wait_until_staged(name, client)
-        self._controller.note(decision)
+        self._controller.journal.note(decision)
         self._stage = _COMMITTING
         command_change(self._host, group)
         for client in clients.values():

@@ -19,6 +19,7 @@ from launch.migration.control import ControlServer
 from launch.migration.controller import Controller
 from launch.migration.peers import reading
 from launch.migration.record import NAME, Record, clear_leftovers
+from launch.migration.requests import Requests
 from launch.migration.telemetry import Reporter
 from launch.migration.worker import MigrationWorker
 from placement import Cluster, InputError, Placement, Profile
@@ -123,9 +124,9 @@ def _migrating(
         if state is not None:
             assert start.secret is not None
             controller = Controller(loaded, worker, host.channel, state, policy, start.limits)
-            answer = controller.answer
+            answer = Requests(controller).answer
             if start.facts is not None:
-                growth = Growth(controller, host, start.facts, start.coordinator, start.secret)
+                growth = Growth(controller, host, start.facts, start.coordinator, start.secret, answer)
                 stack.callback(growth.end)
                 answer = growth.answer
             server = ControlServer(state, start.secret, answer)

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax._src import compiler  # lets only the first process of a program write to the cache
 
-import launch.migration.controller
+import launch.migration.journal
 import launch.migration.planner_process
 import launch.migration.staging
 from launch.__main__ import main
@@ -77,7 +77,7 @@ def inject(phase: str, n: int) -> None:
     elif phase.endswith("tables"):
         Committer._adopt = fatal(Committer._adopt, n, after=phase == "after tables")
     elif phase == "before the record":
-        launch.migration.controller.write_record = fatal(launch.migration.controller.write_record, 1, when=carried_out)
+        launch.migration.journal.write_record = fatal(launch.migration.journal.write_record, 1, when=carried_out)
     elif phase == "record written":
         os.fsync = fatal(os.fsync, 1, when=carried_out)
     elif phase.endswith("the rename"):

@@ -282,7 +282,7 @@ def test_cluster_files_that_change_what_serves_are_refused(tmp_path):
         def loaded(self):
             return self
 
-    growth = Growth(Present(Cluster.from_toml(two)), None, {}, "127.0.0.1:8476", b"")  # pyright: ignore
+    growth = Growth(Present(Cluster.from_toml(two)), None, {}, "127.0.0.1:8476", b"", dict)  # pyright: ignore
     for file, message in ((three, "is not edge-b as it serves now"), (two, "no server that does not serve already")):
         with pytest.raises(InputError, match=message):
             growth.answer({"what": "add", "cluster": parse_toml(file), "source": str(file)})

@@ -29,6 +29,7 @@ from launch.migration.control import ControlServer, ask
 from launch.migration.controller import Controller
 from launch.migration.decision import Decision
 from launch.migration.record import NAME, read_record, write_record
+from launch.migration.requests import Requests
 from launch.migration.telemetry import Reporter
 from launch.migration.worker import MigrationWorker
 from placement import Cluster, InputError, Profile
@@ -262,14 +263,14 @@ def used(layers, experts, favourites, times):
 
 def decided(one, counts, began=True):
     """One interval of the controller in which so much more has been counted, whatever steps there were."""
-    told = one.controller._channel = OwnChannel()
+    channel = one.controller.observations.channel = OwnChannel()
     one.total = getattr(one, "total", 0) + counts
     one.steps = getattr(one, "steps", 0) + 1
     one.began = getattr(one, "began", 0) + began
-    told.put("counted/0", seen(one.total, (50 * one.began, 400 * one.steps), (200 * one.began, 800 * one.steps)))
+    channel.put("counted/0", seen(one.total, (50 * one.began, 400 * one.steps), (200 * one.began, 800 * one.steps)))
     time.sleep(0.05)
-    one.controller.observe()
-    return one.controller._decide(Decision(time.time(), "interval"))
+    one.controller.observations.observe()
+    return one.controller.decide(Decision(time.time(), "interval"))
 
 
 A, B = (slice(0, 3), slice(3, 6), slice(5, 8)), (slice(5, 8), slice(0, 3), slice(3, 6))
@@ -341,8 +342,8 @@ def test_plans_are_made_from_the_tokens_that_were_served(serving):
     time.sleep(0.1)
     list(one.host.submit(Request(0, PROMPTS[0], 2, 0.0)))  # reports come with steps
     time.sleep(0.3)
-    one.controller.observe()
-    profile = one.controller.profile(one.engine.counts())
+    one.controller.observations.observe()
+    profile = one.controller.observations.profile(one.engine.counts())
     assert profile.ids is not None
     assert profile.server is not None
     for server in range(3):
@@ -350,7 +351,7 @@ def test_plans_are_made_from_the_tokens_that_were_served(serving):
         found = [np.bincount(own[:, layer].ravel(), minlength=8) for layer in range(3)]
         assert np.sum(found) >= 0.9 * one.engine.counts()[server].sum()
         assert (np.array(found) <= one.engine.counts()[server]).all()
-    assert one.controller.profile(one.engine.counts(), since=time.time()).ids is None
+    assert one.controller.observations.profile(one.engine.counts(), since=time.time()).ids is None
 
 
 def test_a_record_that_cannot_be_written_ends_migrations_not_serving(serving, rng, tmp_path, monkeypatch):
@@ -359,7 +360,7 @@ def test_a_record_that_cannot_be_written_ends_migrations_not_serving(serving, rn
     def full(*_):
         raise InputError("placement-in-force.json: cannot be written: No space left on device")
 
-    monkeypatch.setattr("launch.migration.controller.write_record", full)
+    monkeypatch.setattr("launch.migration.journal.write_record", full)
     verdicts = [decided(one, used(3, 8, A, 5)) for _ in range(3)]
     assert verdicts[1].verdict == "adopted"
     verdicts = [decided(one, used(3, 8, B, 5)) for _ in range(4)]
@@ -371,7 +372,7 @@ def test_a_record_that_cannot_be_written_ends_migrations_not_serving(serving, rn
 
 def test_control_drains_a_server_and_takes_it_back(serving, rng, tmp_path):
     one = serving()
-    server = ControlServer(tmp_path, SECRET, one.controller.answer)
+    server = ControlServer(tmp_path, SECRET, Requests(one.controller).answer)
     try:
         status = ask(tmp_path, {"what": "status"}, SECRET)
         assert (status["epoch"], status["moving"]) == (0, None)

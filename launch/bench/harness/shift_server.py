@@ -32,7 +32,7 @@ from launch.engine.engine import Engine
 from launch.engine.host import Host
 from launch.engine.loading import Loaded
 from launch.engine.request import Request
-from launch.migration.controller import DECISIONS
+from launch.migration.journal import DECISIONS
 from launch.serve.attach_migration import Start, migrating
 from placement import Cluster, Placement, Profile
 from placement.data.arrivals import Arrivals
