@@ -84,7 +84,7 @@ def keep_output_clean() -> None:
     reading, writing = os.pipe()
     os.dup2(writing, 1)
     os.close(writing)
-    # Line by line to a pipe too: whoever reads answers there waits for them.
+    # Line by line to a pipe too: a program that reads answers there waits for them.
     sys.stdout = open(own, "w", encoding="utf-8", errors="backslashreplace", buffering=1)  # noqa: SIM115
     threading.Thread(target=_log_lines, args=(reading,), name="native output", daemon=True).start()
 

@@ -6,7 +6,7 @@ what is simulated is what serves. Holds no state; knows no clock, no costs and n
 All devices take every step together. A prefill step takes a chunk of one prompt on each device, a decode step one token
 of every sequence that has its prompt behind it. Which of the two comes next is agreed ahead: with every step each device
 also says what it will want after it, as far as is known when the step begins. A request that arrives during a step is
-hence heard of with the step after it.
+hence known with the step after it.
 """
 
 from collections.abc import Iterable, Sequence

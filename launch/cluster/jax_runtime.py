@@ -64,7 +64,7 @@ def store_client() -> Any:
 
 
 def own_address() -> str:
-    """The address under which the other servers reach this one: that from which it reaches where they have met."""
+    """The address under which the other servers reach this one: that from which it reaches the rendezvous."""
     host, port = split_address(str(distributed.global_state.coordinator_address), "coordinator")
     return source_address(host, port, "coordinator")
 

@@ -51,7 +51,7 @@ def watching(
     arguments = (names, server, peers, left, lost)
     threading.Thread(target=_listen, args=arguments, name="liveness", daemon=True).start()
     yield
-    # Only whoever comes to the end of the block says goodbye: an error is a loss to the others.
+    # Only a server that comes to the end of the block says goodbye: an error is a loss to the others.
     left.set()
     for connection in peers:
         with contextlib.suppress(OSError):

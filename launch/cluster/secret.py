@@ -44,7 +44,7 @@ def load_secret(path: Path | None = None) -> bytes:
 
 
 def _make(file: Path) -> None:
-    """Write a new secret, whole or not at all; whoever is first wins."""
+    """Write a new secret, whole or not at all; the first one wins."""
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor, scratch = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")  # mode 0600

@@ -52,7 +52,7 @@ class Planning:
         return told
 
     def end(self) -> None:
-        """Weigh no more; whoever waits for a plan is told that there is none."""
+        """Weigh no more; a caller that waits for a plan gets none."""
         self._over = True
         if process := self._process:
             process.kill()

@@ -36,7 +36,7 @@ class Profile:
         hidden_size: width of the activations that travel.
         expert_bytes: bytes of one expert of each layer, [L]; one number is taken for every layer.
         reserved_bytes: bytes on each device for everything that is not an expert: one number, or one per device.
-        window: what the counts cover, as whoever recorded them describes it.
+        window: what the counts cover, in the words of those who recorded them.
         ids, server, sequence: optional token level: experts of every token, int [T, L, k]; index of the server where
             it entered, int [T]; the sequence it belongs to, int [T].
         source: where it was read from, for messages.

@@ -21,14 +21,14 @@ def uniform(problem: Problem, *, previous: np.ndarray | None = None, seed: int =
         InputError: experts of unequal sizes do not pack into the devices; never with room for one more on each device.
     """
     _, layers, experts = problem.shape
-    counts = deal_slots(problem, problem.usable_bytes / problem.usable_bytes.sum() * experts)
+    counts = share_slots(problem, problem.usable_bytes / problem.usable_bytes.sum() * experts)
     resident = np.zeros((len(counts), layers, experts), bool)
     for layer in range(layers):
         resident[np.repeat(np.arange(len(counts)), counts[:, layer]), layer, np.arange(experts)] = True
     return resident
 
 
-def deal_slots(problem: Problem, per_layer: np.ndarray) -> np.ndarray:
+def share_slots(problem: Problem, per_layer: np.ndarray) -> np.ndarray:
     """How many experts of each layer each device holds, close to the same share of every layer.
 
     What rounding leaves a device short of in one layer is carried to the next, so that budgets hold over all layers.
@@ -70,9 +70,9 @@ def deal_slots(problem: Problem, per_layer: np.ndarray) -> np.ndarray:
 
 
 def memory_slots(problem: Problem) -> np.ndarray:
-    """`deal_slots` of all memory there is: for strategies that treat every layer alike, int64 [D, L]."""
+    """`share_slots` of all memory there is: for strategies that treat every layer alike, int64 [D, L]."""
     share = problem.usable_bytes / problem.expert_bytes.sum()
-    return deal_slots(problem, np.minimum(share, problem.shape[2]))
+    return share_slots(problem, np.minimum(share, problem.shape[2]))
 
 
 def redundance(problem: Problem, *, previous: np.ndarray | None = None, seed: int = 0) -> np.ndarray:

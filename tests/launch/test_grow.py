@@ -69,13 +69,13 @@ def test_requests_go_on_in_another_engine_with_the_tokens_they_have(rng):
     expected = [list(alone.submit(Request(0, p, 20, 0.0, params=s))) for p, s in given]
     alone.finish()
 
-    host, heard = Host(engine_of(small, rng), 0), queue.SimpleQueue()
-    requests = [Request(0, p, 20, 0.0, params=s, on_token=lambda t: bool(heard.put(t))) for p, s in given]
+    host, tokens = Host(engine_of(small, rng), 0), queue.SimpleQueue()
+    requests = [Request(0, p, 20, 0.0, params=s, on_token=lambda t: bool(tokens.put(t))) for p, s in given]
     streams = [host.submit(request) for request in requests]
-    loop = threading.Thread(target=lambda: heard.put(host.run()))
+    loop = threading.Thread(target=lambda: tokens.put(host.run()))
     loop.start()
     for _ in range(25):
-        heard.get()
+        tokens.get()
     host.engine.reform = True
     loop.join(60)
     assert not loop.is_alive()
@@ -288,7 +288,7 @@ def test_cluster_files_that_change_what_serves_are_refused(tmp_path):
             growth.answer({"what": "add", "cluster": parse_toml(file), "source": str(file)})
 
 
-def test_a_guest_that_is_no_server_is_sent_away():
+def test_a_client_that_is_no_server_is_sent_away():
     left, right = socket.socketpair()
     with left, right:
         left.sendall(b"GET / HTTP/1.1\r\n")

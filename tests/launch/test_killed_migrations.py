@@ -184,7 +184,7 @@ def reference_of(model: Path) -> dict[str, list[int]]:
 def order(state: Path, target: placement.Placement, over: threading.Event) -> None:
     """Have a cluster migrate as soon as it listens."""
     while not over.wait(0.05):
-        with contextlib.suppress(InputError):  # it does not listen yet, or whoever dies takes the answer along
+        with contextlib.suppress(InputError):  # it does not listen yet, or the server that dies takes the answer along
             ask(state, {"what": "to", "placement": target.to_dict(), "source": "x.json"}, load_secret())
             return
 

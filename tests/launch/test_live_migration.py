@@ -100,7 +100,7 @@ def serving(rng, tmp_path):
 
 
 class SpoiledArena(Arena):
-    """One whose pieces are of no use to whoever has not done with them when they are free."""
+    """One whose pieces are of no use to a reader that still needs them when they are free."""
 
     def reset(self):
         for piece in self._taken:

@@ -218,12 +218,12 @@ def test_servers_with_the_same_facts_meet():
     assert meet([(name, {"model": "1"}) for name in NAMES]) == ["", "", ""]
 
 
-def test_all_hear_which_server_differs_and_in_what():
+def test_all_learn_which_server_differs_and_in_what():
     told = meet([("edge-a", {"model": "1"}), ("edge-b", {"model": "1"}), ("edge-c", {"model": "2"})])
     assert told == ["server edge-c has another model than edge-a: 2 against 1; give every server the same"] * 3
 
 
-def test_all_hear_which_server_is_missing():
+def test_all_learn_which_server_is_missing():
     told = meet([("edge-a", {}), ("edge-c", {})], timeout=3.0)
     assert told[0].startswith("server edge-b has not reported to edge-a within 3 s")
     assert told[1] == told[0]

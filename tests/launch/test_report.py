@@ -406,7 +406,7 @@ def test_render_is_pure_and_write_is_all_or_nothing(tmp_path):
     assert path.read_text(encoding="utf-8") == report.render(figures)
     with path.open(encoding="utf-8") as reader:
         report.write(figures | {"seed": 12345}, path)
-        assert reader.read() == report.render(figures), "whoever reads the old page keeps the old page"
+        assert reader.read() == report.render(figures), "readers of the old page keep the old page"
     del figures["headline"]
     with pytest.raises(KeyError):
         report.write(figures, path)

@@ -169,7 +169,7 @@ def test_previous_stays_unless_something_is_faster(problem):
 
 @given(instances(equal=True, kinds=(TOKENS,)))
 @quick
-def test_polish_keeps_memory_and_never_lengthens_decode(problem):
+def test_local_search_keeps_memory_and_never_lengthens_decode(problem):
     problem = replace(problem, workload=Workload(1, 0, 1, assignment_seconds=0.0), speed=np.ones(len(problem.speed)))
     start = problem.held(STRATEGIES["dance"](problem))
     end = local_search(problem, token_sets(problem), start)

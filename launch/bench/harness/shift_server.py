@@ -91,10 +91,10 @@ class Served:
             routed=(replayed.ids, replayed.weights),
         )
         served = cls(request, replayed.arrival_s)
-        request.on_token = served._hear
+        request.on_token = served._take
         return served
 
-    def _hear(self, token: int) -> bool:
+    def _take(self, token: int) -> bool:
         self.tokens_s.append(time.monotonic())
         return False
 
@@ -247,7 +247,7 @@ class Feeder:
             pass
 
     def _agree(self) -> float:
-        """When the run starts, which all hear once all are ready."""
+        """When the run starts, sent to all once all are ready."""
         channel, names = self.host.channel, self.server.cluster.names
         channel.put(f"{self.name}/ready/{self.server.index}", b"ready")
         if self.server.index == 0:

@@ -44,7 +44,7 @@ class Scheduler:
         return [request for row in self._request for request in row if request >= 0]
 
     def submit(self, request: int, server: int, arrival: float, prompt: int, output: int) -> None:
-        """Queue a request at its server; it is heard of with the next step.
+        """Queue a request at its server; the others know of it with the next step.
 
         Args:
             request: its number, from 0.

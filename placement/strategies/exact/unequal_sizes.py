@@ -77,7 +77,7 @@ def _from_prices(problem: Problem, price: np.ndarray) -> np.ndarray:
     capacity = np.add.reduceat(problem.usable_bytes, problem.first_device)
     for n in range(servers):
         items = np.flatnonzero(held[n])
-        # Only copies go at first; an expert's last one goes where even that is not enough, for `mend` to place.
+        # Only copies go at first; an expert's last one goes where even that is not enough, for `repair` to place.
         last = held[:, items].sum(0) == 1
         order = items[np.lexsort((density[n, items], last))]
         freed = np.cumsum(size[order])
