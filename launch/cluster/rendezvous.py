@@ -1,7 +1,7 @@
 """Servers meet before they become one program: each reports to the first, which compares what they bring.
 
 A server that is missing, and one that has other inputs than the first, is named to all. It knows nothing of JAX but that
-its service will answer at the port where the servers have met.
+its service will answer at the port of the rendezvous.
 """
 
 import queue
@@ -29,8 +29,8 @@ def rendezvous(
 ) -> Iterator[str]:
     """Meet, and let the block, which starts JAX, begin only when everybody has come with the same facts.
 
-    The first server enters the block before it lets the others: they then find its service up. Gives the address where
-    they have met, as this server reaches it.
+    The first server enters the block before it lets the others: they then find its service up. Gives the address
+    of the rendezvous, as this server reaches it.
     """
     host, port = split_address(coordinator, "coordinator")
     if server != names[0]:

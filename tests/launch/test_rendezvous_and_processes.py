@@ -157,7 +157,7 @@ def parent():
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGTERM, 128 + 15), (signal.SIGHUP, 128 + 1), (signal.SIGINT, -2)]
 )
-def test_whoever_asks_the_parent_to_end_ends_all(number, status):
+def test_a_signal_to_the_parent_ends_all(number, status):
     with parent() as (process, servers, children):
         process.send_signal(number)
         assert process.wait(10) == status

@@ -140,7 +140,7 @@ def test_staging_takes_as_long_as_the_slowest_server(rng):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_the_planning_process_ends_with_whoever_started_it():
+def test_the_planning_process_ends_with_its_parent():
     code = (
         "import os, signal, launch.migration.planner_process as p; child = p._start(); print(child.pid, flush=True); "
         "os.kill(os.getpid(), signal.SIGKILL)"
