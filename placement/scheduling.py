@@ -5,8 +5,8 @@ what is simulated is what serves. Holds no state; knows no clock, no costs and n
 
 All devices take every step together. A prefill step takes a chunk of one prompt on each device, a decode step one token
 of every sequence that has its prompt behind it. Which of the two comes next is agreed ahead: with every step each device
-also says what it will want after it, as far as is known when the step begins. A request that arrives during a step is
-hence known with the step after it.
+also sends what it will want after it, as far as is known when the step begins. A request that arrives during a step is
+hence announced with the step after it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -100,11 +100,11 @@ def next_kind(last: Kind | None, prefill: bool, decode: bool) -> Kind | None:
     """The kind of the step after one of kind `last`: prefill and decode take turns where both are wanted.
 
     Args:
-        last: None before the first step, or after a rest.
+        last: None before the first step, or after a pause.
         prefill, decode: whether any device wants such a step.
 
     Returns:
-        None: nothing is wanted; all rest until a request comes.
+        None: nothing is wanted; all wait until a request comes.
 
     >>> next_kind("prefill", True, True), next_kind("decode", True, True), next_kind("decode", False, True)
     ('decode', 'prefill', 'decode')

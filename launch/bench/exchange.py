@@ -13,7 +13,7 @@ from launch.bench.harness.trace import Trace
 from placement.units import parse_rate
 
 TRANSPORTS = ("pairs", "all_to_all", "fixed")
-# What a step asks of the network: which devices have tokens, and how many each.
+# Load of a step: which devices have tokens, and how many each.
 CASES = {
     "decode, 1 server": {"prefill": False, "active": [0], "rows": 1},
     "decode, 3 servers": {"prefill": False, "active": [0, 1, 2, 3], "rows": 1},
@@ -71,7 +71,7 @@ def _apart(layers: int, experts: int) -> np.ndarray:
 
 
 def _figures(kind: tuple[str, str, str], rounds: list[dict[str, Any]], hidden_size: int) -> dict[str, Any]:
-    """Medians over the rounds; bytes of all of them against the least that the placement asks for."""
+    """Medians over the rounds; bytes of all of them against the least that the placement needs."""
     plan, case, transport = kind
     first = [next(iter(found.values())) for found in rounds]
     done = [server["done"] for found in rounds for server in found.values()]

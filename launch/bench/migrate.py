@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         metavar="S",
-        help="seconds from an answer to the next request in its place (0)",
+        help="seconds from an answer to the next request in its batch slot (0)",
     )
     add("--processes", action="store_true", help="one process for each server (default: one for all)")
     add("--server", metavar="NAME", help=argparse.SUPPRESS)  # be this one's process
@@ -131,7 +131,7 @@ def _serve(
         "peak": worker.peak_bytes,
         "stall": max(stall for result in worker.results for stall in result.stalls_s),
     }
-    told = phases.exchange(index, own)
+    reports = phases.exchange(index, own)
     alone = 0.0
     for _ in range(_ROUNDS):
         before()
@@ -143,23 +143,23 @@ def _serve(
     worker.end()
     if index:
         return None
-    calm, moving = ([gap for one in told for gap in one[key]] for key in ("calm", "moving"))
+    calm, moving = ([gap for one in reports for gap in one[key]] for key in ("calm", "moving"))
     return {
-        "processes": len(told),
+        "processes": len(reports),
         "migrations": len(moves),
         "copies_moved_share": min(m["share"] for m in moves),
         "longest_gap_s": max(calm),
         "longest_gap_migrating_s": max(moving),
         "p99_gap_s": float(np.quantile(calm, 0.99)),
         "p99_gap_migrating_s": float(np.quantile(moving, 0.99)),
-        "longest_stall_s": max(one["stall"] for one in told),
+        "longest_stall_s": max(one["stall"] for one in reports),
         "migration_s": statistics.median(m["seconds"] for m in moves),
         "rounds": statistics.median(m["rounds"] for m in moves),
         "staged_bytes_per_s": statistics.median(m["bytes"] / m["stage_s"] for m in moves),
         "read_alone_bytes_per_s": alone,
         "staging_bytes": staging,
-        "peak_staged_bytes": max(one["peak"] for one in told),
-        "compilations": sum(one["compilations"] for one in told),
+        "peak_staged_bytes": max(one["peak"] for one in reports),
+        "compilations": sum(one["compilations"] for one in reports),
     }
 
 
@@ -167,17 +167,17 @@ _Gaps = list[float]
 
 
 class _Load:
-    """Requests that keep every place of this process's devices busy, with the times of their tokens."""
+    """Requests that keep every batch slot of this process's devices busy, with the times of their tokens."""
 
     def __init__(self, host: Host, rng: np.random.Generator, vocabulary: int, think_s: float) -> None:
         self.host, self.rng, self.vocabulary, self.think_s = host, rng, vocabulary, think_s
         servers = host.engine.device_server[list(host.engine.own)]
-        self.places = [int(server) for server in servers for _ in range(SEQUENCES)]
+        self.slots = [int(server) for server in servers for _ in range(SEQUENCES)]
 
     def during(self, what: Callable[[], Any]) -> _Gaps:
         """Do something while requests run: seconds between tokens of the same request."""
         ends, gaps = threading.Event(), _Gaps()
-        prompts = [self.rng.integers(0, self.vocabulary, PROMPT).tolist() for _ in self.places]
+        prompts = [self.rng.integers(0, self.vocabulary, PROMPT).tolist() for _ in self.slots]
 
         def keep_asking(server: int, prompt: list[int]) -> None:
             while not ends.is_set():
@@ -189,7 +189,7 @@ class _Load:
                     before = now
                 ends.wait(self.think_s)
 
-        threads = [threading.Thread(target=keep_asking, args=job) for job in zip(self.places, prompts, strict=True)]
+        threads = [threading.Thread(target=keep_asking, args=job) for job in zip(self.slots, prompts, strict=True)]
         for thread in threads:
             thread.start()
         what()
@@ -220,15 +220,15 @@ class _Phases:
         return self.load.during(conducted)
 
     def exchange(self, process: int, own: dict[str, Any]) -> list[dict[str, Any]]:
-        """What each process has to tell, by process."""
+        """What each process reports, by process."""
         number, self.number = self.number, self.number + 1
-        self.channel.put(f"bench/told/{number}/{process}", json.dumps(own).encode())
-        return [json.loads(self._receive(f"told/{number}/{other}")) for other in range(jax.process_count())]
+        self.channel.put(f"bench/report/{number}/{process}", json.dumps(own).encode())
+        return [json.loads(self._receive(f"report/{number}/{other}")) for other in range(jax.process_count())]
 
     def _receive(self, name: str) -> bytes:
         data = self.channel.get(f"bench/{name}", _WAIT_S)
         if data is None:
-            raise RuntimeError(f"nobody has told {name} within {_WAIT_S:g} s")
+            raise RuntimeError(f"bench migrate: {name} has not come from the other servers within {_WAIT_S:g} s")
         return data
 
 
@@ -259,7 +259,7 @@ def _migrations(
 
 
 def _scattered(present: Placement, loaded: Loaded, rng: np.random.Generator) -> Placement:
-    """Every expert once, dealt at random, then copies until every device is full."""
+    """Every expert once, on a random device, then copies until every device is full."""
     layout = loaded.engine.shapes["layout"]
     resident = np.zeros_like(present.resident)
     grid = np.argwhere(np.ones(resident.shape[1:], bool))

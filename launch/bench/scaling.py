@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Decode steps with experts dealt over all devices, the same rows on each device.
+    """Decode steps with experts sharded over all devices, the same rows on each device.
 
     Raises:
         InputError: a flag is out of range.

@@ -23,6 +23,7 @@ import placement
 from launch.bench.harness.job import DEVICES, plan_arrays, run_job, testbed_cluster
 from launch.bench.harness.trace import Trace, poisson
 from placement import InputError
+from placement.data.arrivals import Arrivals
 from placement.units import format_bytes, parse_bytes, parse_rate, parse_seconds
 
 RECOVERED = 0.95
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--staging-memory", default="4GB", metavar="SIZE", help="of each server's host, for experts on their way (4GB)")
     add("--rounds", type=int, default=2, help="times that both are run (2)")
-    add("--window", type=float, default=WINDOW_S, help="seconds of which a local ratio is told (5)")
+    add("--window", type=float, default=WINDOW_S, help="seconds over which a local ratio is measured (5)")
     add("--sequences", type=int, default=4, help="sequences a device serves at once (4)")
     add("--chunk", type=int, default=64, help="prompt tokens of a step (64)")
     add("--seed", type=int, default=0)
@@ -67,19 +68,10 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         InputError: a flag is out of range, or this machine cannot make a testbed.
     """
-    for flag in ("copies", "gap", "duration", "rounds", "window", "sequences", "chunk", "hidden_size", "expert_bytes"):
-        if not getattr(args, flag) > 0:
-            raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be greater than 0")
-    times = {}
-    for flag in ("interval", "half_life", "horizon"):
-        name, given = f"--{flag.replace('_', '-')}", getattr(args, flag)
-        times[flag] = parse_seconds(given, name)
-        if not times[flag] > 0:
-            raise InputError(f"{name} {given}: must be greater than 0s")
+    policy = _policy(args)
     if args.plot and not args.plot.parent.is_dir():
         raise InputError(f"--plot {args.plot}: its folder does not exist")
     rate, storage = 8 * parse_rate(args.rate, "--rate"), parse_rate(args.load_bandwidth, "--load-bandwidth", "1GB/s")
-    staging = parse_bytes(args.staging_memory, "--staging-memory")
     trace, shift = Trace.load(args.trace), args.duration / 2 if args.shift_at is None else args.shift_at
     if not 0 < shift < args.duration:
         raise InputError(
@@ -87,18 +79,11 @@ def run(args: argparse.Namespace) -> None:
         )
     slots = round(args.copies * trace.ids[0].shape[1] * trace.experts / sum(DEVICES))
     cluster = testbed_cluster(trace, slots, args.expert_bytes, rate, storage)
-    arrivals = poisson(len(DEVICES), args.gap, args.duration, args.seed)
-    for name, found in (("before", arrivals.seconds < shift), ("after", arrivals.seconds >= shift)):
-        if not found.any():
-            raise InputError(f"--duration {args.duration:g}: no request comes {name} the shift; make it longer")
+    arrivals = _arrivals(args, shift)
     profile = trace.profile(hidden_size=args.hidden_size, expert_bytes=args.expert_bytes, servers=cluster.names)
     planned = placement.plan(profile, cluster, args.strategy).resident
     plans = plan_arrays(args.strategy, planned, profile, cluster)
-    policy = {
-        "strategy": args.strategy,
-        "staging_bytes": staging,
-        **times,
-    }
+    # Every round in the other order.
     order = [name for number in range(args.rounds) for name in _RUNS[:: 1 - 2 * (number % 2)]]
     job = {
         "trace": args.trace,
@@ -120,23 +105,58 @@ def run(args: argparse.Namespace) -> None:
     served = run_job(
         cluster, rate, job, plans, lambda line: console.print(line, markup=False), "launch.bench.harness.shift_server"
     )
-    result: dict[str, Any] = {"shift_s": shift, "window_s": args.window, "servers": list(cluster.names)}
-    for name in _RUNS:
-        own = [
-            (number, found) for number, (run, found) in enumerate(zip(order, served[1:], strict=True)) if run == name
-        ]
-        pooled = {f"{number}/{server}": told for number, found in own for server, told in found.items()}
-        result[name] = figures(pooled, shift, args.window)
-    result["cut"] = {
-        key: 1 - result["with"]["latency"][key]["mean"] / result["without"]["latency"][key]["mean"]
-        for key in ("before", "after", "overall")
-    }
+    about = {"shift_s": shift, "window_s": args.window, "servers": list(cluster.names)}
+    result = about | _result(list(zip(order, served[1:], strict=True)), shift, args.window)
     if took := result["with"]["staging_s"]:
         staged = result["with"]["copies_first_server"] * args.expert_bytes
         result["staging_of_storage"] = staged / took / storage
     if args.plot:
         _plot(result, args.plot)
     print(json.dumps(result)) if args.json else _print(result)
+
+
+def _policy(args: argparse.Namespace) -> dict[str, Any]:
+    """What `Policy` takes, out of the flags.
+
+    Raises:
+        InputError: one of the flags is out of range.
+    """
+    for flag in ("copies", "gap", "duration", "rounds", "window", "sequences", "chunk", "hidden_size", "expert_bytes"):
+        if not getattr(args, flag) > 0:
+            raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be greater than 0")
+    times = {}
+    for flag in ("interval", "half_life", "horizon"):
+        name, given = f"--{flag.replace('_', '-')}", getattr(args, flag)
+        times[flag] = parse_seconds(given, name)
+        if not times[flag] > 0:
+            raise InputError(f"{name} {given}: must be greater than 0s")
+    staging = parse_bytes(args.staging_memory, "--staging-memory")
+    return {"strategy": args.strategy, "staging_bytes": staging, **times}
+
+
+def _arrivals(args: argparse.Namespace, shift: float) -> Arrivals:
+    """Poisson arrivals, some before the shift and some after it."""
+    arrivals = poisson(len(DEVICES), args.gap, args.duration, args.seed)
+    for name, found in (("before", arrivals.seconds < shift), ("after", arrivals.seconds >= shift)):
+        if not found.any():
+            raise InputError(f"--duration {args.duration:g}: no request comes {name} the shift; make it longer")
+    return arrivals
+
+
+def _result(served: list[tuple[str, dict[str, dict[str, Any]]]], shift: float, window: float) -> dict[str, Any]:
+    """Figures of the runs without and with migration, and by how much it cut latency.
+
+    Args:
+        served: for each run its name, and what each server printed.
+    """
+    result = {}
+    for name in _RUNS:
+        own = [(number, found) for number, (run, found) in enumerate(served) if run == name]
+        pooled = {f"{number}/{server}": printed for number, found in own for server, printed in found.items()}
+        result[name] = figures(pooled, shift, window)
+    without, migrating = (result[name]["latency"] for name in _RUNS)
+    result["cut"] = {key: 1 - migrating[key]["mean"] / without[key]["mean"] for key in ("before", "after", "overall")}
+    return result
 
 
 def figures(servers: dict[str, dict[str, Any]], shift: float, window: float) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import placement
 from launch.bench.harness.job import DEVICES, plan_arrays, run_job, testbed_cluster
 from launch.bench.harness.step_costs import calibrated, calibration_plans, calibration_runs
 from launch.bench.harness.trace import ReplayRequest, Trace, poisson
-from placement import InputError
+from placement import Cluster, InputError
 from placement.data.arrivals import Arrivals
 from placement.data.problem import Problem
 from placement.simulation.lockstep.predict import StepCosts, lock_step
@@ -21,6 +22,8 @@ from placement.units import parse_rate
 
 STRATEGIES = "uniform,redundance,smartmoe,eplb,dance,exact,latency"
 _BASE = "eplb"
+_Run = dict[str, Any]
+_Runs = list[_Run]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,20 +62,59 @@ def run(args: argparse.Namespace) -> None:
         if not getattr(args, flag) > 0:
             raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be greater than 0")
     trace, rate = Trace.load(args.trace), 8 * parse_rate(args.rate, "--rate")
-    _, layers, _ = trace.ids[0].shape
-    slots = round(args.copies * layers * trace.experts / sum(DEVICES))
+    slots = round(args.copies * trace.ids[0].shape[1] * trace.experts / sum(DEVICES))
     cluster = testbed_cluster(trace, slots, args.expert_bytes, rate, None)
     sizes = {"hidden_size": args.hidden_size, "expert_bytes": args.expert_bytes, "servers": cluster.names}
-    profile = trace.profile(**sizes)
     console = Console(stderr=True)
-    plans: dict[str, np.ndarray] = {}
-    for name, resident in calibration_plans(sum(DEVICES), layers, trace.experts).items():
-        plans |= plan_arrays(name, resident, profile, cluster)
-    for name in dict.fromkeys(names + fixed):
-        plans |= plan_arrays(name, placement.plan(profile, cluster, name).resident, profile, cluster)
-        console.print(f"planned {name}", markup=False)
+
+    def progress(line: str) -> None:
+        console.print(line, markup=False)
+
+    plans = _plans(dict.fromkeys(names + fixed), trace, cluster, sizes, progress)
     kinds = [(name, "pairs") for name in names] + [(name, "fixed") for name in fixed]
-    runs: list[dict[str, Any]] = [
+    warm, calibration, serving = _runs(args, kinds)
+    arrivals = _arrivals(args, cluster.names)
+    job = {
+        "trace": args.trace,
+        "hidden_size": args.hidden_size,
+        "slots": [slots] * sum(DEVICES),
+        "sequences": args.sequences,
+        "chunk": args.chunk,
+        "runs": [*warm, *calibration, *serving],
+        "arrivals": [column.tolist() for column in vars(arrivals).values()],
+    }
+    results = run_job(cluster, rate, job, plans, progress)[len(warm) :]
+    timed, served = results[: len(calibration)], results[len(calibration) :]
+    measured, costs = calibrated(cluster, trace, plans, calibration, timed, sizes)
+    # What users do then, as one who passes --eval knows it: their texts, though not which of them comes when.
+    problem = Problem.build(trace.profile(later=True, **sizes), measured)
+    predict = _Prediction(problem, costs, trace.requests(arrivals), plans, args)
+    rows = [_row(kind, list(zip(serving, served, strict=True)), predict, args) for kind in kinds]
+    if args.json:
+        steps = _timed_steps(calibration, timed)
+        links = _links(measured)
+        found = {"rate": args.rate, "gap": args.gap, "costs": vars(costs), "links": links, "steps": steps, "rows": rows}
+        print(json.dumps(found))
+    else:
+        _print(rows, f"{rows[0]['requests']} requests for each plan, links of {args.rate}; seconds a request")
+
+
+def _plans(
+    names: Iterable[str], trace: Trace, cluster: Cluster, sizes: Mapping[str, Any], progress: Callable[[str], None]
+) -> dict[str, np.ndarray]:
+    """Plans to calibrate and to serve with, as the servers read them."""
+    profile, plans = trace.profile(**sizes), {}
+    for name, resident in calibration_plans(sum(DEVICES), trace.ids[0].shape[1], trace.experts).items():
+        plans |= plan_arrays(name, resident, profile, cluster)
+    for name in names:
+        plans |= plan_arrays(name, placement.plan(profile, cluster, name).resident, profile, cluster)
+        progress(f"planned {name}")
+    return plans
+
+
+def _runs(args: argparse.Namespace, kinds: list[tuple[str, str]]) -> tuple[_Runs, _Runs, _Runs]:
+    """Runs of the job: steps that compile, steps that calibrate, and windows in which all kinds of serving take turns."""
+    warm = [
         {
             "plan": kinds[0][0],
             "transport": transport,
@@ -85,80 +127,66 @@ def run(args: argparse.Namespace) -> None:
         for transport in dict.fromkeys(transport for _, transport in kinds)
         for prefill in (False, True)
     ]
-    warm = len(runs)
-    runs += calibration_runs(sum(DEVICES), args.sequences, args.chunk)
-    ready = len(runs)
-    step = args.duration / args.rounds
+    serving, length = [], args.duration / args.rounds
     for window in range(args.rounds):
-        span = [window * step, (window + 1) * step]
-        # In turn from another place in every window.
-        order = [*kinds[window % len(kinds) :], *kinds[: window % len(kinds)]]
-        runs += [{"plan": plan, "transport": transport, "window": span} for plan, transport in order]
-    arrivals = _arrivals(args, cluster.names)
-    job = {
-        "trace": args.trace,
-        "hidden_size": args.hidden_size,
-        "slots": [slots] * sum(DEVICES),
-        "sequences": args.sequences,
-        "chunk": args.chunk,
-        "runs": runs,
-        "arrivals": [column.tolist() for column in vars(arrivals).values()],
-    }
-    results = run_job(cluster, rate, job, plans, lambda line: console.print(line, markup=False))
-    served = list(zip(runs, results, strict=True))[ready:]
-    measured, costs = calibrated(cluster, trace, plans, runs[warm:ready], results[warm:ready], sizes)
-    # What users do then, as one who passes --eval knows it: their texts, though not which of them comes when.
-    problem = Problem.build(trace.profile(later=True, **sizes), measured)
-    requests = trace.requests(arrivals)
-
-    def figures(kind: tuple[str, str]) -> dict[str, Any]:
-        own = [(run, found) for run, found in served if (run["plan"], run["transport"]) == kind]
-        figures = _figures(kind, [found for _, found in own], args)
-        if kind[1] == "pairs":
-            spans = [run["window"] for run, _ in own]
-            figures["predicted"] = _predict(problem, costs, requests, spans, plans, kind[0], args)
-        return figures
-
-    rows = [figures(kind) for kind in kinds]
-    if args.json:
-        away = ~np.eye(len(measured.names), dtype=bool)
-        steps = [
-            {**run, **{k: next(iter(f.values()))[k] for k in ("compute_s", "network_s")}}
-            for run, f in zip(runs[warm:ready], results[warm:ready], strict=True)
-            if "active" in run
-        ]
-        links = {key: np.where(away, getattr(measured, key), 0.0).tolist() for key in ("latency", "bandwidth")}
-        print(
-            json.dumps(
-                {"rate": args.rate, "gap": args.gap, "costs": vars(costs), "links": links, "steps": steps, "rows": rows}
-            )
-        )
-    else:
-        _print(rows, f"{rows[0]['requests']} requests for each plan, links of {args.rate}; seconds a request")
+        span, first = [window * length, (window + 1) * length], window % len(kinds)
+        # In every window another kind comes first.
+        order = [*kinds[first:], *kinds[:first]]
+        serving += [{"plan": plan, "transport": transport, "window": span} for plan, transport in order]
+    return warm, calibration_runs(sum(DEVICES), args.sequences, args.chunk), serving
 
 
-def _predict(
-    problem: Problem,
-    costs: StepCosts,
-    requests: Sequence[ReplayRequest],
-    windows: Sequence[Sequence[float]],
-    plans: Mapping[str, np.ndarray],
-    name: str,
-    args: argparse.Namespace,
-) -> dict[str, float]:
+def _row(
+    kind: tuple[str, str], served: list[tuple[_Run, dict[str, Any]]], predict: "_Prediction", args: argparse.Namespace
+) -> dict[str, Any]:
+    """Figures of one kind of serving over all windows, with what was predicted where rows travel in pairs."""
+    own = [(run, found) for run, found in served if (run["plan"], run["transport"]) == kind]
+    figures = _figures(kind, [found for _, found in own], args)
+    if kind[1] == "pairs":
+        figures["predicted"] = predict(kind[0], [run["window"] for run, _ in own])
+    return figures
+
+
+def _timed_steps(runs: _Runs, results: Sequence[Mapping[str, Any]]) -> _Runs:
+    """Runs of steps, each with what it took."""
+    return [
+        {**run, **{k: next(iter(found.values()))[k] for k in ("compute_s", "network_s")}}
+        for run, found in zip(runs, results, strict=True)
+        if "active" in run
+    ]
+
+
+def _links(measured: Cluster) -> dict[str, list[list[float]]]:
+    """Latency and bandwidth between servers, 0 within them, as JSON has no infinity."""
+    away = ~np.eye(len(measured.names), dtype=bool)
+    return {key: np.where(away, getattr(measured, key), 0.0).tolist() for key in ("latency", "bandwidth")}
+
+
+@dataclass(frozen=True, eq=False)
+class _Prediction:
     """Means that the lock-step simulation gives for the same requests, each window beginning at rest."""
-    columns = np.array([[r.arrival_s, r.server, r.prompt, r.output] for r in requests]).reshape(-1, 4).T
-    tables = {key: plans[f"{key}_{name}"] for key in ("serving", "likely")}
-    options = {"sequences": args.sequences, "chunk": args.chunk, "seed": args.seed, **tables}
-    parts: dict[str, list[np.ndarray]] = {}
-    for begin, end in windows:
-        seconds, *rest = columns[:, (begin <= columns[0]) & (columns[0] < end)]
-        arrivals = Arrivals(seconds - begin, *(column.astype(np.int64) for column in rest))
-        served = lock_step(problem, plans[f"resident_{name}"], arrivals, costs, **options)
-        for key in ("latency", "compute", "network", "waiting"):
-            parts.setdefault(key, []).append(getattr(served, key))
-    means = {key: float(np.concatenate(values).mean()) for key, values in parts.items()}
-    return {"mean": means.pop("latency"), **means}
+
+    problem: Problem
+    costs: StepCosts
+    requests: Sequence[ReplayRequest]
+    plans: Mapping[str, np.ndarray]
+    args: argparse.Namespace
+
+    def __call__(self, name: str, windows: Sequence[Sequence[float]]) -> dict[str, float]:
+        """Seconds a request under a plan."""
+        args, plans = self.args, self.plans
+        columns = np.array([[r.arrival_s, r.server, r.prompt, r.output] for r in self.requests]).reshape(-1, 4).T
+        tables = {key: plans[f"{key}_{name}"] for key in ("serving", "likely")}
+        options = {"sequences": args.sequences, "chunk": args.chunk, "seed": args.seed, **tables}
+        parts: dict[str, list[np.ndarray]] = {}
+        for begin, end in windows:
+            seconds, *rest = columns[:, (begin <= columns[0]) & (columns[0] < end)]
+            arrivals = Arrivals(seconds - begin, *(column.astype(np.int64) for column in rest))
+            served = lock_step(self.problem, plans[f"resident_{name}"], arrivals, self.costs, **options)
+            for key in ("latency", "compute", "network", "waiting"):
+                parts.setdefault(key, []).append(getattr(served, key))
+        means = {key: float(np.concatenate(values).mean()) for key, values in parts.items()}
+        return {"mean": means.pop("latency"), **means}
 
 
 def _names(text: str, flag: str) -> list[str]:
@@ -176,7 +204,7 @@ def _arrivals(args: argparse.Namespace, servers: tuple[str, ...]) -> Arrivals:
 
 
 def _figures(kind: tuple[str, str], windows: list[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
-    """Of all requests that one plan served, in all windows. Seconds; bytes a second hand: those that the links counted."""
+    """Of all requests that one plan served, in all windows: seconds, and bytes as the links counted them."""
     each = np.array([request for found in windows for request in next(iter(found.values()))["requests"]])
     done = [server["done"] for found in windows for server in found.values()]
     sent = sum(d["sent"] for d in done)
@@ -218,8 +246,8 @@ def _print(rows: list[dict[str, Any]], title: str) -> None:
     ):
         table.add_column(column, justify="left" if column in ("plan", "rows travel by") else "right", no_wrap=True)
     for row in rows:
-        told = row.get("predicted")
-        predicted = f"{told['mean']:.2f} ({100 * (told['mean'] / row['mean'] - 1):+.0f} %)" if told else ""
+        found = row.get("predicted")
+        predicted = f"{found['mean']:.2f} ({100 * (found['mean'] / row['mean'] - 1):+.0f} %)" if found else ""
         change = f"{100 * (row['mean'] / base - 1):+.1f} %" if base else ""
         table.add_row(
             row["strategy"],

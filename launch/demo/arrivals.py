@@ -17,7 +17,7 @@ class PoissonWorkload:
         prompts: token ids by domain, taken in turn.
         domains: the domain of each server's users; assign to it to change the workload from the next arrival on.
         rate: requests a second at each server.
-        output_tokens: least and most tokens asked for, drawn evenly.
+        output_tokens: least and most tokens of an answer, drawn evenly.
     """
 
     prompts: dict[str, list[list[int]]]

@@ -1,4 +1,4 @@
-"""The demo's checks: what the dense model on one device would have said, and how often anything was compiled."""
+"""The demo's checks: what the dense model on one device answers, and how often anything was compiled."""
 
 from collections.abc import Sequence
 from typing import Any

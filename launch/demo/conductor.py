@@ -1,4 +1,4 @@
-"""The demo's conductor, in the first process: phases, plans, orders to migrate, and what all servers counted meanwhile.
+"""The demo's conductor, in the first process: phases, plans, commands to migrate, and what all servers counted meanwhile.
 
 It runs beside the loop that takes steps and reaches every server, its own included, by the channel alone.
 """
@@ -24,7 +24,14 @@ _FRESH_TOKENS = 4
 
 
 class DemoEnded(RuntimeError):
-    """The demo cannot go on: what a server did not do, or that all have been asked to end."""
+    """The demo cannot go on: a server did not do something in time, or a migration failed."""
+
+
+class DemoStopped(DemoEnded):
+    """The servers have been asked to end before the demo was through."""
+
+    def __init__(self) -> None:
+        super().__init__("the servers were asked to end")
 
 
 class Conductor:
@@ -46,12 +53,12 @@ class Conductor:
         self._thread.start()
 
     def collect(self) -> None:
-        """What the servers told after their loops had ended."""
+        """Take in what the servers report after their loops have ended."""
         self._thread.join()
         if self.error is not None:
             raise self.error
         if not self.finished:
-            raise DemoEnded("the servers were asked to end")
+            raise DemoStopped
         self.figures.take_rest(self._gather("cut/last"))
 
     def _lead(self) -> None:
@@ -83,7 +90,7 @@ class Conductor:
         cut = self._phase("dance, other workloads", domains, cut)
         cut = self._migrate("dance again", "after the workloads traded places", domains, cut)
         self._phase("dance again", domains, cut)
-        self._say_all(finish=True)
+        self._command_all(finish=True)
 
     def _now(self) -> float:
         return time.monotonic() - self.zero
@@ -98,26 +105,26 @@ class Conductor:
         return end
 
     def _watch(self, until: float) -> None:
-        """Observe what the servers tell now and then."""
+        """Observe what the servers report now and then."""
         while (left := until - self._now()) > 0:
             if self.server.ended.wait(min(left, TICK_S)):
-                raise DemoEnded("the servers were asked to end")
+                raise DemoStopped
             if left > TICK_S:
-                told = [self._get(f"now/{i}", 0.001) for i in range(jax.process_count())]
-                # What a server has not told anew, it told with the last cut.
+                reports = [self._get(f"now/{i}", 0.001) for i in range(jax.process_count())]
+                # A server that has reported nothing since is taken as in its last report.
                 self._observe(
                     [
                         new if new is not None and new["steps"] >= old["steps"] else old
-                        for new, old in zip(told, self._last_tick, strict=True)
+                        for new, old in zip(reports, self._last_tick, strict=True)
                     ]
                 )
 
-    def _observe(self, told: list[Any]) -> None:
+    def _observe(self, reports: list[Any]) -> None:
         now = self._now()
-        self.window = self.window.observe(_total(told, "counts"), now)
-        local, remote = (_total(told, name) - _total(self._last_tick, name) for name in ("local", "remote"))
+        self.window = self.window.observe(_total(reports, "counts"), now)
+        local, remote = (_total(reports, name) - _total(self._last_tick, name) for name in ("local", "remote"))
         self.figures.tick(now, local_ratios(self.figures.cluster, local, remote))
-        self._last_tick = told
+        self._last_tick = reports
 
     def _migrate(self, label: str, activation: str, domains: list[str], before: list[Any]) -> list[Any]:
         """Plan from the window, have all servers move there while they serve; the cut after it."""
@@ -129,12 +136,12 @@ class Conductor:
         plan: Placement = placement.plan(profile, loaded.cluster, "dance", previous=old)
         likely = loaded.likely(plan.resident, profile)
         planned = time.monotonic() - begin
-        # Somebody should be in the middle of an answer when the experts move.
+        # Some request should be in the middle of its answer when the experts move.
         self._wait_for(lambda: any(len(r.output) <= _FRESH_TOKENS for r in server.host.engine.in_flight))
         self._order, at = server.worker.send(plan, likely, label), self._now()
         server.host.wake()
         cut = self._cut(order=self._order)
-        outcomes = [told["outcome"] for told in cut]
+        outcomes = [report["outcome"] for report in cut]
         failed = next((o["failed"] for o in outcomes if o["failed"]), None)
         if failed:
             raise DemoEnded(f"the migration to {label!r} failed: {failed}")
@@ -143,26 +150,26 @@ class Conductor:
 
     # ---- to and from the servers ----
 
-    def _say_all(self, **what: Any) -> int:
+    def _command_all(self, **what: Any) -> int:
         number, self._number = self._number, self._number + 1
-        self.server.host.channel.put(f"demo/say/{number}", json.dumps(what).encode())
+        self.server.host.channel.put(f"demo/command/{number}", json.dumps(what).encode())
         return number
 
     def _cut(self, **what: Any) -> list[Any]:
-        """Have all servers tell what they have done so far, at about the same time."""
-        return self._gather(f"cut/{self._say_all(**what)}")
+        """Have all servers report what they have done so far, at about the same time."""
+        return self._gather(f"cut/{self._command_all(**what)}")
 
     def _gather(self, name: str, seconds: float = _ANSWER_S) -> list[Any]:
         found = []
         for index in range(jax.process_count()):
             deadline = time.monotonic() + seconds
-            while (told := self._get(f"{name}/{index}", _LOOK_S)) is None:
+            while (report := self._get(f"{name}/{index}", _LOOK_S)) is None:
                 if self.server.ended.is_set() and name != "cut/last":
-                    raise DemoEnded("the servers were asked to end")
+                    raise DemoStopped
                 if time.monotonic() > deadline:
-                    raise DemoEnded(f"server {self.figures.cluster.names[index]} has not told its figures ({name})")
+                    raise DemoEnded(f"server {self.figures.cluster.names[index]} has not sent its figures ({name})")
             self.server.host.channel.drop(f"demo/{name}/{index}")
-            found.append(told)
+            found.append(report)
         return found
 
     def _get(self, name: str, seconds: float) -> Any:
@@ -172,8 +179,8 @@ class Conductor:
     def _wait_for(self, until: Callable[[], bool]) -> None:
         while not until():
             if self.server.ended.wait(0.001):
-                raise DemoEnded("the servers were asked to end")
+                raise DemoStopped
 
 
-def _total(told: list[Any], name: str) -> np.ndarray:
-    return np.sum([np.asarray(one[name], np.int64) for one in told], axis=0)
+def _total(reports: list[Any], name: str) -> np.ndarray:
+    return np.sum([np.asarray(one[name], np.int64) for one in reports], axis=0)

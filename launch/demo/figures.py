@@ -1,4 +1,4 @@
-"""The demo's figures, from what its servers told at the cuts between phases. Holds no engine and no clock."""
+"""The demo's figures, from what its servers report at the cuts between phases. Holds no engine and no clock."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -68,9 +68,9 @@ class Figures:
         rounded = np.rint(counts).astype(int).tolist()
         self.parts["activation"].append({"label": label, "workload": self._workload(domains), "counts": rounded})
 
-    def placed(self, label: str, at: float, plan: Placement, told: list[Any]) -> None:
+    def placed(self, label: str, at: float, plan: Placement, reports: list[Any]) -> None:
         """What is where, and what that takes, as measured on the devices' arrays."""
-        resident, budget = _sum(told, "resident"), self.cluster.memory - self.reserved
+        resident, budget = _sum(reports, "resident"), self.cluster.memory - self.reserved
         self.within_budget &= bool((resident <= budget).all())
         devices = [
             {
@@ -167,11 +167,11 @@ class Figures:
             f"{1e3 * m['commit_s']:.0f} ms, {m['requests_in_flight']} running requests"
         )
 
-    def take_rest(self, told: list[Any]) -> None:
+    def take_rest(self, reports: list[Any]) -> None:
         """What ended after the last phase, and the totals of all processes."""
-        self.to_check += [r for r in self._finished(told) if len(r.epochs) > 1]
-        self.compilations = sum(one["compilations"] for one in told)
-        self.peak_memory = sum(one["peak_memory_bytes"] for one in told[1:])
+        self.to_check += [r for r in self._finished(reports) if len(r.epochs) > 1]
+        self.compilations = sum(one["compilations"] for one in reports)
+        self.peak_memory = sum(one["peak_memory_bytes"] for one in reports[1:])
 
     def result(self, checks: dict[str, Any]) -> dict[str, Any]:
         """Everything, in the format `dancemoe.demo/1`."""
@@ -223,8 +223,8 @@ class Figures:
     def _remote_share(self, counts: np.ndarray, plan: Placement) -> float:
         return placement.evaluate(self.profile(counts), self.cluster, plan)["remote_share"]
 
-    def _finished(self, told: list[Any]) -> list[Request]:
-        found = [unpacked(r) for one in told for r in one["finished"]]
+    def _finished(self, reports: list[Any]) -> list[Request]:
+        found = [unpacked(r) for one in reports for r in one["finished"]]
         return sorted(found, key=lambda r: r.finished_s or 0.0)
 
     def _pick(self, phase: str, served: list[Request]) -> None:
@@ -256,14 +256,14 @@ def local_ratios(cluster: Cluster, local: np.ndarray, remote: np.ndarray) -> dic
     return result
 
 
-def _sum(told: list[Any], name: str) -> np.ndarray:
-    return np.sum([np.asarray(one[name], np.int64) for one in told], axis=0)
+def _sum(reports: list[Any], name: str) -> np.ndarray:
+    return np.sum([np.asarray(one[name], np.int64) for one in reports], axis=0)
 
 
-def _crossed(told: list[Any]) -> dict[int, np.ndarray]:
+def _crossed(reports: list[Any]) -> dict[int, np.ndarray]:
     """By step, bool [layers]: whether a token of any server had to leave it. Processes count the same steps alike."""
     steps: dict[int, np.ndarray] = {}
-    for one in told:
+    for one in reports:
         for step, layers in one["crossed"]:
             mine = np.asarray(layers, bool)
             steps[step] = steps[step] | mine if step in steps else mine

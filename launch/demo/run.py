@@ -35,7 +35,7 @@ from launch.corpus import DOMAINS, load_domains, prompts
 from launch.demo import report
 from launch.demo.arrivals import PoissonWorkload
 from launch.demo.checks import check_requests
-from launch.demo.conductor import Conductor, DemoEnded
+from launch.demo.conductor import Conductor, DemoEnded, DemoStopped
 from launch.demo.console import phase_table, summary_lines
 from launch.demo.figures import ITEMSIZE, Figures
 from launch.demo.server import DemoServer
@@ -43,7 +43,7 @@ from launch.engine.host import Host, ending
 from launch.engine.loading import Loaded, load
 from launch.engine.memory import reserved_bytes, sizes, slots_per_device
 from launch.migration.worker import MigrationWorker
-from placement import Cluster, InputError, Placement
+from placement import Cluster, InputError, Placement, Profile
 from placement.files import write_bytes
 
 SEQUENCES, CHUNK = 8, 64
@@ -58,6 +58,7 @@ class _Setting:
     path: Path
     config: ModelConfig
     cluster: Cluster
+    profile: Profile
     placed: Placement
     bundle: TokenizerBundle
     prompts: dict[str, list[list[int]]]
@@ -68,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises:
         InputError, ModelError: a flag, the cluster or the model cannot be used.
-        KeyboardInterrupt: it was asked to end.
+        KeyboardInterrupt: a signal ended it.
     """
     started = time.monotonic()
     if arguments.phase_seconds < 1 or arguments.rate <= 0 or arguments.seed < 0:
@@ -112,10 +113,12 @@ def _prepare(arguments: argparse.Namespace) -> _Setting:
     reserved = reserved_bytes(config, SEQUENCES, ITEMSIZE)
     cluster = Cluster.from_toml(arguments.cluster) if arguments.cluster else demo_cluster(config, reserved)
     # A cluster that cannot hold one copy is refused here.
-    placed = placement.plan(sizes(path, config, cluster, sequences=SEQUENCES), cluster, "uniform")
+    profile = sizes(path, config, cluster, sequences=SEQUENCES)
+    placed = placement.plan(profile, cluster, "uniform")
     slots_per_device(cluster, reserved, config.expert_bytes(ITEMSIZE))
     bundle = load_tokenizer_bundle(path, config)
-    return _Setting(path, config, cluster, placed, bundle, _encode_prompts(path.name, config, bundle, arguments.seed))
+    texts = _encode_prompts(path.name, config, bundle, arguments.seed)
+    return _Setting(path, config, cluster, profile, placed, bundle, texts)
 
 
 def _encode_prompts(name: str, config: ModelConfig, bundle: TokenizerBundle, seed: int) -> dict[str, list[list[int]]]:
@@ -152,9 +155,8 @@ def _serve(arguments: argparse.Namespace, setting: _Setting, console: Console) -
     index = cluster.names.index(arguments.server) if arguments.server else 0
     own = [index] if arguments.server else list(range(len(cluster.names)))
     with _devices(arguments, setting) as devices:
-        loaded = load(
-            setting.path, setting.config, cluster, devices, sequences=SEQUENCES, chunk=CHUNK, placed=setting.placed
-        )
+        planned = {"placed": setting.placed, "profile": setting.profile, "fits": True}
+        loaded = load(setting.path, setting.config, cluster, devices, sequences=SEQUENCES, chunk=CHUNK, **planned)
         domains = [DOMAINS[i % len(DOMAINS)] for i in range(len(cluster.names))]
         workload = PoissonWorkload(setting.prompts, domains, arguments.rate, OUTPUT_TOKENS, arguments.seed)
         host = Host(loaded.engine, index)
@@ -176,21 +178,21 @@ def _serve(arguments: argparse.Namespace, setting: _Setting, console: Console) -
             finally:
                 server.end()
                 worker.end()
-        asked = host.engine.stop or not host.engine.done
-        if not asked:
+        stopped = host.engine.stop or not host.engine.done
+        if not stopped:
             server.last(host.channel)
         if conductor:
-            _collect(conductor, asked)
-        elif asked:
+            _collect(conductor, stopped)
+        elif stopped:
             raise SystemExit(1)
     return figures
 
 
-def _collect(conductor: Conductor, asked: bool) -> None:
+def _collect(conductor: Conductor, stopped: bool) -> None:
     try:
         conductor.collect()
-    except DemoEnded as ended:
-        if asked and conductor.server.host.engine.stop and "asked to end" in str(ended):
+    except DemoStopped:
+        if stopped and conductor.server.host.engine.stop:
             raise KeyboardInterrupt from None
         raise
 
@@ -231,7 +233,7 @@ def _figures(
 
 
 def _passed(result: dict[str, Any]) -> bool:
-    """Whether every check holds; says which does not."""
+    """Whether every check holds; prints which does not."""
     checks = result["checks"]
     failed = []
     if checks["mismatches"]:

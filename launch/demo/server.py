@@ -1,7 +1,7 @@
-"""One server's part of the demo: its users' requests in real time, and what it has counted, told when it is asked.
+"""One server's part of the demo: its users' requests in real time, and reports of what it has counted.
 
-The same whether a process holds one server or all of them. What is to be done comes over the channel as numbered lines
-from the conductor (`launch.demo.conductor`), which runs in the first process; what was counted goes back by the same way.
+The same whether a process holds one server or all of them. Commands come over the channel, numbered, from the
+conductor (`launch.demo.conductor`), which runs in the first process; reports go back over it.
 """
 
 import json
@@ -30,7 +30,7 @@ _TRAFFIC = ("local", "remote", "crossings", "rows")
 
 
 class DemoServer:
-    """Serves the arrivals of this process's servers and keeps their books.
+    """Serves the arrivals of this process's servers and counts what they do.
 
     `between` has to be called between two steps, by the thread that takes them.
 
@@ -53,13 +53,13 @@ class DemoServer:
         self._lock = threading.Lock()
         self._cuts: list[tuple[int, int]] = []
         self._tick_at, self._news = float("inf"), threading.Event()
-        self._said: dict[str, dict[str, Any]] = {}
+        self._reports: dict[str, dict[str, Any]] = {}
         self._compilations = CompilationCounter()
         self._arriving = threading.Event()
 
     def start(self, prompt: list[int]) -> None:
         """Have both steps compiled by answers to a prompt, then listen to the conductor."""
-        for job, *given in ((self._follow, prompt), (self._tell,)):
+        for job, *given in ((self._follow, prompt), (self._report,)):
             threading.Thread(target=job, args=given, name=f"demo {job.__name__}", daemon=True).start()
 
     def end(self) -> None:
@@ -91,7 +91,7 @@ class DemoServer:
         return more
 
     def last(self, channel: Channel) -> None:
-        """Tell the rest, after the loop has ended."""
+        """Report the rest, after the loop has ended."""
         self._send(channel, "cut/last", self._cut(0))
 
     def _totals(self) -> dict[str, Any]:
@@ -104,7 +104,7 @@ class DemoServer:
             finished = [request for request in self._submitted if request.reason]
             self._submitted = [request for request in self._submitted if not request.reason]
         crossed, self._crossed = self._crossed, []
-        told = self._totals() | {
+        report = self._totals() | {
             "crossed": crossed,
             "finished": [_packed(request) for request in finished],
             "across": len(self._across),
@@ -115,7 +115,7 @@ class DemoServer:
         self._across = set()
         if order:
             outcome = self.worker.results[order - 1]
-            told["outcome"] = {
+            report["outcome"] = {
                 "failed": outcome.failed,
                 "moved": outcome.moved,
                 "bytes": outcome.bytes,
@@ -123,26 +123,26 @@ class DemoServer:
                 "seconds": outcome.seconds,
                 "stall_s": max(outcome.stalls_s, default=0.0),
             }
-        return told
+        return report
 
-    def _put(self, name: str, told: dict[str, Any]) -> None:
+    def _put(self, name: str, report: dict[str, Any]) -> None:
         with self._lock:
-            self._said[name] = told
+            self._reports[name] = report
         self._news.set()
 
     # ---- threads beside it ----
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         while not self.ended.is_set():
             self._news.wait()
             self._news.clear()
             with self._lock:
-                said, self._said = self._said, {}
-            for name, told in said.items():
-                self._send(self.host.channel, name, told)
+                reports, self._reports = self._reports, {}
+            for name, report in reports.items():
+                self._send(self.host.channel, name, report)
 
-    def _send(self, channel: Channel, name: str, told: dict[str, Any]) -> None:
-        channel.put(f"demo/{name}/{jax.process_index()}", json.dumps(told).encode())
+    def _send(self, channel: Channel, name: str, report: dict[str, Any]) -> None:
+        channel.put(f"demo/{name}/{jax.process_index()}", json.dumps(report).encode())
 
     def _follow(self, prompt: list[int]) -> None:
         for stream in [self.host.submit(Request(s, prompt, 2, time.monotonic())) for s in self.servers]:
@@ -151,27 +151,27 @@ class DemoServer:
         self._send(self.host.channel, "warm", {})
         number = 0
         while not self.ended.is_set():
-            data = self.host.channel.get(f"demo/say/{number}", _LOOK_S)
+            data = self.host.channel.get(f"demo/command/{number}", _LOOK_S)
             if data is None:
                 continue
             self._obey(number, json.loads(data))
             number += 1
 
-    def _obey(self, number: int, said: dict[str, Any]) -> None:
-        if said.get("order"):
-            self.worker.wait(said["order"], _OUTCOME_S)
-        if said.get("start"):
+    def _obey(self, number: int, command: dict[str, Any]) -> None:
+        if command.get("order"):
+            self.worker.wait(command["order"], _OUTCOME_S)
+        if command.get("start"):
             self._compilations.start()
             self._tick_at = time.monotonic() + TICK_S
             self._arriving.set()
             threading.Thread(target=self._arrive, name="arrivals", daemon=True).start()
-        if said.get("domains"):
-            self.workload.domains = said["domains"]
-        if said.get("finish"):
+        if command.get("domains"):
+            self.workload.domains = command["domains"]
+        if command.get("finish"):
             self._arriving.clear()
             self.host.finish()
         else:
-            self._cuts.append((number, said.get("order", 0)))
+            self._cuts.append((number, command.get("order", 0)))
 
     def _arrive(self) -> None:
         """Submit this process's arrivals when they are due."""
@@ -200,5 +200,5 @@ def _packed(request: Request) -> dict[str, Any]:
     }
 
 
-def unpacked(told: dict[str, Any]) -> Request:
-    return Request(**{**told, "epochs": set(told["epochs"])})
+def unpacked(packed: dict[str, Any]) -> Request:
+    return Request(**{**packed, "epochs": set(packed["epochs"])})

@@ -94,7 +94,7 @@ class Engine:
 
     @property
     def asleep(self) -> bool:
-        """Whether nobody wanted anything with the last step, so that there is no next one."""
+        """Whether no device wanted anything with the last step, so that there is no next one."""
         return self._next is None
 
     @property

@@ -1,4 +1,4 @@
-"""The serving loop of a process: it steps the engine with the others, sleeps when nobody has work, and streams tokens."""
+"""The serving loop of a process: it steps the engine with the others, sleeps when no server has work, and streams tokens."""
 
 import queue
 import signal

@@ -1,7 +1,4 @@
-"""One server's part of a cluster that serves a model: what it loads, and the loop in which it takes its steps.
-
-Requests come in through `Host.submit` from any thread, and go out as streams of tokens; who asks is not known here.
-"""
+"""One server's share of a model, loaded onto its devices and ready to serve. Takes no step."""
 
 import dataclasses
 from collections.abc import Callable
@@ -36,6 +33,7 @@ class Loaded:
         placement: what is where; slots: int32 [devices, layers, experts], where in the pool.
         profile: the model's sizes, with users who are all alike.
         read: (layer, expert, arena = None) -> its weights on the host, as `ExpertFile.read`.
+        problem: of the profile on the cluster; default: built from them.
     """
 
     engine: Engine
@@ -44,19 +42,27 @@ class Loaded:
     slots: np.ndarray
     profile: Profile
     read: Callable[..., ExpertWeights]
+    problem: Problem = None  # pyright: ignore[reportAssignmentType]
+
+    def __post_init__(self) -> None:
+        if self.problem is None:
+            self.problem = Problem.build(self.profile, self.cluster)
 
     def likely(self, resident: np.ndarray, profile: Profile) -> np.ndarray:
         """Which links' rows go unasked under a placement, where users are as the profile says: bool [servers, layers,
         servers]."""
-        problem = Problem.build(profile, self.cluster)
-        return likely_links(problem, serving_server(problem, problem.held(resident)))
+        problem = self.problem if profile is self.profile else Problem.build(profile, self.cluster)
+        return likely_links(problem, self._serving(resident))
 
     def tables(self, slots: np.ndarray, likely: np.ndarray) -> Tables:
         """Routing tables of an assignment, on the devices."""
-        problem = Problem.build(self.profile, self.cluster)
-        serving = serving_server(problem, problem.held(slots >= 0))
         layout: PoolLayout = self.engine.shapes["layout"]
-        return place_tables(routing_tables(layout, slots, serving=serving, likely=likely), self.engine.mesh)
+        tables = routing_tables(layout, slots, serving=self._serving(slots >= 0), likely=likely)
+        return place_tables(tables, self.engine.mesh)
+
+    def _serving(self, resident: np.ndarray) -> np.ndarray:
+        """Whose copies serve each server; statistics play no part, so any profile of the model gives the same."""
+        return serving_server(self.problem, self.problem.held(resident))
 
 
 def load(
@@ -70,13 +76,18 @@ def load(
     sequences: int = 8,
     chunk: int = 64,
     placed: Placement | None = None,
+    profile: Profile | None = None,
+    fits: bool = False,
     read: Callable[[int, int], ExpertWeights] | None = None,
 ) -> Loaded:
     """Load this process's share of a model onto its devices. All processes call it with the same arguments.
 
     Args:
         devices: all devices of the cluster in mesh order.
+        dtype, int8: of the weights; sequences, chunk: see `Engine`.
         placed: what is where; default: planned for users who are all alike.
+        profile: what `sizes` gives for these arguments, where the caller has it.
+        fits: `placed` was made from that profile (`plan`, `fitted`), so that it is not fitted again.
         read: reads experts of this process where not straight from the checkpoint.
 
     Raises:
@@ -84,12 +95,13 @@ def load(
         ModelError: the checkpoint cannot be used.
     """
     file = ExpertFile(path, jnp.dtype(dtype), int8)
-    profile = sizes(path, config, cluster, dtype=dtype, int8=int8, sequences=sequences)
+    profile = profile or sizes(path, config, cluster, dtype=dtype, int8=int8, sequences=sequences)
     reserved, expert_bytes = int(np.max(profile.reserved_bytes)), int(np.max(profile.expert_bytes))
     layout = pool_layout(slots_per_device(cluster, reserved, expert_bytes), cluster.device_server)
     if placed is None:
         placed = placement.plan(profile, cluster, "uniform")
-    placed = fitted(placed, profile, cluster)
+    elif not fits:
+        placed = fitted(placed, profile, cluster)
     mesh = make_mesh(devices)
     slots = assign_slots(layout, placed.resident)
     pool = fill_pool(mesh, layout, slots, read or file.read)

@@ -25,10 +25,10 @@ class Local(NamedTuple):
 
 
 def load(path: Path, config: ModelConfig, args: Any, placement_seed: int | None = None) -> Local:
-    """Deal the experts over the devices, one copy each; with a seed at random and with a quarter more copies."""
+    """Shard the experts over the devices, one copy each; with a seed at random and with a quarter more copies."""
     file = ExpertFile(path, jnp.dtype(args.dtype), args.int8)
     mesh = make_mesh(cluster_devices(args.devices))
-    resident = _spread(config, mesh.size) if placement_seed is None else _scatter(config, mesh.size, placement_seed)
+    resident = _shard(config, mesh.size) if placement_seed is None else _scatter(config, mesh.size, placement_seed)
     layout = pool_layout([max(1, int(held)) for held in resident.sum((1, 2))], range(mesh.size))
     slots = assign_slots(layout, resident)
     tables = place_tables(routing_tables(layout, slots), mesh)
@@ -37,11 +37,11 @@ def load(path: Path, config: ModelConfig, args: Any, placement_seed: int | None 
     return Local(config, weights, {"config": config, "layout": layout, "mesh": mesh})
 
 
-def _spread(config: ModelConfig, devices: int) -> np.ndarray:
+def _shard(config: ModelConfig, devices: int) -> np.ndarray:
     """bool [devices, layers, experts]: the experts of every layer in turn."""
     expert = np.arange(config.num_moe_layers * config.num_experts)
-    dealt = expert % devices == np.arange(devices)[:, None]
-    return dealt.reshape(devices, config.num_moe_layers, config.num_experts)
+    own = expert % devices == np.arange(devices)[:, None]
+    return own.reshape(devices, config.num_moe_layers, config.num_experts)
 
 
 def _scatter(config: ModelConfig, devices: int, seed: int) -> np.ndarray:

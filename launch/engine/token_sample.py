@@ -1,4 +1,4 @@
-"""Tokens with all their experts, a few of many: what counts do not tell, which experts fire together."""
+"""A bounded sample of tokens with all their experts: counts alone do not show which experts are used together."""
 
 import time
 from typing import NamedTuple
@@ -8,7 +8,7 @@ import numpy as np
 from placement import Profile
 
 _MOST_TOKENS = 1024  # that a process keeps
-_MOST_IDS = 2**18  # in them: 256 kB of what it tells now and then, for models of up to 256 experts
+_MOST_IDS = 2**18  # in them: reports of 256 kB, for models of up to 256 experts
 
 
 class Sample(NamedTuple):
@@ -27,8 +27,8 @@ class Sample(NamedTuple):
 class Sampler:
     """A sample in which a token's chance halves with every `half_life` seconds, of bounded size.
 
-    A token is forgotten at a moment that is drawn when it comes, by the law of decay. Where more have not been forgotten than
-    there is room for, the ones that stay longest are kept: of what is old, a part that halves with every half-life alike.
+    A token is forgotten at a moment that is drawn when it comes, by exponential decay. Where there is no room for all that
+    have not been forgotten, those that stay longest are kept. Of old tokens the part kept halves with every half-life.
 
     Args:
         shape: layers, experts, experts per token.
@@ -43,14 +43,14 @@ class Sampler:
         self._mean_s, self._rng = half_life / np.log(2), np.random.default_rng(seed)
 
     def add(self, server: int, ids: np.ndarray) -> None:
-        """Take notice of tokens that entered at a server, int [tokens, layers, k]."""
+        """Offer tokens that entered at a server to the sample, int [tokens, layers, k]."""
         now = time.time()
         for until, own in zip(now + self._rng.exponential(self._mean_s, len(ids)), ids, strict=True):
-            place = int(self._until.argmin())
-            if until > self._until[place]:
-                self._until[place] = until
+            index = int(self._until.argmin())
+            if until > self._until[index]:
+                self._until[index] = until
                 sample = self._sample
-                sample.ids[place], sample.server[place], sample.at[place] = own, server, now
+                sample.ids[index], sample.server[index], sample.at[index] = own, server, now
 
     def take(self) -> Sample:
         """A copy of the sample as it is now."""

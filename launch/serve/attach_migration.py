@@ -33,8 +33,12 @@ _START_S = 120.0  # until the first server has said what is in force
 
 def resumed(
     record: Record | None, placed: Placement | None, profile: Profile, cluster: Cluster
-) -> tuple[Placement | None, int]:
-    """What the cluster starts with, and its epoch: the first server's record where it has one. Every server calls it."""
+) -> tuple[Placement | None, int, bool]:
+    """What the cluster starts with: the first server's record where it has one. Every server calls it.
+
+    Returns:
+        The placement, its epoch, and whether it has been fitted to the profile here.
+    """
     channel = open_channel()
     if jax.process_index() == 0:
         found, epoch = placed, 0
@@ -43,14 +47,15 @@ def resumed(
             log.info("placement: epoch %d resumed, %s, recorded for: %s", epoch, record.hash[:12], record.reason)
         message = {"epoch": epoch, "placement": found.to_dict() if found is not None else None}
         channel.put("start", json.dumps(message).encode())
-        return found, epoch
+        return found, epoch, record is not None
     data = channel.get("start", _START_S)
     if data is None:
         raise InputError(
             f"server {cluster.names[0]} has not said what is where within {_START_S:g} s; see what it says"
         )
     message = json.loads(data)
-    return Placement.from_dict(message["placement"], NAME) if message["placement"] else None, message["epoch"]
+    found = Placement.from_dict(message["placement"], NAME) if message["placement"] else None
+    return found, message["epoch"], False
 
 
 def _fit(placement: Placement, profile: Profile, cluster: Cluster) -> Placement:

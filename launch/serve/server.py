@@ -127,11 +127,13 @@ class Server:
                     raise
                 raise _NotTogether(str(error)) from None
             self._since = self._since or time.monotonic()
-            placed, epoch = group.placement, group.epoch
+            profile = sizes(self.path, self.config, cluster, **self.options)
+            placed, epoch, fits = group.placement, group.epoch, False
             if self.policy is not None and first:
-                placed, epoch = resumed(record, placed, sizes(self.path, self.config, cluster, **self.options), cluster)
+                placed, epoch, fits = resumed(record, placed, profile, cluster)
+            planned = {"placed": placed, "profile": profile, "fits": fits}
             loaded = load(
-                self.path, self.config, cluster, devices, chunk=self.chunk, placed=placed, read=read, **self.options
+                self.path, self.config, cluster, devices, chunk=self.chunk, read=read, **planned, **self.options
             )
             host = self._moved(loaded, cluster)
             log.info("%s: serving after %.1f s", self.name, time.monotonic() - self._since)

@@ -77,7 +77,7 @@ def grid_cluster(profile: Profile, gpus: int, bandwidth: float) -> Cluster:
 def spread_profile(profile: Profile, servers: Sequence[str]) -> Profile:
     """A profile for other servers: server i has the workload of row i mod N of the profile.
 
-    Counts are the row's own. Its recorded tokens are dealt to its servers one after the other, at most as many as keep
+    Counts are the row's own. Its recorded tokens go to its servers in turn, at most as many as keep
     all servers together within 65,536; so servers of one workload are alike, not the same.
 
     Args:

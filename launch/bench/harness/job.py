@@ -82,7 +82,7 @@ def run_job(
     Args:
         rate: bit/s of every server's link, each way.
         job: trace, hidden_size, slots, sequences, chunk, runs; see `program`.
-        progress: is told what has been done.
+        progress: called with a line for each run that is done.
         program: module that each server runs.
 
     Raises:

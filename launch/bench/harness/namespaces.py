@@ -254,7 +254,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _unused_name() -> str:
-    """A name that says whose the testbed is: our process, when that process began, and a number."""
+    """A name that shows which process the testbed belongs to: its id, when it began, and a number."""
     used = {_testbed_of(path.name) for path in _entries(_NAMESPACES)}
     mine = f"{_PREFIX}-{os.getpid()}-{_started(os.getpid())}"
     return next(name for i in range(len(used) + 1) if (name := f"{mine}-{i}") not in used)
@@ -284,12 +284,12 @@ def _shape(namespace: str, interface: str, bits: float) -> None:
 
 
 def _run(*command: str) -> str:
-    """Output of a command. Raises InputError with what it says where it fails."""
+    """Output of a command. Raises InputError with its error output where it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        said = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
+        reason = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
         raise InputError(
-            f"testbed: {' '.join(command[:8])}: {said}; it needs root and a kernel with veth, bridge and tbf"
+            f"testbed: {' '.join(command[:8])}: {reason}; it needs root and a kernel with veth, bridge and tbf"
         )
     return done.stdout
 

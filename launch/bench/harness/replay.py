@@ -3,7 +3,7 @@
 What each step holds is decided by the rules that the engine follows (`placement.scheduling`). A function that is given
 takes the step with these rows and their routing. Recorded are when the first and the last token came, and how much of a
 request's time was computing, network and waiting. The clock is the replay's own: it advances by what steps
-took and jumps over the time in which nobody wants anything, so that a replay of an hour lasts as long as its work.
+took and jumps over the time in which there is nothing to do, so that a replay of an hour lasts as long as its work.
 """
 
 import math

@@ -120,7 +120,7 @@ class Server:
         return place_tables(routing_tables(self.layout, self.slots, serving=serving, likely=likely), self.mesh)
 
     def _home_tables(self) -> Tables:
-        """As if every expert were on every device: the slots of others in their place."""
+        """As if every expert were on every device: slots of other experts stand in."""
         devices, layers, experts = self.slots.shape
         device = np.broadcast_to(np.arange(devices, dtype=np.int32)[:, None, None], self.slots.shape)
         number = np.arange(layers * experts, dtype=np.int32).reshape(layers, experts)
@@ -227,8 +227,8 @@ class Server:
                     self.trace.weights[domain][own],
                 )
                 active[device, : run["rows"]] = True
-            place = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-            sequence, position = (np.zeros_like(place), place) if run["prefill"] else (place, np.zeros_like(place))
+            index = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+            sequence, position = (np.zeros_like(index), index) if run["prefill"] else (index, np.zeros_like(index))
             rows = Rows(run["prefill"], ids, weights, sequence, position, active)
             spent.append(Spent(self.at_home(rows)) if run.get("home") else self.step(rows, run["transport"]))
         kept = spent[run["warm"] :]

@@ -91,10 +91,10 @@ class Served:
             routed=(replayed.ids, replayed.weights),
         )
         served = cls(request, replayed.arrival_s)
-        request.on_token = served._take
+        request.on_token = served._on_token
         return served
 
-    def _take(self, token: int) -> bool:
+    def _on_token(self, token: int) -> bool:
         self.tokens_s.append(time.monotonic())
         return False
 
@@ -247,7 +247,7 @@ class Feeder:
             pass
 
     def _agree(self) -> float:
-        """When the run starts, sent to all once all are ready."""
+        """When the run starts, on the machine's clock; the first server decides it once all are ready."""
         channel, names = self.host.channel, self.server.cluster.names
         channel.put(f"{self.name}/ready/{self.server.index}", b"ready")
         if self.server.index == 0:
@@ -255,10 +255,10 @@ class Feeder:
                 if channel.get(f"{self.name}/ready/{index}", _WAIT_S) is None:
                     raise RuntimeError(f"server {names[index]} is not ready within {_WAIT_S:g} s")
             channel.put(f"{self.name}/start", repr(time.monotonic() + _HEAD_START_S).encode())
-        told = channel.get(f"{self.name}/start", _WAIT_S)
-        if told is None:
+        start = channel.get(f"{self.name}/start", _WAIT_S)
+        if start is None:
             raise RuntimeError(f"server {names[0]} has not started the run within {_WAIT_S:g} s")
-        return float(told)
+        return float(start)
 
 
 @contextlib.contextmanager

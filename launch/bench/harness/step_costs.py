@@ -2,7 +2,7 @@
 
 Links are timed alone, steps with all experts at home by busy devices and rows. What messages and rows take as part of a
 step, where cores and buffers are shared, comes from a few steps under two placements that no strategy makes: every expert
-once, dealt out over the devices, so that every layer exchanges with all; and every layer whole on one device, so that
+once, sharded over the devices, so that every layer exchanges with all; and every layer whole on one device, so that
 each exchanges with one. How long requests take is never looked at.
 """
 
@@ -28,13 +28,13 @@ _BEGIN = (1e-4, 1e-5, 0.3, 1e-3, 1e-5)
 def calibration_plans(devices: int, layers: int, experts: int) -> dict[str, np.ndarray]:
     """Placements to calibrate with, by name: bool [devices, layers, experts], every expert on one device."""
     layer, expert = np.arange(layers)[:, None], np.arange(experts)
-    owners = {"dealt": (layer + expert) % devices, "whole": np.broadcast_to(layer % devices, (layers, experts))}
+    owners = {"sharded": (layer + expert) % devices, "whole": np.broadcast_to(layer % devices, (layers, experts))}
     return {name: owner == np.arange(devices)[:, None, None] for name, owner in owners.items()}
 
 
 def calibration_runs(devices: int, sequences: int, chunk: int) -> list[dict[str, Any]]:
     """Runs of a job (replay_server.py): messages, steps at home with few and many devices and rows, and with messages."""
-    common = {"plan": "dealt", "transport": "pairs"}
+    common = {"plan": "sharded", "transport": "pairs"}
     kinds = [
         {"prefill": prefill, "active": active, "rows": rows}
         for prefill, most in ((False, sequences), (True, chunk))
@@ -44,7 +44,7 @@ def calibration_runs(devices: int, sequences: int, chunk: int) -> list[dict[str,
     home = [{**common, "home": True, **kind, "steps": 7, "warm": 1} for kind in kinds]
     away = [
         {**common, "plan": plan, **kind, "steps": 3 if kind["prefill"] else 9, "warm": 1}
-        for plan in ("dealt", "whole")
+        for plan in ("sharded", "whole")
         for kind in kinds
     ]
     return [*[{**common, "ping": True}] * _PINGS, *home, *away]
@@ -86,7 +86,7 @@ def _with_messages(
     plans: Mapping[str, np.ndarray],
     steps: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
 ) -> StepCosts:
-    """What messages, rows and taking part in an exchange cost, so that the steps measured with messages are told best."""
+    """What messages, rows and taking part in an exchange cost, fitted to the steps that were measured with messages."""
     drawn = [_tokens(run, trace, problem.device_server) for run, _ in steps]
     compute = np.array([found["compute_s"] for _, found in steps])
     whole = compute + [found["network_s"] for _, found in steps]
@@ -97,11 +97,11 @@ def _with_messages(
         for name in dict.fromkeys(run["plan"] for run, _ in steps):
             resident, serving, likely = (plans[f"{key}_{name}"] for key in ("resident", "serving", "likely"))
             exchanges[name] = Exchange.build(problem, resident, **tried.messages, serving=serving, likely=likely)
-        told = [
+        predicted = [
             np.median([exchanges[run["plan"]].seconds(ids, seconds, tried.overhead(run["prefill"])) for ids in draws])
             for (run, _), draws, seconds in zip(steps, drawn, compute, strict=True)
         ]
-        return np.log(told / whole)
+        return np.log(predicted / whole)
 
     found = least_squares(errors, np.log(_BEGIN), diff_step=0.02, max_nfev=30)
     return dataclasses.replace(base, **dict(zip(_FITTED, np.exp(found.x).tolist(), strict=True)))

@@ -1,4 +1,4 @@
-"""Who delays whom: servers' steps that meet at devices, ports and links. Holds no clock and no request."""
+"""By how much servers' steps delay each other at devices, ports and links that they share. Holds no clock and no request."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Customers:
 
     Attributes:
         steps: unit costs of the servers' rows.
-        value: seconds that each entry asks of its resource now, float64 [entries].
+        value: seconds for which each entry uses its resource now, float64 [entries].
         base: seconds of each group now, undelayed, float64 [groups].
         waiting: seconds that each row waits for no resource, float64 [2 N].
         resource, row: of each entry, int64 [entries].

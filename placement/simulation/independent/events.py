@@ -1,7 +1,9 @@
 """Event-driven simulation of requests on a cluster: how long they take under a placement. Plans nothing itself.
 
-Modelled: every server runs its own loop. It serves one step after the other: the prefill of the request that waits
-longest, else a decode step of all its sequences, up to `batch` of them; so a prefill holds up its server's decoding. A
+Modelled: every server runs its own loop, as engines do that are not in lock-step. It takes one step after the other: the
+whole prompt of the request that waits longest as one prefill step, else a decode step of all its sequences, up to `batch`
+of them; so prefill always comes first and holds up its server's decoding. This is not how this project's engine schedules:
+it takes prompts in chunks, in turns with decode steps (`placement.scheduling`, simulated by `simulation.lockstep`). A
 step is dense work at home, an exchange with the servers it needs (latency where any token needs one, bytes per token
 and server), experts on the devices that hold the copies, and the way back. Servers share each other's devices, the
 ports out of and into each server, and links slower than those ports. Sharing is processor sharing in the mean: a step

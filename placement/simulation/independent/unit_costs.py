@@ -1,4 +1,4 @@
-"""What one step of a server asks of ports, links and devices under a placement. Holds no clock and no queue."""
+"""How long one step of a server uses ports, links and devices under a placement. Holds no clock and no queue."""
 
 from dataclasses import dataclass
 
@@ -62,7 +62,7 @@ class Steps:
     A step of a server runs through its groups in order: dense work at home, sending, experts, receiving. A group lasts
     `base`; where others use the same resources, it lasts as much longer as its most delayed resource. Resources are
     each server's devices taken together, 0..N-1, its port out, N..2N-1, its port in, 2N..3N-1, and links slower than
-    the ports they join, from 3N. Entries say which group asks how much of which resource, in order of groups.
+    the ports they join, from 3N. Entries say which group uses how much of which resource, in order of groups.
 
     Attributes:
         unit: seconds of each entry per unit, float64 [3, entries].
@@ -134,8 +134,8 @@ def _device_calls(problem: Problem, resident: np.ndarray, serving: np.ndarray) -
         part = resident[device] / np.maximum(copies[server], 1)
         for layer in range(problem.shape[1]):
             here = np.flatnonzero(resident[device, layer])
-            asked = weight[:, layer, here] * (serving[:, layer, here] == server)
-            calls[:, layer, device] = asked @ part[layer, here]
+            wanted = weight[:, layer, here] * (serving[:, layer, here] == server)
+            calls[:, layer, device] = wanted @ part[layer, here]
     return calls
 
 

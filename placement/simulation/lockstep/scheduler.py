@@ -44,7 +44,7 @@ class Scheduler:
         return [request for row in self._request for request in row if request >= 0]
 
     def submit(self, request: int, server: int, arrival: float, prompt: int, output: int) -> None:
-        """Queue a request at its server; the others know of it with the next step.
+        """Queue a request at its server; it is announced with the next step.
 
         Args:
             request: its number, from 0.
@@ -61,7 +61,7 @@ class Scheduler:
         if kind is None:
             if not self.in_flight:
                 return None
-            kind = "prefill"  # nobody has wanted anything: what there is came since
+            kind = "prefill"  # no device wanted anything: these requests came since then
         self._last = plan_step(kind, self._slots, [bool(self._waiting[s]) for s in self._server], self._chunk)
         return kind, [Member(d, slot, self._request[d][slot], *rows) for d, slot, *rows in self._last.rows]
 

@@ -1,4 +1,4 @@
-"""Serving requests step by step on a clock of its own, by what steps are said to take. Knows no costs itself."""
+"""Serving requests step by step on a clock of its own, by what a given function makes steps take. Knows no costs itself."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ def serve(
     sequences: int = 4,
     chunk: int = 64,
 ) -> Served:
-    """Serve all requests; `step` says what a step with these rows takes, computing and network.
+    """Serve all requests; deterministic where `step` is.
 
     Args:
         device_server: server of each device, [D]; every server of `arrivals` has one.
