@@ -1,6 +1,7 @@
 """Which tensors a model directory must hold for a configuration, and their shapes. Reads no file."""
 
 import math
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -25,6 +26,22 @@ def expected_tensors(config: ModelConfig, experts: bool = True) -> Iterator[tupl
     for layer, expert in np.ndindex(config.num_moe_layers, config.num_experts if experts else 0):
         for field, source in expert_sources(config, layer, expert).items():
             yield from _stored_shapes(source, shapes[field], config)
+
+
+# Buffers that can be computed again, and scales of quantized caches and activations, which this runtime has none of.
+_SPARE = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|self_attn)(\.[kqv]_proj)?\.(kv|k|v|q|prob)_scale$|\.input_scale$")
+
+
+def is_spare(config: ModelConfig, name: str) -> bool:
+    """Whether a model is complete without a tensor that its configuration does not ask for.
+
+    That is so for layers past the last one, which predict several tokens at once (DeepSeek-V3), a head that is stored
+    though it is tied to the embedding, and what `_SPARE` says.
+    """
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    if layer is not None and len(layer[1]) < 10 and int(layer[1]) >= config.num_layers:
+        return config.family == "deepseek_v3"
+    return bool(_SPARE.search(name)) or (name == "lm_head.weight" and config.tie_embeddings)
 
 
 def _stored_shapes(

@@ -18,8 +18,15 @@ from flax import nnx
 from tokenizers import Tokenizer
 
 from dancemoe_jax.checkpoint.arena import Arena
-from dancemoe_jax.checkpoint.expected_tensors import abstract_decoder, expected_tensors, expert_shapes, present
+from dancemoe_jax.checkpoint.expected_tensors import (
+    abstract_decoder,
+    expected_tensors,
+    expert_shapes,
+    is_spare,
+    present,
+)
 from dancemoe_jax.checkpoint.families import read_config
+from dancemoe_jax.checkpoint.finite import cast, check_finite, is_finite
 from dancemoe_jax.checkpoint.orbax_store import DecoderTensors, ExpertStore, is_store
 from dancemoe_jax.checkpoint.sources import Source, expert_sources, layer_sources, stored_dtype, whole_sources
 from dancemoe_jax.checkpoint.tensor_files import TensorFiles
@@ -58,7 +65,7 @@ class ExpertFile:
     """
 
     def __init__(self, path: str | Path, dtype: Any = np.float32, int8: bool = False):
-        self.config = read_config(path)
+        self.config, self._path = read_config(path), Path(path)
         self._dtype, self._int8 = np.dtype(dtype), int8
         self._store = ExpertStore(path) if is_store(path) else None
         self._tensors = TensorFiles(path) if self._store is None else self._store.decoder
@@ -73,7 +80,8 @@ class ExpertFile:
         """
         if self._store is not None:
             stored = ExpertWeights(**self._store.read(layer, expert, arena if self._as_stored else None))
-            weights = ExpertWeights(**{f: self._cast(f, part) for f, part in stored._asdict().items()})
+            where = f"{self._path}: expert {expert} of MoE layer {layer}"
+            weights = ExpertWeights(**{f: self._cast(f, part, where) for f, part in stored._asdict().items()})
             return quantize(weights) if self._int8 and weights.s_in is None else weights
         shapes = expert_shapes(self.config)
         sources = expert_sources(self.config, layer, expert)
@@ -87,8 +95,8 @@ class ExpertFile:
         same = all(self._kind(field, dtype) == dtype for field, dtype in kinds.items())
         return same and ("s_in" in kinds or not self._int8)
 
-    def _cast(self, field: str, part: np.ndarray | None) -> np.ndarray | None:
-        return part if part is None else part.astype(self._kind(field, part.dtype), copy=False)
+    def _cast(self, field: str, part: np.ndarray | None, where: str) -> np.ndarray | None:
+        return part if part is None else cast(part, self._kind(field, part.dtype), f"{where}: {field}")
 
     def _kind(self, field: str, stored: np.dtype) -> np.dtype:
         """The type that an expert's array is to have."""
@@ -138,12 +146,16 @@ class ExpertFile:
             end = 0
             for part in parts:
                 end += len(part)
-                _transpose_into(array[:, end - len(part) : end], part)
+                with np.errstate(over="ignore", invalid="ignore"):
+                    _transpose_into(array[:, end - len(part) : end], part)
+            if not is_finite(array):
+                bad = next((number for number, part in enumerate(parts) if not is_finite(part)), 0)
+                check_finite(array, parts[bad], f"{self._path}: tensor {source.names[bad]!r}")
             return array.reshape(shape)
         array = parts[0]
         if source.interleaved:
             array = np.concatenate([array[..., ::2], array[..., 1::2]], axis=-1)
-        return np.ascontiguousarray(array.reshape(shape), dtype=dtype)
+        return np.ascontiguousarray(cast(array, dtype, f"{self._path}: tensor {source.names[0]!r}").reshape(shape))
 
 
 def _transpose_into(out: np.ndarray, matrix: np.ndarray) -> None:
@@ -192,8 +204,10 @@ def on_device(config: ModelConfig, experts: ExpertWeights) -> Experts:
 
 
 def _check(path: Path, config: ModelConfig, tensors: TensorFiles | DecoderTensors, store: ExpertStore | None) -> None:
-    """Raise ModelError unless every tensor of the model is there, with the shape that config.json asks for."""
+    """Raise ModelError unless every tensor of the model is there, with the shape that config.json asks for, and no other."""
+    expected = set()
     for name, shape in expected_tensors(config, experts=store is None):
+        expected.add(name)
         if name not in tensors:
             raise ModelError(f"{path}: tensor {name!r} is missing; config.json asks for it, export the model again")
         if tensors.shape(name) != shape:
@@ -205,6 +219,12 @@ def _check(path: Path, config: ModelConfig, tensors: TensorFiles | DecoderTensor
             raise ModelError(
                 f"{path}: tensor {name!r} is stored as {tensors.kind(name)}; supported: {', '.join(_READABLE)}"
             )
+    unused = [name for name in tensors.names() if name not in expected and not is_spare(config, name)]
+    if unused:
+        raise ModelError(
+            f"{path}: tensor {unused[0]!r}{f' and {len(unused) - 1} more' if len(unused) > 1 else ''} would not be used: "
+            "config.json has no place for it; use the config.json that belongs to these weights, or merge adapters first"
+        )
     if store is not None:
         shapes = {field: shape for field, (shape, _) in store.expert_arrays().items() if not field.startswith("s_")}
         wanted = {f: shape for f, shape in expert_shapes(config).items() if config.expert_bias or f.startswith("w_")}

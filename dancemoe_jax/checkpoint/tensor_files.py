@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from dancemoe_jax.checkpoint.extents import Extent
 from dancemoe_jax.errors import ModelError
 from dancemoe_jax.files import read_json
 
@@ -41,13 +42,28 @@ _SCALE, _BLOCKS, _SCALES = "_scale_inv", "_blocks", "_scales"
 _MXFP4_PACKED = 16  # bytes of 32 values that share a scale
 
 
+class _Shard(NamedTuple):
+    """A file, and what it was when its header was read: device, inode, size, time of the last change."""
+
+    path: Path
+    identity: tuple[int, int, int, int]
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 class _Stored(NamedTuple):
     """Where a tensor's bytes are."""
 
-    file: Path
+    file: _Shard
     kind: str
     shape: tuple[int, ...]
     start: int
+    size: int
 
 
 class _Logical(NamedTuple):
@@ -73,8 +89,8 @@ class TensorFiles:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        stored = _stored_tensors(self.path)
-        self._tensors = dict(_logical_tensors(stored, _float8_block(self.path)))
+        self._stored = _stored_tensors(self.path)
+        self._tensors = dict(_logical_tensors(self._stored, _float8_block(self.path)))
 
     def names(self) -> list[str]:
         """All tensors, quantized ones once and under the name of the tensor that they stand for."""
@@ -101,7 +117,7 @@ class TensorFiles:
             dtype: of the result; default as stored, or float32 for quantized tensors.
 
         Raises:
-            ModelError: there is no such tensor, or its file became shorter since it was opened.
+            ModelError: there is no such tensor, or its file changed since it was opened.
         """
         tensor = self._find(name)
         dtype = None if dtype is None else np.dtype(dtype)
@@ -114,6 +130,11 @@ class TensorFiles:
             return tensor.read(range(start, max(start, stop)), dtype)
         row = range(tensor.shape[0])[index]
         return tensor.read(range(row, row + 1), dtype)[0]
+
+    def extents(self) -> list[Extent]:
+        """Where the bytes of every stored tensor lie, file by file."""
+        places = [Extent(t.file.path, t.start, t.size) for t in self._stored.values() if t.size]
+        return sorted(places, key=lambda extent: (extent.file.name, extent.offset))
 
     def _find(self, name: str) -> _Logical:
         if name not in self._tensors:
@@ -151,6 +172,7 @@ def _header(file: Path) -> dict[str, _Stored]:
     """One shard's tensors. safetensors judges the file; it keeps the offsets to itself, so they are read here again."""
     try:
         with safe_open(file, framework="numpy"), file.open("rb") as opened:
+            shard = _Shard(file, _identity(os.fstat(opened.fileno())))
             size = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(size))
     except FileNotFoundError:
@@ -160,8 +182,9 @@ def _header(file: Path) -> dict[str, _Stored]:
         raise ModelError(f"{file}: damaged or truncated ({reason}); export or download it again") from None
     header.pop("__metadata__", None)
     return {
-        name: _Stored(file, field["dtype"], tuple(field["shape"]), 8 + size + field["data_offsets"][0])
+        name: _Stored(shard, field["dtype"], tuple(field["shape"]), 8 + size + start, end - start)
         for name, field in header.items()
+        for start, end in [field["data_offsets"]]
     }
 
 
@@ -303,10 +326,15 @@ def _read_rows(tensor: _Stored, rows: range | None) -> np.ndarray:
     return array
 
 
-def _read_into(file: Path, offset: int, array: np.ndarray) -> None:
+def _read_into(file: _Shard, offset: int, array: np.ndarray) -> None:
     view = array.reshape(-1).view(np.uint8).data
     try:
-        with file.open("rb", buffering=0) as opened:
+        with file.path.open("rb", buffering=0) as opened:
+            # Experts of another model beside those that are being served would go unnoticed.
+            if _identity(os.fstat(opened.fileno())) != file.identity:
+                raise ModelError(
+                    f"{file}: changed since it was opened; put the old file back, or start again with the new one"
+                )
             if hasattr(os, "posix_fadvise"):  # not on macOS
                 os.posix_fadvise(opened.fileno(), offset, len(view), os.POSIX_FADV_SEQUENTIAL)
             done = 0

@@ -14,13 +14,21 @@ class IncrementalDetokenizer:
     Args:
         stop: texts that end the output.
         context: tokens that the output continues; their last decide whether its first word begins with a space.
+
+    >>> from dancemoe_jax.text.tokenizer import byte_tokenizer
+    >>> detokenizer = IncrementalDetokenizer(byte_tokenizer(), stop=["!"])
+    >>> [detokenizer.push(byte) for byte in "é 1!2".encode()], detokenizer.finish(), detokenizer.stopped
+    (['', 'é', ' ', '1', '', ''], '', True)
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), context: Sequence[int] = ()):
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-        self._window = [token for token in context[-_WINDOW:] if token not in self._special]
-        self._given = len(self._tokenizer.decode(self._window))  # characters of the window's text that are passed on
+        self._bytes = _byte_tokens(tokenizer)
+        self._window = self._last([token for token in context if token not in self._special])
+        self._given = len(
+            self._certain(self._tokenizer.decode(self._window))
+        )  # characters of its text that are passed on
         self._withheld = ""
         self.stopped = False
 
@@ -29,15 +37,15 @@ class IncrementalDetokenizer:
         if self.stopped or token in self._special:
             return ""
         self._window.append(token)
+        if token in self._bytes:
+            return ""
         text = self._tokenizer.decode(self._window)
-        # The beginning of a character decodes to replacement marks, one or one for each byte of it.
-        certain = text.rstrip(_REPLACEMENT)
-        if len(text) - len(certain) > _LONGEST_CHARACTER:
-            certain = text
+        certain = self._certain(text)
         new = certain[self._given :]
         self._given = max(self._given, len(certain))
-        if self._given == len(text):
-            self._shrink()
+        if self._given == len(text) and len(self._window) >= 2 * _WINDOW:
+            self._window = self._last(self._window)
+            self._given = len(self._tokenizer.decode(self._window))
         return self._pass_on(new)
 
     def finish(self) -> str:
@@ -48,24 +56,25 @@ class IncrementalDetokenizer:
         self._withheld = ""
         return "" if self.stopped and not text else text
 
-    def _shrink(self) -> None:
-        """Forget old tokens, where the text from the newer ones on does not depend on them."""
-        if len(self._window) < 2 * _WINDOW:
-            return
-        tail = self._window[-_WINDOW:]
-        text = self._tokenizer.decode(tail)
-        # Marks mean that the cut went through a character; somewhere it will not, but do not wait for ever.
-        if _REPLACEMENT not in text or len(self._window) >= 8 * _WINDOW:
-            self._window, self._given = tail, len(text)
+    def _last(self, tokens: list[int]) -> list[int]:
+        """The last tokens, as many as those after them may depend on: no run of byte tokens is cut."""
+        start = max(0, len(tokens) - _WINDOW)
+        while start and tokens[start] in self._bytes:
+            start -= 1
+        return tokens[start:]
+
+    def _certain(self, text: str) -> str:
+        """A text without the mark at its end that the beginning of a character decodes to."""
+        return text.removesuffix(_REPLACEMENT)
 
     def _pass_on(self, new: str) -> str:
         """Cut at a stop string; hold back what may become one."""
         text = self._withheld + new
-        ends = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
-        if ends:
+        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
             # The first to be complete, as if characters came one by one: how they came in tokens must not matter.
             self.stopped, self._withheld = True, ""
-            return text[: min(ends)[1]]
+            return text[: min(found)[1]]
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._withheld = text[len(text) - keep :]
         return text[: len(text) - keep]
@@ -73,9 +82,22 @@ class IncrementalDetokenizer:
 
 _WINDOW = 8  # tokens that stay as context of the next one
 _REPLACEMENT = "\ufffd"
-_LONGEST_CHARACTER = 3  # bytes of a UTF-8 character short of its last
+
+
+def _byte_tokens(tokenizer: Tokenizer) -> frozenset[int]:
+    """Tokens that stand for a byte each where a tokenizer falls back to bytes; a run of them is decoded as a whole.
+
+    Such a run is text if it is valid UTF-8, else a mark for each byte, so none of it is certain before its end.
+    """
+    if tokenizer.decoder is None or b"ByteFallback" not in tokenizer.decoder.__getstate__():
+        return frozenset()
+    found = (tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+    return frozenset(token for token in found if token is not None)
 
 
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that is a beginning of `stop`, but not all of it."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+    at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+    while at >= 0 and not stop.startswith(text[at:]):
+        at = text.find(stop[0], at + 1)
+    return len(text) - at if at >= 0 else 0

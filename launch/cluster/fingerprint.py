@@ -4,6 +4,7 @@ import hashlib
 import os
 from pathlib import Path
 
+from dancemoe_jax.checkpoint.fingerprint import model_fingerprint
 from placement import Cluster, InputError
 
 _HEAD_BYTES = 2**20
@@ -16,11 +17,14 @@ def cluster_fingerprint(cluster: Cluster) -> str:
 
 
 def folder_fingerprint(path: str | os.PathLike[str]) -> str:
-    """Hash of the names, sizes and first MiB of a file, or of all files below a folder: cheap for a large model.
+    """Hash of what a model's folder holds (`model_fingerprint`); of names, sizes and first MiB of any other file or folder.
 
     Raises:
         InputError: it does not exist or cannot be read.
+        ModelError: it is a model's folder, and a file of it is missing or damaged.
     """
+    if (Path(path) / "config.json").is_file():
+        return model_fingerprint(path)
     root, digest = Path(path), hashlib.sha256()
     files = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]
     try:

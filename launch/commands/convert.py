@@ -18,6 +18,7 @@ import numpy as np
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from safetensors.numpy import save_file
 
+from dancemoe_jax.checkpoint.finite import cast
 from dancemoe_jax.checkpoint.orbax_store import StoreWriter, is_store
 from dancemoe_jax.checkpoint.reader import ExpertFile
 from dancemoe_jax.checkpoint.sources import stored_dtype
@@ -73,7 +74,11 @@ def _to_store(source: Path, target: Path, file: ExpertFile, dtype: str, int8: bo
     writer = StoreWriter(target, {"source": str(source.resolve()), "files": stamp, "dtype": dtype, "int8": int8})
     itemsize = np.dtype(dtype).itemsize
     bytes_of = {name: int(np.prod(tensors.shape(name))) * itemsize for name in file.decoder_names()}
-    writer.write_decoder(bytes_of, lambda name: bar.count(tensors.read(name).astype(stored_dtype(name, dtype))))
+
+    def read_tensor(name: str) -> np.ndarray:
+        return bar.count(cast(tensors.read(name), stored_dtype(name, dtype), f"{source}: tensor {name!r}"))
+
+    writer.write_decoder(bytes_of, read_tensor)
 
     for layer in range(config.num_moe_layers):
 
