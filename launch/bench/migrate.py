@@ -36,7 +36,7 @@ from launch.engine.loading import Loaded, load
 from launch.engine.memory import reserved_bytes
 from launch.engine.request import Request
 from launch.migration.worker import MigrationWorker
-from launch.model_flags import DTYPES, read_shape
+from launch.model_flags import read_shape
 from placement import InputError, Placement
 from placement.units import parse_bytes, parse_rate
 
