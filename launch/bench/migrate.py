@@ -25,6 +25,7 @@ from rich.table import Table
 from dancemoe_jax.checkpoint.reader import bundled_model
 from dancemoe_jax.expert_parallel.pool import read_ahead
 from dancemoe_jax.inference.steps import decode_step, prefill
+from launch.arguments import DTYPES
 from launch.bench.load import forget
 from launch.cluster.channel import Channel
 from launch.cluster.devices import cluster_devices
