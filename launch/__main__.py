@@ -3,7 +3,6 @@
 import argparse
 import importlib
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -54,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _log.error("launch %s: %s", arguments.command, " ".join(str(error).split()))
         return 2
     except BrokenPipeError:  # the reader of our output left, as `head` does; nobody is there to be told
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        log.discard_output()
         return 1
     except KeyboardInterrupt:
         _log.error("launch %s: interrupted", arguments.command)

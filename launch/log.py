@@ -1,6 +1,7 @@
 """What the program says about itself: one format, on standard error. Libraries only make loggers; commands configure here."""
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -87,6 +88,12 @@ def keep_output_clean() -> None:
     # Line by line to a pipe too: a program that reads answers there waits for them.
     sys.stdout = open(own, "w", encoding="utf-8", errors="backslashreplace", buffering=1)  # noqa: SIM115
     threading.Thread(target=_log_lines, args=(reading,), name="native output", daemon=True).start()
+
+
+def discard_output() -> None:
+    """Write nothing to standard output any more: nobody reads it, and Python would fail at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _log_lines(descriptor: int) -> None:

@@ -1,12 +1,17 @@
 """What the processes of one program tell each other beside their steps: small values under names. Holds no engine."""
 
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 import jax
 
 from launch.cluster.jax_runtime import store_client
+
+
+class ChannelLost(RuntimeError):
+    """The store that the processes started with is gone: the first server has ended, or the program has."""
 
 
 class Channel(Protocol):
@@ -61,31 +66,34 @@ class OwnChannel:
 
 
 class ClusterChannel:
-    """Between the processes of one program, by the store that they started with."""
+    """Between the processes of one program, by the store that they started with. Raises ChannelLost once that is gone."""
 
     def __init__(self, prefix: str = "") -> None:
         self._client: Any = store_client()
         self._root = f"dancemoe/{prefix}"
 
     def put(self, name: str, value: bytes) -> None:
-        self._client.key_value_set_bytes(self._root + name, value, allow_overwrite=True)
+        with _answered():
+            self._client.key_value_set_bytes(self._root + name, value, allow_overwrite=True)
 
     def get(self, name: str, seconds: float) -> bytes | None:
-        try:
+        with _answered("DEADLINE_EXCEEDED"):
             return self._client.blocking_key_value_get_bytes(self._root + name, max(1, round(1000 * seconds)))
-        except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" not in str(error):
-                raise
-            return None
 
     def look(self, name: str) -> bytes | None:
-        try:
+        with _answered("NOT_FOUND"):
             return self._client.key_value_try_get_bytes(self._root + name)
-        except jax.errors.JaxRuntimeError as error:
-            if "NOT_FOUND" not in str(error):
-                raise
-            return None
 
     def drop(self, name: str) -> None:
         with suppress(jax.errors.JaxRuntimeError):
             self._client.key_value_delete(self._root + name)
+
+
+@contextmanager
+def _answered(absent: str = "") -> Iterator[None]:
+    """Go on without a value where the store says that there is none."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not absent or absent not in str(error):
+            raise ChannelLost(" ".join(str(error).split())) from None

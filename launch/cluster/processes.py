@@ -130,6 +130,12 @@ class Processes:
                 raise ServerFailed(server, status, self._tails[server])
         return True
 
+    def signal(self, number: int) -> None:
+        """Send a signal to all that still run."""
+        for process in list(self._running.values()):
+            if process.poll() is None:
+                _signal_group(process, number)
+
     def stop(self, grace: float = 5.0) -> None:
         """End all that still run: SIGTERM, and after `grace` seconds SIGKILL, to each with its own children."""
         left = [process for process in self._running.values() if process.poll() is None]

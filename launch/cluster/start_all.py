@@ -1,12 +1,17 @@
 """A command that every server of a cluster runs: started once, it starts itself for each server of this machine."""
 
 import logging
+import os
+import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from launch.cluster.addresses import DEFAULT_PORT, free_port, is_here, split_address
-from launch.cluster.processes import ServerFailed, prefixed, start
+from launch.cluster.processes import Processes, ServerFailed, prefixed, start
+from launch.log import discard_output
 from placement import Cluster, InputError
 
 log = logging.getLogger(__name__)
@@ -30,6 +35,7 @@ def run_everywhere(
     passes: Callable[[str, str], bool] = _is_json,
     *,
     as_json: bool = False,
+    drain: float | None = None,
 ) -> int:
     """Run `python -m launch COMMAND` with what was given for each server whose host is this machine; the exit status.
 
@@ -38,6 +44,7 @@ def run_everywhere(
     Args:
         passes: server and line -> whether a line of its standard output goes to ours.
         as_json: the lines of the servers' logs are JSON, and name their server themselves.
+        drain: the servers end in order when they are told to, within so many seconds: signals are passed on to them.
 
     Raises:
         InputError: none of the servers is this machine.
@@ -49,24 +56,77 @@ def run_everywhere(
         coordinator = f"127.0.0.1:{free_port()}"
     rest = [*given, *(["--coordinator", coordinator] if coordinator else [])]
     commands = {name: [sys.executable, "-m", "launch", command, *rest, "--server", name] for name in names}
-    lines = prefixed()
-
-    def output(server: str, stream: str, line: str) -> None:
-        if stream == "stdout" and passes(server, line):
-            print(line, flush=True)
-        elif stream == "stderr":
-            if as_json:
-                print(line, file=sys.stderr, flush=True)
-            else:
-                lines(server, stream, line)
-
-    with start(commands, output=output) as processes:
+    lines = _Lines(passes, as_json)
+    with _passed_on(drain) as signals, start(commands, output=lines) as processes:
+        signals.processes = processes
         try:
             processes.wait()
         except ServerFailed as failed:
-            log.error("launch %s: %s", command, failed)
+            if signals.came:
+                return 128 + signals.came[0]
+            if not lines.closed:
+                log.error("launch %s: %s", command, failed)
             return failed.status if failed.status in (1, 2) else 1
-    return 0
+    return 1 if lines.closed else 0
+
+
+class _Lines:
+    """What the servers print, to this process's own streams.
+
+    Attributes:
+        closed: nobody reads standard output any more, and the servers are told to end.
+    """
+
+    def __init__(self, passes: Callable[[str, str], bool], as_json: bool) -> None:
+        self.closed = False
+        self._passes, self._as_json, self._named = passes, as_json, prefixed()
+
+    def __call__(self, server: str, stream: str, line: str) -> None:
+        if stream == "stderr" and self._as_json:
+            print(line, file=sys.stderr, flush=True)
+        elif stream == "stderr":
+            self._named(server, stream, line)
+        elif self._passes(server, line) and not self.closed:
+            try:
+                print(line, flush=True)
+            except OSError as error:
+                self.closed = True
+                discard_output()
+                log.error("answers cannot be written any more (%s); the servers end", error.strerror or error)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+
+class _Signals:
+    """Passes signals on, twice; the third ends this process.
+
+    Attributes:
+        came: numbers so far; processes: to which they go.
+    """
+
+    def __init__(self) -> None:
+        self.came: list[int] = []
+        self.processes: Processes | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.came.append(number)
+        if self.processes is None or len(self.came) > 2:
+            raise SystemExit(128 + number)
+        self.processes.signal(signal.SIGTERM)
+
+
+@contextmanager
+def _passed_on(drain: float | None) -> Iterator[_Signals]:
+    """Within the block SIGINT and SIGTERM go to the servers, where these drain."""
+    signals = _Signals()
+    if drain is None:
+        yield signals
+        return
+    before = {number: signal.signal(number, signals) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _here(cluster: Cluster, host: str | None) -> bool:

@@ -6,15 +6,17 @@ optionally `id`, `server` and what `SamplingParams` names; the answer is a line 
 
 import argparse
 import contextlib
+import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 from dancemoe_jax.checkpoint.reader import bundled_model
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.text.tokenizer import load_tokenizer_bundle
 from launch.cluster.addresses import coordinator_address
+from launch.cluster.compile_cache import use_compile_cache
 from launch.cluster.fingerprint import folder_fingerprint
 from launch.cluster.launchers import from_environment
 from launch.cluster.secret import load_secret
@@ -22,20 +24,25 @@ from launch.cluster.start_all import run_everywhere
 from launch.elastic.process_group import ProcessGroup
 from launch.migration.record import open_state, read_record
 from launch.model_flags import read_shape
+from launch.serve.drain import Drain
 from launch.serve.json_lines import Feeder
+from launch.serve.lines import open_lines
+from launch.serve.requests import RequestMaker
 from launch.serve.server import Server
 from placement import Cluster, InputError, Placement
 from placement.migration.decide import Policy
 from placement.units import parse_bytes, parse_rate, parse_seconds
 
+_ANSWER_S = 10.0  # for the last answers to be written, once serving has ended
+
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until all requests of all servers are answered, or until SIGINT or SIGTERM.
+    """Serve until all requests of all servers are answered, or until SIGINT or SIGTERM; the exit status.
 
     Raises:
         InputError, ModelError: the cluster file, the model, the placement or a flag cannot be used.
     """
-    for flag in ("sequences", "chunk", "timeout"):
+    for flag in ("sequences", "chunk", "timeout", "drain"):
         if not getattr(args, flag) > 0:
             raise InputError(f"--{flag} {getattr(args, flag)}: must be greater than 0")
     if args.join and not (args.server and args.state):
@@ -46,14 +53,13 @@ def run(args: argparse.Namespace) -> int:
     args.devices = 1
     config = read_shape(path, args)
     placed = Placement.load(args.placement) if args.placement else None
-    lines = _read(args.requests)
+    lines = open_lines(args.requests, sys.stdin.buffer)
     found = None if args.server else from_environment(cluster)
     if found:
         args.server, args.coordinator = found
     args.secret = load_secret(args.secret_file)
     if args.server:
-        _serve(args, cluster, path, config, placed, policy, lines)
-        return 0
+        return _serve(args, cluster, path, config, placed, policy, lines)
     return _start_all(args, cluster)
 
 
@@ -64,9 +70,10 @@ def _start_all(args: argparse.Namespace, cluster: Cluster) -> int:
         if args.requests == "-":
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="serve-"))
             requests = Path(folder) / "requests.jsonl"
-            requests.write_text(sys.stdin.read(), encoding="utf-8")
+            with open(requests, "wb") as copy:
+                shutil.copyfileobj(sys.stdin.buffer, copy)
             given = [*given, "--requests", str(requests)]
-        return run_everywhere("serve", cluster, given, args.coordinator, as_json=args.log_json)
+        return run_everywhere("serve", cluster, given, args.coordinator, as_json=args.log_json, drain=args.drain)
 
 
 def policy_of(args: argparse.Namespace) -> Policy:
@@ -92,14 +99,16 @@ def _serve(
     config: ModelConfig,
     placed: Placement | None,
     policy: Policy,
-    lines: Any,
-) -> None:
-    """Be one server."""
+    lines: BinaryIO,
+) -> int:
+    """Be one server; the exit status."""
+    use_compile_cache(args.compile_cache)
     facts = facts_of(args, path, config, policy)
     bundle = load_tokenizer_bundle(path, config)
     state = open_state(args.state) if args.state and args.server == cluster.names[0] else None
     record = read_record(state) if state else None
-    feeder = Feeder(bundle, config, lines, shares=not args.join)
+    feeder = Feeder(RequestMaker(bundle, config), lines, shared=args.requests != "-", shares=not args.join)
+    drain = Drain(args.server, args.drain, feeder.close, lambda: feeder.pending)
     server = Server(
         args.server,
         path,
@@ -113,6 +122,8 @@ def _serve(
         state,
         feeder.start,
         feeder.take_in,
+        drain,
+        feeder.settle,
     )
     if args.join:
         server.join_serving(args.join, cluster)
@@ -121,21 +132,10 @@ def _serve(
         given = folder_fingerprint(args.placement) if args.placement else "none"
         limits = record.limits if record else {}
         server.serve(ProcessGroup(cluster, coordinator, placed, limits=limits), given, record)
-    feeder.finished.wait(10)
-
-
-def _read(file: str) -> Any:
-    """Lines of a file, or of standard input as they come.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
-    if file == "-":
-        return sys.stdin
-    try:
-        return Path(file).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise InputError(f"--requests {file}: cannot be read ({error.strerror})") from None
+    feeder.settle(_ANSWER_S)
+    if feeder.problem:
+        return 1
+    return 128 + drain.cancelled if drain.cancelled else 0
 
 
 def facts_of(args: argparse.Namespace, path: Path, config: ModelConfig, policy: Policy) -> dict[str, str]:

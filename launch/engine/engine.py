@@ -65,17 +65,22 @@ class Engine:
         self.config, self.weights, self.device_server, self.chunk = config, weights, np.asarray(device_server), chunk
         self.mesh, self.own = mesh, local_devices(mesh)
         self.batch = Batch(self.device_server.tolist(), self.own, sequences, config.max_position)
-        self.state = init_state(config, mesh, sequences, weights.decoder.embedding[...].dtype)
+        self._sequences = sequences
+        self.forget()
         self.epoch = 0
         self.done = self.stop = self.reform = False
         self.migration_progress = MigrationProgress()
         self.received = ControlWord.of(blank(mesh.size))
-        self.steps, self.tokens_processed = {"prefill": 0, "decode": 0}, {"prefill": 0, "decode": 0}
         self.sampler: Sampler | None = None
-        self._choice = TokenChoice(mesh, sequences, config.vocab_size)
-        self._sequences = sequences
         self._next: Kind | None = None
-        self._counters = StepCounters.zero(mesh.size, config.num_moe_layers)
+
+    def forget(self) -> None:
+        """Begin with empty caches and counts, as if nothing had been served. No request may be in a batch slot."""
+        config = self.config
+        self.state = init_state(config, self.mesh, self._sequences, self.weights.decoder.embedding[...].dtype)
+        self.steps, self.tokens_processed = {"prefill": 0, "decode": 0}, {"prefill": 0, "decode": 0}
+        self._choice = TokenChoice(self.mesh, self._sequences, config.vocab_size)
+        self._counters = StepCounters.zero(self.mesh.size, config.num_moe_layers)
 
     def submit(self, request: Request) -> None:
         """Queue a request at its server, from any thread. Raises RequestError where its prompt or routing does not fit."""

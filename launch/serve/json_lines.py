@@ -1,142 +1,165 @@
-"""Requests as JSON lines in, answers as JSON lines out."""
+"""Requests as JSON lines in, answers as JSON lines out: every line that is read gets exactly one answer."""
 
-import dataclasses
 import json
+import logging
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, BinaryIO
 
 from dancemoe_jax.errors import DanceMoEError
-from dancemoe_jax.inference.sampling import SamplingParams
-from dancemoe_jax.model.config import ModelConfig
-from dancemoe_jax.text.detokenizer import IncrementalDetokenizer
-from dancemoe_jax.text.tokenizer import TokenizerBundle
 from launch.engine.host import Host
-from launch.engine.request import Request
+from launch.log import discard_output
+from launch.serve.lines import Line, read_lines
+from launch.serve.requests import RequestMaker, identity
 from placement import Cluster, InputError
 
+log = logging.getLogger(__name__)
+
 _AT_ONCE = 64  # requests of a server that are read ahead of their turn
-_FIELDS = {field.name for field in dataclasses.fields(SamplingParams)}
 
 
 class Feeder:
     """Requests from lines to a host, and their answers to standard output as they end.
 
     Args:
+        shared: every server reads the same lines, and answers those that name it and its share of those that name none;
+            otherwise all lines are for this server.
         shares: takes a share of the lines that name no server; one that has come later does not.
+
+    Attributes:
+        finished: set once all lines that were read are answered and no more are read.
+        problem: why not every line was read or answered, or "".
     """
 
-    def __init__(self, bundle: TokenizerBundle, config: ModelConfig, lines: Any, shares: bool) -> None:
-        self.bundle, self.config = bundle, config
-        self.finished = threading.Event()
-        self._lines, self._shares = lines, shares
-        self._print = threading.Lock()
+    def __init__(self, maker: RequestMaker, stream: BinaryIO, shared: bool, shares: bool = True) -> None:
+        self.finished, self.problem = threading.Event(), ""
+        self._maker, self._stream, self._shared, self._shares = maker, stream, shared, shares
+        self._printing = threading.Lock()
+        self._room = threading.Semaphore(_AT_ONCE)
+        self._count, self._open, self._closed = threading.Lock(), 0, False
+        self._pool = ThreadPoolExecutor(_AT_ONCE, "answer")
 
     def start(self, host: Host, cluster: Cluster) -> None:
         """Feed a host from now on."""
         self.host = host
         self.take_in(cluster)
-        threading.Thread(target=self._feed, args=(len(cluster.names),), daemon=True).start()
+        threading.Thread(target=self._feed, args=(len(cluster.names),), name="requests", daemon=True).start()
 
     def take_in(self, cluster: Cluster) -> None:
         """The cluster has other servers from now on."""
         self.names = cluster.names
 
+    @property
+    def pending(self) -> int:
+        """Lines that have been read and not yet answered."""
+        return self._open
+
+    def close(self) -> None:
+        """Read no more lines; what has been read is answered, and then the host has no more requests to come."""
+        with self._count:
+            self._closed = True
+            over = not self._open
+        if over:
+            self._finish()
+
+    def settle(self, seconds: float) -> None:
+        """Read no more lines, and wait at most so long until all that were read are answered."""
+        self.close()
+        self.finished.wait(seconds)
+
     def _feed(self, servers: int) -> None:
-        """Serve all lines that are this server's: those that name it, and its share of those that name none."""
-        name = self.names[self.host.server]
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            unnamed = 0
-            for number, line in enumerate(self._lines, 1):
-                if not line.strip():
-                    continue
-                given = self._parse(line)
-                if isinstance(given, dict) and "server" in given:
-                    mine = given["server"] == name or (given["server"] not in self.names and self.host.server == 0)
-                else:
-                    mine, unnamed = self._shares and unnamed % servers == self.host.server, unnamed + 1
+        """Read all lines and have those that are this server's answered."""
+        unnamed = 0
+        try:
+            for line in read_lines(self._stream):
+                names_one = line.given is not None and line.given.get("server") is not None
+                mine = not self._shared or self._is_mine(line, unnamed, servers)
+                unnamed += not names_one
                 if mine:
-                    pool.submit(self._answer, number, given)
-        self.host.finish()
-        self.finished.set()
+                    self._room.acquire()
+                    begin = time.monotonic()
+                    with self._count:
+                        self._open += 1
+                    self._pool.submit(self._answer, line, begin)
+                if self._closed:
+                    break
+        except Exception as error:  # the reader does not end without a word
+            self._fail(f"requests cannot be read any more ({type(error).__name__}: {' '.join(str(error).split())})")
+        self.close()
 
-    def _parse(self, line: str) -> Any:
+    def _is_mine(self, line: Line, unnamed: int, servers: int) -> bool:
+        """Of lines that all servers read: whether this one answers."""
+        named = None if line.given is None else line.given.get("server")
+        if named is None:
+            return self._shares and unnamed % servers == self.host.server
+        return named == self.names[self.host.server] or (named not in self.names and self.host.server == 0)
+
+    def _answer(self, line: Line, begin: float) -> None:
+        answer: dict[str, Any] = {"id": line.number}
         try:
-            return json.loads(line)
-        except ValueError as error:
-            return f"not JSON ({error})"
+            try:
+                if line.given is None:
+                    raise InputError(line.problem)
+                answer["id"] = identity(line.given, line.number)
+                answer |= self._served(line.given, begin)
+            except (InputError, DanceMoEError) as error:
+                answer["error"] = f"line {line.number}: {' '.join(str(error).split())}"
+            except Exception as error:  # whatever it is, the line is answered
+                log.debug("line %d", line.number, exc_info=True)
+                words = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+                answer["error"] = f"line {line.number}: cannot be served ({words})"
+            self._print(answer)
+        finally:
+            self._answered()
 
-    def _answer(self, number: int, given: Any) -> None:
-        begin = time.monotonic()
-        answer: dict[str, Any] = {"id": given.get("id", number) if isinstance(given, dict) else number}
-        try:
-            request, text = self._request(given)
-            answer["server"] = self.names[self.host.server]
-            stream = self.host.submit(request)
-            for _ in stream:
-                pass
-            text.finish()
-            output = request.output
-            if output and output[-1] in request.stop_token_ids:
-                output = output[:-1]
-            answer |= {
-                "text": text.text,
-                "tokens": output,
-                "prompt_tokens": len(request.prompt),
-                "finish_reason": stream.reason,
-                "seconds": round(time.monotonic() - begin, 4),
-            }
-        except (InputError, DanceMoEError) as error:
-            answer["error"] = f"line {number}: {' '.join(str(error).split())}"
-        with self._print:
-            print(json.dumps(answer), flush=True)
-
-    def _request(self, given: Any) -> "tuple[Request, _Text]":
-        """A request out of a line, and what gathers its text."""
-        if not isinstance(given, dict):
-            raise InputError(given if isinstance(given, str) else "must be a JSON object with prompt or messages")
-        unknown = set(given) - _FIELDS - {"id", "server", "prompt", "messages"}
-        if unknown:
-            raise InputError(f"{sorted(unknown)[0]!r} is unknown; known are {', '.join(sorted(_FIELDS))}")
-        if "server" in given and given["server"] not in self.names:
-            raise InputError(f"server {given['server']!r} is unknown; known are {', '.join(self.names)}")
-        values: dict[str, Any] = {
-            key: tuple(v) if isinstance(v, list) else v for key, v in given.items() if key in _FIELDS
+    def _served(self, given: dict[str, Any], begin: float) -> dict[str, Any]:
+        """What is answered. Raises InputError, DanceMoEError where nothing can be."""
+        server, own = given.get("server"), self.names[self.host.server]
+        if server is not None and server != own:
+            if server in self.names:
+                raise InputError(f"server {server!r} is another than {own}, whose lines these are; send it there")
+            raise InputError(f"server {str(server)[:100]!r} is unknown; known are {', '.join(self.names)}")
+        request, text = self._maker.make(given, self.host.server, begin)
+        stream = self.host.submit(request)
+        for _ in stream:
+            pass
+        text.finish()
+        output = request.output
+        if output and output[-1] in request.stop_token_ids:
+            output = output[:-1]
+        return {
+            "server": own,
+            "text": text.text,
+            "tokens": output,
+            "prompt_tokens": len(request.prompt),
+            "finish_reason": stream.reason,
+            "seconds": round(time.monotonic() - begin, 4),
         }
-        params = SamplingParams(**values)
-        if isinstance(given.get("prompt"), str) and "messages" not in given:
-            prompt = self.bundle.encode(given["prompt"])
-        elif isinstance(given.get("messages"), list) and "prompt" not in given:
-            prompt = self.bundle.encode_chat(given["messages"])
-        else:
-            raise InputError("must have either a text prompt or a list messages")
-        own = set() if self.config.eos_token is None else {self.config.eos_token}
-        stop_token_ids = frozenset(self.bundle.eos_tokens | own | set(params.stop_tokens))
-        text = _Text(IncrementalDetokenizer(self.bundle.tokenizer, params.stop, prompt), stop_token_ids)
-        request = Request(
-            self.host.server,
-            prompt,
-            params.max_tokens,
-            time.monotonic(),
-            params=params,
-            stop_token_ids=stop_token_ids,
-            on_token=text.on_token,
-        )
-        return request, text
 
+    def _print(self, answer: dict[str, Any]) -> None:
+        with self._printing:
+            try:
+                print(json.dumps(answer), flush=True)
+            except OSError as error:
+                discard_output()
+                self._fail(f"answers cannot be written any more ({error.strerror or error})")
 
-class _Text:
-    """An answer's text, from its tokens."""
+    def _answered(self) -> None:
+        self._room.release()
+        with self._count:
+            self._open -= 1
+            over = self._closed and not self._open
+        if over:
+            self._finish()
 
-    def __init__(self, stream: IncrementalDetokenizer, stop_token_ids: frozenset[int]) -> None:
-        self.stream, self.stop_token_ids, self.text = stream, stop_token_ids, ""
+    def _finish(self) -> None:
+        self.finished.set()
+        self.host.finish()
 
-    def on_token(self, token: int) -> bool:
-        """Take a token; whether a stop text has ended the answer."""
-        if token not in self.stop_token_ids:
-            self.text += self.stream.push(token)
-        return self.stream.stopped
-
-    def finish(self) -> None:
-        self.text += self.stream.finish()
+    def _fail(self, problem: str) -> None:
+        if not self.problem:
+            self.problem = problem
+            log.error("server %s: %s; it ends", self.names[self.host.server], problem)
+            self._closed = True
+            self.host.stop()

@@ -5,11 +5,14 @@ Who asks for answers is not known here, nor what a cluster grows for (`launch.el
 
 import contextlib
 import logging
+import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,20 +20,25 @@ import jax.numpy as jnp
 from dancemoe_jax.checkpoint.reader import ExpertFile
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.model.experts import ExpertWeights
+from launch.cluster.channel import ChannelLost
 from launch.cluster.jax_runtime import leave_program
 from launch.cluster.join import join
 from launch.elastic.newcomer import report
 from launch.elastic.process_group import GroupChange, ProcessGroup
-from launch.engine.host import Host, ending
+from launch.engine.host import Host
 from launch.engine.loading import Loaded, load
 from launch.engine.memory import sizes
 from launch.migration.record import Record
 from launch.serve.attach_migration import Start, migrating, resumed
+from launch.serve.drain import Drain
+from launch.serve.warm_up import warm_up
 from placement import Cluster, InputError
 from placement.migration.decide import Policy
 
 log = logging.getLogger(__name__)
 
+_SETTLE_S = 2.0  # for what was taken to be answered, once nothing is served any more
+_LOSS_S = 3.0  # between a step that fails and the word that another server has ended
 _REFORM_S = 30.0  # for the others to come to the next program: all have said that they are ready
 
 
@@ -43,6 +51,8 @@ class Server:
         facts: what every server has to serve with too, fingerprints by what they are of; secret: of the cluster.
         policy: how experts migrate, None if they do not; state: on the first server, the folder of the record.
         begin: called once, with the host, before its loop starts; changed: with the cluster of every later program.
+        drain: ends serving on request; settle: takes no more requests, and waits so many seconds until those that were
+            taken are answered.
     """
 
     name: str
@@ -57,7 +67,10 @@ class Server:
     state: Path | None
     begin: Callable[[Host, Cluster], None]
     changed: Callable[[Cluster], None]
+    drain: Drain
+    settle: Callable[[float], None]
     host: Host | None = field(default=None, init=False)
+    _gone: threading.Event = field(default_factory=threading.Event, init=False)  # whether another server has ended
     _since: float = field(default=0.0, init=False)  # when it began to load, or to serve nobody
 
     def serve(self, group: ProcessGroup, given: str, record: Record | None = None) -> None:
@@ -120,6 +133,7 @@ class Server:
                     agree=facts,
                     timeout=timeout,
                     secret=self.secret,
+                    lost=self._lost,
                 )
                 devices = stack.enter_context(joined)
             except InputError as error:
@@ -135,20 +149,22 @@ class Server:
             loaded = load(
                 self.path, self.config, cluster, devices, chunk=self.chunk, read=read, **planned, **self.options
             )
+            warm_up(loaded.engine, self.name)
             host = self._moved(loaded, cluster)
-            log.info("%s: serving after %.1f s", self.name, time.monotonic() - self._since)
-            stack.enter_context(ending(host))
+            stack.enter_context(self.drain.watching(host))
             change = GroupChange(host, cluster)
             stack.callback(change.end)
             if self.policy is not None:
                 start = Start(epoch, group.reason, group.limits, self.facts, group.coordinator, self.secret)
                 stack.enter_context(migrating(host, loaded, self.policy, self.state, start))
+            log.info("%s: serving after %.1f s", self.name, time.monotonic() - self._since)
             if first or read is not None:
                 self.begin(host, cluster)
             try:
                 moves = host.run()
-            except jax.errors.JaxRuntimeError as error:
-                _lost(self.name, error)
+            except (jax.errors.JaxRuntimeError, ChannelLost) as error:
+                self._failed(error)
+                raise
             if not moves:
                 return None
             self._since = time.monotonic()
@@ -164,17 +180,34 @@ class Server:
             self.changed(cluster)
         return self.host
 
+    def _lost(self, name: str) -> None:
+        """Another server has ended (the log says which): no step can be taken any more, so this one ends too, once all
+        that was asked of it is answered."""
+        self._gone.set()
+        if self.host is not None:
+            self.host.close()
+            self.settle(_SETTLE_S)
+        _leave()
+
+    def _failed(self, error: Exception) -> None:
+        """End because a step has failed: mostly because another server has ended, which is then said elsewhere."""
+        if self._gone.wait(_LOSS_S):
+            time.sleep(2 * _SETTLE_S)
+        log.error(
+            "server %s: a step has failed (%s); see what the other servers say, then start all again",
+            self.name,
+            " ".join(str(error).split())[:500],
+        )
+        self.settle(_SETTLE_S)
+        _leave()
+
+
+def _leave() -> None:
+    """End this process at once: JAX may abort it while it cleans up behind itself."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    os._exit(1)
+
 
 class _NotTogether(Exception):
     """The servers of the next program have not come together."""
-
-
-def _lost(server: str, error: Exception) -> NoReturn:
-    """Leave because a step has failed. Said at once: JAX may abort this process while it cleans up behind itself."""
-    log.error(
-        "server %s: a step has failed, most likely because another server has ended (%s); see which one and why, then "
-        "start all again",
-        server,
-        " ".join(str(error).split()),
-    )
-    raise SystemExit(1) from None

@@ -61,7 +61,9 @@ CASES = [(phase, "edge-a") for phase in FIRST_ONLY] + [(phase, name) for phase i
 RECORDED = ("after the rename",)  # phases of the first server after which the new placement is in the record
 START_S = 200.0  # for a server to come to the phase at which it dies, or for a restart to answer, compiling included
 END_S = 60.0  # within which survivors end
-REASON = re.compile("another server has ended|another task died")  # the latter is JAX, where the first server died
+REASON = re.compile(
+    "has ended or cannot be reached any more|another task died"
+)  # the latter is JAX, where the first died
 
 
 FORKS = multiprocessing.get_context("forkserver")

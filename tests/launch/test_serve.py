@@ -92,19 +92,46 @@ def test_three_processes_answer_what_one_does(files, capsys):
     assert "not JSON" in answers[len(REQUESTS) + 1]["error"]
 
 
-def test_sigterm_ends_all_servers_in_step(files):
-    cluster, _ = files
+@contextlib.contextmanager
+def busy(cluster, *flags):
+    """A cluster with more requests than it will serve, once it has answered one: its process, and that answer."""
     endless = cluster.with_name("endless.jsonl")
-    endless.write_text("".join(json.dumps({"prompt": "def ", "max_tokens": 80}) + "\n" for _ in range(300)))
+    endless.write_text("".join(json.dumps({"prompt": "def ", "max_tokens": 80}) + "\n" for _ in range(3000)))
     process = subprocess.Popen(
-        command(cluster, "--requests", endless), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command(cluster, "--requests", endless, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
-    first = process.stdout.readline()
-    assert json.loads(first)["finish_reason"] in ("length", "stop")
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    try:
+        first = process.stdout.readline()
+        assert json.loads(first)["finish_reason"] in ("length", "stop")
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_signal_drains_all_servers(files):
+    with busy(files[0], "--drain", "300") as process:
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert 0 < len(answers) < 1000
+    assert {answer["finish_reason"] for answer in answers} <= {"length", "stop"}
+    assert all(f"{name}: draining: " in err for name in NAMES)
+    assert "Traceback" not in err
+    assert "ended with" not in err
+
+
+def test_a_second_signal_cancels(files):
+    with busy(files[0], "--drain", "300") as process:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(1.0)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
+    assert "cancelled" in {json.loads(line)["finish_reason"] for line in out.splitlines()}
+    assert "cancelled by a second signal" in err
     assert "Traceback" not in err
 
 

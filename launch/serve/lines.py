@@ -1,0 +1,69 @@
+"""Lines of requests: a newline alone splits them, each has a number and a bounded length, and none of them is lost.
+
+What a line holds becomes a request in `launch.serve.requests`.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+from placement import InputError
+
+LONGEST = 8 * 2**20  # bytes of a line
+
+
+class Line(NamedTuple):
+    """A line that was read.
+
+    Attributes:
+        number: from 1; given: the JSON object on it, or None; problem: why there is none, or "".
+    """
+
+    number: int
+    given: dict[str, Any] | None
+    problem: str = ""
+
+
+def read_lines(stream: BinaryIO) -> Iterator[Line]:
+    """All lines of a stream that hold something, as they come. A byte order mark before the first is none of it."""
+    number = 0
+    while data := stream.readline(LONGEST + 1):
+        number += 1
+        whole = data.endswith(b"\n") or len(data) <= LONGEST
+        while not whole and (more := stream.readline(LONGEST)):
+            whole = more.endswith(b"\n")
+        if len(data) > LONGEST and not data.endswith(b"\n"):
+            yield Line(number, None, f"longer than {LONGEST} bytes; send a shorter one")
+            continue
+        if number == 1:
+            data = data.removeprefix(b"\xef\xbb\xbf")
+        if data.strip():
+            yield _parse(number, data)
+
+
+def _parse(number: int, data: bytes) -> Line:
+    try:
+        given = json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return Line(number, None, f"not UTF-8 (byte {error.start + 1}); send UTF-8")
+    except RecursionError:
+        return Line(number, None, "not JSON that can be read (nested too deeply)")
+    except ValueError as error:
+        return Line(number, None, f"not JSON ({error})")
+    if not isinstance(given, dict):
+        return Line(number, None, "must be a JSON object with prompt or messages")
+    return Line(number, given)
+
+
+def open_lines(file: str, standard_input: BinaryIO) -> BinaryIO:
+    """What the lines are read from; "-" is standard input.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    if file == "-":
+        return standard_input
+    try:
+        return open(file, "rb")
+    except OSError as error:
+        raise InputError(f"--requests {file}: cannot be read ({error.strerror})") from None

@@ -1,0 +1,35 @@
+"""Ready when it says so: every shape of a step is compiled, and each kind of step run once, before a server serves."""
+
+import logging
+import time
+
+import jax
+
+from dancemoe_jax.inference.sampling import SamplingParams
+from launch.engine.engine import Engine
+from launch.engine.request import Request
+
+log = logging.getLogger(__name__)
+
+_PROMPT, _TOKENS = [0, 0], 2
+_KINDS = (("greedy", SamplingParams()), ("sampling", SamplingParams(temperature=1.0)))
+
+
+def warm_up(engine: Engine, server: str) -> None:
+    """Serve two small requests on each device's server, one with the likeliest tokens and one that samples, and forget
+    them. All processes call it together, before any request has come.
+
+    Args:
+        server: name of this one, for progress.
+    """
+    begin = time.monotonic()
+    for kind, params in _KINDS:
+        log.info("%s: compiling the steps (%s)", server, kind)
+        for own in sorted({int(engine.device_server[device]) for device in engine.own}):
+            engine.submit(Request(own, list(_PROMPT), _TOKENS, begin, params=params))
+        engine.wake()
+        while not engine.asleep:
+            engine.step()
+    engine.forget()
+    jax.block_until_ready(engine.state)
+    log.info("%s: compiled after %.1f s", server, time.monotonic() - begin)
