@@ -19,7 +19,7 @@ from placement.data.arrivals import Arrivals
 from placement.data.cluster import Cluster
 from placement.data.problem import Problem
 from placement.data.profile import Profile
-from placement.files import InputError, read_bytes, show
+from placement.files import InputError, read_json, show
 from placement.migration.decide import Policy
 from placement.planner import STRATEGIES, plan
 from placement.simulation.grid import Cell, Grid, run_grid, trends
@@ -56,7 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--profile", required=True, metavar="P", help="profile.npz to plan on")
     add("--eval", metavar="P2", help="profile.npz of what users do then (default: the one planned on)")
     add("--strategies", default=",".join(STRATEGIES), metavar="A,B", help="default: all")
-    add("--arrivals", metavar="A.csv", help="requests: t_s,prompt_tokens,output_tokens and optionally server")
+    add(
+        "--arrivals",
+        metavar="A",
+        help="requests: t_s,prompt_tokens,output_tokens and optionally server; or a trace of Azure, BurstGPT, Mooncake",
+    )
     add("--stretch", type=_above_zero, default=1.0, metavar="F", help="factor on the times of --arrivals (default: 1)")
     add(
         "--gap",
@@ -218,11 +222,7 @@ def _costs(path: str | None, compute: Compute) -> StepCosts:
     """Measured costs; without a file those of one speed of devices, which compute side by side."""
     if path is None:
         return StepCosts((0.0, 0.0, compute.prefill_token), (compute.decode_step, 0.0, compute.decode_token))
-    try:
-        parsed = json.loads(read_bytes(path))
-    except ValueError:
-        raise InputError(f"{path}: not JSON; write prefill and decode, three seconds each") from None
-    return StepCosts.from_dict(parsed, path)
+    return StepCosts.from_dict(read_json(path), path)
 
 
 def _arrivals(arguments: argparse.Namespace, cluster: Cluster) -> Arrivals:
@@ -230,7 +230,7 @@ def _arrivals(arguments: argparse.Namespace, cluster: Cluster) -> Arrivals:
     lengths = np.array([[arguments.prompt_tokens, arguments.output_tokens]])
     if arguments.arrivals:
         duration = math.inf if arguments.duration is None or arguments.gap else float(arguments.duration)
-        listed = Arrivals.from_csv(arguments.arrivals, servers, stretch=arguments.stretch, duration=duration, seed=seed)
+        listed = Arrivals.load(arguments.arrivals, servers, stretch=arguments.stretch, duration=duration, seed=seed)
         if arguments.gap is None:
             return listed
         lengths = np.stack([listed.prompt, listed.output], 1)
