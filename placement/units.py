@@ -7,7 +7,8 @@ from typing import Any
 
 from placement.files import InputError, show
 
-_NUMBER = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2})?)\s*([A-Za-z/]*)\s*")
+# Digits are bounded: 5,000 of them are no quantity, and Python itself refuses to read more than 4,300.
+_NUMBER = re.compile(r"\s{,9}([0-9]{1,30}(?:\.[0-9]{1,30})?(?:[eE][+-]?[0-9]{1,2})?)\s{,9}([A-Za-z/]{,9})\s{,9}")
 _DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 _BYTES = {f"{prefix}B": Fraction(scale) for prefix, scale in (_DECIMAL | _BINARY).items()}
@@ -15,6 +16,8 @@ _BITS = {"" if prefix == "" else prefix: Fraction(scale, 8) for prefix, scale in
 _BITS["k"] = _BITS["K"]
 _RATES = {f"{unit}/s": scale for unit, scale in _BYTES.items()}
 _RATES |= {prefix + bits: scale for prefix, scale in _BITS.items() for bits in ("bps", "bit/s")}
+_LEAST_RATE, _MOST_RATE = 1e-3, 1e18  # bytes/s; what lies outside is a mistake, and its inverse may be no number
+_LONGEST = 1e9  # seconds, 31 years; clocks of the operating system take at most nine times as many
 _TIMES = {"us": Fraction(1, 10**6), "ms": Fraction(1, 10**3), "s": Fraction(1)}
 
 
@@ -47,7 +50,7 @@ def parse_bytes(value: Any, where: str) -> int:
 
 
 def parse_rate(value: Any, where: str, example: str = "500Mbps") -> float:
-    """Bytes per second of "500Mbps" (bits) or "2GB/s" (bytes); greater than 0.
+    """Bytes per second of "500Mbps" (bits) or "2GB/s" (bytes); from 0.001 to 1e18.
 
     A bare number is refused: nothing tells bits from bytes.
 
@@ -57,16 +60,21 @@ def parse_rate(value: Any, where: str, example: str = "500Mbps") -> float:
     rate = float(_parse(value, _RATES, where, example))
     if rate <= 0:
         raise InputError(f'{where} = {show(value)}: must be greater than 0; write for example "{example}"')
+    if not _LEAST_RATE <= rate <= _MOST_RATE:
+        raise InputError(f'{where} = {show(value)}: no link or disk has this rate; write for example "{example}"')
     return rate
 
 
 def parse_seconds(value: Any, where: str) -> float:
-    """Seconds of "0.2ms", "150us" or "1s"; at least 0.
+    """Seconds of "0.2ms", "150us" or "1s"; from 0 to 1e9.
 
     Raises:
         InputError: naming `where`, the value and the remedy.
     """
-    return float(_parse(value, _TIMES, where, "0.2ms"))
+    seconds = float(_parse(value, _TIMES, where, "0.2ms"))
+    if seconds > _LONGEST:
+        raise InputError(f'{where} = {show(value)}: must be at most {_LONGEST:g} seconds; write for example "0.2ms"')
+    return seconds
 
 
 def format_bytes(size: float) -> str:

@@ -200,7 +200,7 @@ def _names(text: str, flag: str) -> list[str]:
 def _arrivals(args: argparse.Namespace, servers: tuple[str, ...]) -> Arrivals:
     if args.arrivals is None:
         return poisson(len(DEVICES), args.gap, args.duration, args.seed)
-    return Arrivals.from_csv(args.arrivals, servers, stretch=args.stretch, duration=args.duration, seed=args.seed)
+    return Arrivals.load(args.arrivals, servers, stretch=args.stretch, duration=args.duration, seed=args.seed)
 
 
 def _figures(kind: tuple[str, str], windows: list[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from launch.cluster.secret import load_secret
 from launch.migration.control import ask
 from launch.migration.decision import Decision, describe
 from placement import InputError, Placement
-from placement.data.cluster import parse_toml
+from placement.files import read_toml
 from placement.units import format_bytes, parse_bytes
 
 
@@ -49,7 +49,7 @@ def request(args: argparse.Namespace) -> dict[str, Any]:
     if args.to:
         return {"what": "to", "placement": Placement.load(args.to).to_dict(), "source": args.to, "dry": args.dry_run}
     if args.add:
-        return {"what": "add", "cluster": parse_toml(args.add), "source": args.add, "dry": args.dry_run}
+        return {"what": "add", "cluster": read_toml(args.add), "source": args.add, "dry": args.dry_run}
     memory: dict[str, int | None] = {}
     for given in args.memory or []:
         name, sign, size = given.rpartition("=")

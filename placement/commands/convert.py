@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
     kind, target = kinds.pop(), arguments.target
     where = arguments.inputs[0] if len(arguments.inputs) == 1 else f"{arguments.inputs[0]} and others"
-    found = convert.read(arguments.inputs, kind, facts, as_map=target not in (None, "profile"))
+    found = convert.read(arguments.inputs, kind, facts, target)
     if target is None:
         if isinstance(found, Placement):
             raise InputError(

@@ -1,7 +1,6 @@
 """The flags of `simulate`, and what they describe: requests, speeds of devices, costs of steps."""
 
 import argparse
-import json
 import math
 from dataclasses import replace
 
@@ -11,7 +10,7 @@ from placement.commands.inputs import STRATEGIES_HELP, add_cluster, add_json
 from placement.data.arrivals import Arrivals
 from placement.data.cluster import Cluster
 from placement.data.problem import Problem
-from placement.files import InputError, read_bytes
+from placement.files import InputError, read_json
 from placement.registry import STRATEGIES
 from placement.simulation.independent.unit_costs import Compute
 from placement.simulation.lockstep.predict import StepCosts
@@ -63,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_requests(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--arrivals", metavar="A.csv", help="requests: t_s,prompt_tokens,output_tokens and optionally server")
+    what = "requests: t_s,prompt_tokens,output_tokens and optionally server; or a trace of Azure, BurstGPT, Mooncake"
+    add("--arrivals", metavar="A", help=what)
     add("--stretch", type=_above_zero, default=1.0, metavar="F", help="factor on the times of --arrivals (default: 1)")
     what = "Poisson, mean seconds between requests of a server; with --arrivals the file gives lengths alone (10)"
     add("--gap", type=_above_zero, metavar="S", help=what)
@@ -90,11 +90,7 @@ def read_costs(path: str | None, compute: Compute) -> StepCosts:
     """
     if path is None:
         return StepCosts((0.0, 0.0, compute.prefill_token), (compute.decode_step, 0.0, compute.decode_token))
-    try:
-        parsed = json.loads(read_bytes(path))
-    except ValueError:
-        raise InputError(f"{path}: not JSON; write prefill and decode, three seconds each") from None
-    return StepCosts.from_dict(parsed, path)
+    return StepCosts.from_dict(read_json(path), path)
 
 
 def read_arrivals(arguments: argparse.Namespace, cluster: Cluster) -> Arrivals:
@@ -107,7 +103,7 @@ def read_arrivals(arguments: argparse.Namespace, cluster: Cluster) -> Arrivals:
     lengths = np.array([[arguments.prompt_tokens, arguments.output_tokens]])
     if arguments.arrivals:
         duration = math.inf if arguments.duration is None or arguments.gap else float(arguments.duration)
-        listed = Arrivals.from_csv(arguments.arrivals, servers, stretch=arguments.stretch, duration=duration, seed=seed)
+        listed = Arrivals.load(arguments.arrivals, servers, stretch=arguments.stretch, duration=duration, seed=seed)
         if arguments.gap is None:
             return listed
         lengths = np.stack([listed.prompt, listed.output], 1)

@@ -1,20 +1,21 @@
 """Cluster: servers, their devices and the links between them, as `cluster.toml` describes them."""
 
-import math
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from placement.files import InputError, read_bytes, show
+from placement.files import InputError, is_name, read_toml, show
 from placement.units import parse_bytes, parse_rate, parse_seconds
 
 DEFAULT_LOAD_BANDWIDTH = 1e9
 DEFAULT_BANDWIDTH = "1Gbps"
 DEFAULT_LATENCY = "0.2ms"
+_FASTEST = 1e6  # times the usual device; its inverse is the slowest
+_USUAL = "1.0 is the usual device"
+_MOST_SERVERS, _MOST_DEVICES = 1024, 4096  # arrays have a row for each device, and a column for each server
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Cluster:
         Raises:
             InputError: the file is missing, is no TOML, or does not describe a cluster.
         """
-        return cls.from_dict(parse_toml(path), source=str(path))
+        return cls.from_dict(read_toml(path), source=str(path))
 
     @classmethod
     def from_dict(cls, parsed: Mapping[str, Any], source: str = "cluster") -> "Cluster":
@@ -124,21 +125,12 @@ class Cluster:
                 where = f"{source}: server[{i}].name = {show(server.name)}"
                 raise InputError(f"{where}: already used; give every server its own name")
             index[server.name] = i
+        devices = sum(len(server.devices) for server in servers)
+        if len(servers) > _MOST_SERVERS or devices > _MOST_DEVICES:
+            found = f"{len(servers)} servers with {devices} devices"
+            raise InputError(f"{source}: {found}; at most {_MOST_SERVERS} and {_MOST_DEVICES} are planned for")
         bandwidth, latency = _links(parsed, index, source)
         return cls(servers, bandwidth, latency, source)
-
-
-def parse_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a TOML file holds.
-
-    Raises:
-        InputError: the file is missing or is no TOML.
-    """
-    try:
-        return tomllib.loads(read_bytes(path).decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        problem = " ".join(str(error).split())
-        raise InputError(f"{path}: not valid TOML: {problem}") from None
 
 
 def _check_keys(table: Any, known: set[str], where: str) -> None:
@@ -151,7 +143,7 @@ def _check_keys(table: Any, known: set[str], where: str) -> None:
 
 def _text(table: Mapping[str, Any], key: str, where: str) -> str:
     value = table.get(key)
-    if not isinstance(value, str) or not value.strip() or not value.isprintable():
+    if not is_name(value):
         raise InputError(f"{where}.{key} = {show(value)}: must be a text of printable characters")
     return value
 
@@ -175,8 +167,12 @@ def _device(table: Any, where: str) -> Device:
     if "load_bandwidth" in table:
         load_bandwidth = parse_rate(table["load_bandwidth"], f"{where}.load_bandwidth", "2GB/s")
     speed = table.get("speed", 1.0)
-    if isinstance(speed, bool) or not isinstance(speed, int | float) or not (math.isfinite(speed) and speed > 0):
-        raise InputError(f"{where}.speed = {show(speed)}: must be a number greater than 0; 1.0 is the usual device")
+    if isinstance(speed, bool) or not isinstance(speed, int | float) or not 0 < speed <= _FASTEST:
+        raise InputError(
+            f"{where}.speed = {show(speed)}: must be a number greater than 0 and at most {_FASTEST:g}; {_USUAL}"
+        )
+    if speed < 1 / _FASTEST:
+        raise InputError(f"{where}.speed = {show(speed)}: must be at least {1 / _FASTEST:g}; {_USUAL}")
     return Device(memory, load_bandwidth, float(speed))
 
 

@@ -4,25 +4,16 @@ Parameters are counted from the configuration, family by family, as the publishe
 prediction layers are not counted. No weights are read.
 """
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
-from placement.files import InputError, read_bytes, show
+from placement.data.quantization import BITS, quantization, quantization_beside
+from placement.files import InputError, is_name, read_json, show
 
-# Bits of one weight. Block formats add their scales: one byte for 32 weights, or one float32 for 128 x 128.
-BITS = {
-    "bf16": 16.0,
-    "fp16": 16.0,
-    "fp32": 32.0,
-    "fp8": 8 + 32 / 128**2,
-    "int8": 8.0,
-    "int4": 4.0,
-    "mxfp4": 4 + 8 / 32,
-}
+_MOST_LAYERS, _MOST_EXPERTS = 10**4, 10**5
 _TORCH = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -41,8 +32,11 @@ class ModelShape:
         expert_matrix, expert_bias: parameters of one expert: in its matrices, and beside them.
         other_matrix, other_rest: parameters of all that is no expert: in matrices of attention and dense or shared
             feed-forward layers, and the rest (embeddings, norms, routers, biases).
-        dtype: a key of `BITS` for the experts' matrices.
+        dtype: type of the experts' matrices, a key of `BITS` or the name of a quantisation.
         base: a key of `BITS` for what the quantisation leaves alone.
+        expert_bits, matrix_bits, embedding_bits: bits of one weight in the experts' matrices, in `other_matrix`, and in the
+            embeddings, with the scales that belong to it.
+        embeddings: parameters among `other_rest` that are embeddings.
     """
 
     name: str
@@ -58,6 +52,10 @@ class ModelShape:
     other_rest: int
     dtype: str
     base: str
+    expert_bits: float
+    matrix_bits: float
+    embedding_bits: float
+    embeddings: int
 
     @property
     def expert_parameters(self) -> int:
@@ -77,13 +75,13 @@ class ModelShape:
     @property
     def expert_bytes(self) -> int:
         """Bytes of one expert, rounded up."""
-        return _bytes(self.expert_matrix * BITS[self.dtype] + self.expert_bias * BITS[self.base])
+        return _bytes(self.expert_matrix * self.expert_bits + self.expert_bias * BITS[self.base])
 
     @property
     def other_bytes(self) -> int:
-        """Bytes of everything that is no expert; fp8 checkpoints quantize its matrices too, the others do not."""
-        matrices = "fp8" if self.dtype == "fp8" else self.base
-        return _bytes(self.other_matrix * BITS[matrices] + self.other_rest * BITS[self.base])
+        """Bytes of everything that is no expert."""
+        rest = (self.other_rest - self.embeddings) * BITS[self.base] + self.embeddings * self.embedding_bits
+        return _bytes(self.other_matrix * self.matrix_bits + rest)
 
     @property
     def bytes(self) -> int:
@@ -96,19 +94,19 @@ class ModelShape:
 
         Args:
             path: the file or the folder.
-            dtype: a key of `BITS` for the experts; default: the file's quantisation, else its dtype, else bf16.
+            dtype: a key of `BITS` for the experts; default: the quantisation that the file or one beside it (of GPTQModel or
+                ModelOpt) tells, else its dtype, else bf16.
 
         Raises:
-            InputError: the file is no configuration of a known family, or a field is missing or no count.
+            InputError: the file is no configuration of a known family, a field is missing or no count, or the sizes of its
+                quantisation are not known.
         """
         path = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
-        try:
-            parsed = json.loads(read_bytes(path))
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: not valid JSON: {' '.join(str(error).split())}") from None
+        parsed = read_json(path)
         if not isinstance(parsed, dict):
             raise InputError(f"{path}: must be an object, the config.json of a model")
-        return cls.from_dict(parsed, dtype, str(path))
+        beside = None if parsed.get("quantization_config") or parsed.get("quantization") else quantization_beside(path)
+        return cls.from_dict(parsed if beside is None else {**parsed, "quantization_config": beside}, dtype, str(path))
 
     @classmethod
     def from_dict(cls, parsed: dict[str, Any], dtype: str | None = None, source: str = "config.json") -> "ModelShape":
@@ -118,35 +116,31 @@ class ModelShape:
             InputError: as `from_config`.
         """
         inner = parsed.get("text_config")
-        if isinstance(inner, dict) and parsed.get("model_type") not in _FAMILIES:  # models that also see
+        if isinstance(inner, dict) and not _is_known(parsed.get("model_type")):  # models that also see
             parsed = {**parsed, **inner}
         family = parsed.get("model_type")
-        if not isinstance(family, str) or family not in _FAMILIES:
-            raise InputError(f"{source}: model_type = {show(family)}: must be one of {', '.join(_FAMILIES)}")
+        if not _is_known(family):
+            raise InputError(
+                f"{source}: model_type = {show(family)}: must be one of {', '.join(_FAMILIES)}; for another model give convert "
+                "--name, --top-k, --hidden-size and --expert-bytes in place of --model"
+            )
+        if dtype is not None and dtype not in BITS:
+            raise InputError(f"--dtype: {show(dtype)} is unknown; choose from {', '.join(BITS)}")
         field = _Fields(parsed, source)
         expert_key, counted = _FAMILIES[family]
         numbers = counted(field)
-        base = _TORCH.get(str(parsed.get("torch_dtype") or parsed.get("dtype")), "bf16")
-        if dtype is not None and dtype not in BITS:
-            raise InputError(f"--dtype: {show(dtype)} is unknown; choose from {', '.join(BITS)}")
-        quantized = parsed.get("quantization_config")
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
-        if dtype is None and method is not None and method not in BITS:
-            raise InputError(
-                f"{source}: quantization_config.quant_method = {show(method)}: its sizes are not known; give the "
-                f"experts' type with --dtype, one of {', '.join(BITS)}"
-            )
-        layers, experts, top_k = numbers.layers, field.count(expert_key), _top_k(field)
+        layers, experts, top_k = numbers.layers, field.count(expert_key, most=_MOST_EXPERTS), _top_k(field)
         if not layers:
             raise InputError(f"{source}: no layer has experts; give the configuration of a Mixture-of-Experts model")
         if top_k > experts:
             raise InputError(f"{source}: {top_k} experts per token of {experts}; correct one")
-        given = parsed.get("_name_or_path")
-        name = given if isinstance(given, str) and given else Path(source).resolve().parent.name or family
-        h, hidden = field.count("hidden_size"), field.count("num_hidden_layers")
+        base = _TORCH.get(str(parsed.get("torch_dtype") or parsed.get("dtype")), "bf16")
+        h, hidden = field.count("hidden_size"), field.count("num_hidden_layers", most=_MOST_LAYERS)
+        width = max(numbers.expert_matrix // (3 * h), 1)
+        sizes = quantization(parsed, base, dtype, h, width, source)
         embeddings = field.count("vocab_size") * h * (1 if parsed.get("tie_word_embeddings", False) else 2)
         return cls(
-            name=name.rstrip("/").rsplit("/", 1)[-1],
+            name=_name(parsed, source, family),
             family=family,
             hidden_layers=hidden,
             layers=layers,
@@ -157,9 +151,25 @@ class ModelShape:
             expert_bias=numbers.expert_bias,
             other_matrix=numbers.matrix,
             other_rest=numbers.rest + embeddings + h * (2 * hidden + 1),  # two norms a layer and a last one
-            dtype=dtype or method or base,
+            dtype=sizes.dtype,
             base=base,
+            expert_bits=sizes.expert,
+            matrix_bits=sizes.matrix,
+            embedding_bits=sizes.embedding,
+            embeddings=embeddings,
         )
+
+
+def _is_known(family: Any) -> TypeGuard[str]:
+    return isinstance(family, str) and family in _FAMILIES
+
+
+def _name(parsed: dict[str, Any], source: str, family: str) -> str:
+    """The model's name: as the configuration says it, else the folder's."""
+    given = parsed.get("_name_or_path")
+    name = given if is_name(given) else Path(source).resolve().parent.name
+    name = name.rstrip("/").rsplit("/", 1)[-1]
+    return name if is_name(name) else family
 
 
 def _bytes(bits: float) -> int:
@@ -173,12 +183,12 @@ class _Fields:
     parsed: dict[str, Any]
     source: str
 
-    def count(self, key: str, default: int | None = None, least: int = 1) -> int:
+    def count(self, key: str, default: int | None = None, least: int = 1, most: int = 2**31) -> int:
         value = self.parsed.get(key)
         if value is None and default is not None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**40:
-            raise InputError(f"{self.source}: {key} = {show(value)}: must be an integer from {least}")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise InputError(f"{self.source}: {key} = {show(value)}: must be an integer from {least} to {most}")
         return value
 
 
@@ -193,8 +203,15 @@ class _Numbers:
     expert_bias: int = 0
 
 
+def _sizes(field: _Fields, experts: str) -> tuple[int, int, int]:
+    """Hidden size, all layers, experts of a layer."""
+    hidden, layers = field.count("hidden_size"), field.count("num_hidden_layers", most=_MOST_LAYERS)
+    return hidden, layers, field.count(experts, most=_MOST_EXPERTS)
+
+
 def _top_k(field: _Fields) -> int:
-    return field.count("num_experts_per_tok", field.parsed.get("experts_per_token"))
+    other = field.parsed.get("num_experts_per_tok") is None and field.parsed.get("experts_per_token") is not None
+    return field.count("experts_per_token" if other else "num_experts_per_tok")
 
 
 def _attention(field: _Fields) -> tuple[int, int, int]:
@@ -206,7 +223,7 @@ def _attention(field: _Fields) -> tuple[int, int, int]:
 
 
 def _mixtral(field: _Fields) -> _Numbers:
-    h, layers, experts = (field.count(key) for key in ("hidden_size", "num_hidden_layers", "num_local_experts"))
+    h, layers, experts = _sizes(field, "num_local_experts")
     attention, _, _ = _attention(field)
     return _Numbers(
         tuple(range(layers)), 3 * h * field.count("intermediate_size"), layers * attention, layers * h * experts
@@ -214,7 +231,7 @@ def _mixtral(field: _Fields) -> _Numbers:
 
 
 def _olmoe(field: _Fields) -> _Numbers:
-    h, layers, experts = (field.count(key) for key in ("hidden_size", "num_hidden_layers", "num_experts"))
+    h, layers, experts = _sizes(field, "num_experts")
     attention, query, key = _attention(field)
     rest = layers * (h * experts + query + key)  # router, norms of queries and keys
     return _Numbers(tuple(range(layers)), 3 * h * field.count("intermediate_size"), layers * attention, rest)
@@ -222,10 +239,11 @@ def _olmoe(field: _Fields) -> _Numbers:
 
 def _qwen(field: _Fields) -> _Numbers:
     """Qwen2-MoE has a gated shared expert and biases; Qwen3-MoE neither, but norms of each head's query and key."""
-    h, layers, experts = (field.count(key) for key in ("hidden_size", "num_hidden_layers", "num_experts"))
+    h, layers, experts = _sizes(field, "num_experts")
     dense, step = field.parsed.get("mlp_only_layers") or [], field.count("decoder_sparse_step", 1)
-    if not isinstance(dense, list):
+    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
         raise InputError(f"{field.source}: mlp_only_layers = {show(dense)}: must be a list of layers")
+    dense = set(dense)
     sparse = tuple(i for i in range(layers) if i not in dense and (i + 1) % step == 0)
     attention, query, key = _attention(field)
     matrix = layers * attention
@@ -242,7 +260,7 @@ def _qwen(field: _Fields) -> _Numbers:
 
 def _deepseek(field: _Fields) -> _Numbers:
     """Latent attention; the first layers are dense; shared experts run for every token and are no experts here."""
-    h, layers, experts = (field.count(key) for key in ("hidden_size", "num_hidden_layers", "n_routed_experts"))
+    h, layers, experts = _sizes(field, "n_routed_experts")
     heads, latent, value = (field.count(key) for key in ("num_attention_heads", "kv_lora_rank", "v_head_dim"))
     nope, rope = field.count("qk_nope_head_dim"), field.count("qk_rope_head_dim")
     dense, step = field.count("first_k_dense_replace", 0, least=0), field.count("moe_layer_freq", 1)
@@ -256,14 +274,14 @@ def _deepseek(field: _Fields) -> _Numbers:
     if len(sparse) < layers:
         matrix += (layers - len(sparse)) * 3 * h * field.count("intermediate_size")
     rest = layers * (rank + latent) + len(sparse) * (
-        h * experts + experts * (field.parsed["model_type"] == "deepseek_v3")
+        h * experts + experts * (field.parsed["model_type"] != "deepseek_v2")
     )
     return _Numbers(sparse, 3 * h * width, matrix, rest)
 
 
 def _gpt_oss(field: _Fields) -> _Numbers:
     """Biases everywhere, one attention sink per head."""
-    h, layers, experts = (field.count(key) for key in ("hidden_size", "num_hidden_layers", "num_local_experts"))
+    h, layers, experts = _sizes(field, "num_local_experts")
     attention, query, key = _attention(field)
     width = field.count("intermediate_size")
     rest = layers * (query + 2 * key + h + field.count("num_attention_heads") + (h + 1) * experts)
@@ -274,6 +292,7 @@ _FAMILIES: dict[str, tuple[str, Callable[[_Fields], _Numbers]]] = {
     "mixtral": ("num_local_experts", _mixtral),
     "deepseek_v2": ("n_routed_experts", _deepseek),
     "deepseek_v3": ("n_routed_experts", _deepseek),
+    "kimi_k2": ("n_routed_experts", _deepseek),  # DeepSeek-V3 in all but name
     "qwen2_moe": ("num_experts", _qwen),
     "qwen3_moe": ("num_experts", _qwen),
     "olmoe": ("num_experts", _olmoe),

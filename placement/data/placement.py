@@ -1,6 +1,7 @@
 """Placement: which device holds which experts, as `placement.json` records it."""
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from placement.data.arrays import check_grid
 from placement.data.cluster import Cluster
-from placement.files import InputError, read_bytes, show, write_bytes
+from placement.files import InputError, is_name, read_json, show, write_bytes
 
 FORMAT = "dancemoe.placement/1"
 
@@ -99,7 +101,7 @@ class Placement:
         # One line per device: a placement of many layers stays readable, and two of them can be compared line by line.
         lines = ",\n".join("    " + json.dumps(device) for device in devices)
         text = json.dumps(head, indent=2)[:-2] + f',\n  "devices": [\n{lines}\n  ],\n'
-        text += f'  "predicted": {json.dumps(predicted)}\n}}\n'
+        text += f'  "predicted": {json.dumps(_finite(predicted), allow_nan=False)}\n}}\n'
         write_bytes(path, text.encode())
 
     @classmethod
@@ -109,11 +111,7 @@ class Placement:
         Raises:
             InputError: the file is missing, truncated, of another format, or inconsistent.
         """
-        try:
-            parsed = json.loads(read_bytes(path))
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: not valid JSON, perhaps truncated: {' '.join(str(error).split())}") from None
-        return cls.from_dict(parsed, str(path))
+        return cls.from_dict(read_json(path), str(path))
 
     @classmethod
     def from_dict(cls, parsed: Any, path: str = "placement") -> "Placement":
@@ -129,11 +127,13 @@ class Placement:
         tables, strategy, predicted = (parsed.get(key, {}) for key in ("devices", "strategy", "predicted"))
         if not isinstance(tables, list) or not tables:
             raise InputError(f"{path}: devices = {show(tables)}: must list at least one device")
-        if not isinstance(strategy, str):
-            raise InputError(f"{path}: strategy = {show(strategy)}: must be a text")
+        if not isinstance(strategy, str) or not strategy.isprintable():
+            raise InputError(f"{path}: strategy = {show(strategy)}: must be a text of printable characters")
         if not isinstance(predicted, dict):
             raise InputError(f"{path}: predicted = {show(predicted)}: must be an object")
-        resident = np.zeros((len(tables), model["layers"], model["experts"]), bool)
+        _check_rows(tables, model["layers"], path)
+        shape = check_grid((len(tables), model["layers"], model["experts"]), f"{path}: model")
+        resident = np.zeros(shape, bool)
         names = tuple(_device(table, resident[i], f"{path}: devices[{i}]") for i, table in enumerate(tables))
         if len(set(names)) < len(names):
             raise InputError(f"{path}: devices = {_device_list(names)}: one is listed twice; keep one entry per device")
@@ -143,6 +143,15 @@ class Placement:
             raise InputError(f"{path}: model.reserved_bytes: {found}; must be one number or one per device")
         resident.setflags(write=False)
         return cls(resident, names, strategy, model, predicted, path)
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null for what is not finite, which JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _device_list(names: Sequence[tuple[str, int]]) -> str:
@@ -156,8 +165,8 @@ def _is_count(value: Any, least: int) -> bool:
 def _model(model: Any, where: str) -> dict[str, Any]:
     if not isinstance(model, dict):
         raise InputError(f"{where} = {show(model)}: must be an object with name, layers, experts, top_k, expert_bytes")
-    if not isinstance(model.get("name"), str):
-        raise InputError(f"{where}.name = {show(model.get('name'))}: must be a text")
+    if not isinstance(model.get("name"), str) or not model["name"].isprintable():
+        raise InputError(f"{where}.name = {show(model.get('name'))}: must be a text of printable characters")
     for key in ("layers", "experts", "top_k"):
         if not _is_count(model.get(key), 1) or model[key] > 10**5:
             raise InputError(f"{where}.{key} = {show(model.get(key))}: must be an integer from 1 to 100000")
@@ -171,16 +180,22 @@ def _model(model: Any, where: str) -> dict[str, Any]:
     return model
 
 
+def _check_rows(tables: Sequence[Any], layers: int, path: str) -> None:
+    """Check the entries of `devices`, before an array is made that has the sizes that `model` claims."""
+    for i, table in enumerate(tables):
+        where = f"{path}: devices[{i}]"
+        if not isinstance(table, dict) or not is_name(table.get("server")) or not _is_count(table.get("device"), 0):
+            raise InputError(f"{where} = {show(table)}: must have server (a text), device (an index) and experts")
+        rows = table.get("experts")
+        if not isinstance(rows, list) or len(rows) != layers:
+            found = f"{len(rows)} lists" if isinstance(rows, list) else show(rows)
+            raise InputError(f"{where}.experts: {found}; must be {layers} lists, one per layer")
+
+
 def _device(table: Any, resident: np.ndarray, where: str) -> tuple[str, int]:
-    """Check one entry of `devices` and mark its experts in `resident`, bool [L, E]."""
-    if not isinstance(table, dict) or not isinstance(table.get("server"), str) or not _is_count(table.get("device"), 0):
-        raise InputError(f"{where} = {show(table)}: must have server (a text), device (an index) and experts")
-    layers, experts = resident.shape
-    rows = table.get("experts")
-    if not isinstance(rows, list) or len(rows) != layers:
-        found = f"{len(rows)} lists" if isinstance(rows, list) else show(rows)
-        raise InputError(f"{where}.experts: {found}; must be {layers} lists, one per layer")
-    for layer, ids in enumerate(rows):
+    """Check the experts of one entry of `devices` and mark them in `resident`, bool [L, E]."""
+    experts = resident.shape[1]
+    for layer, ids in enumerate(table["experts"]):
         if not isinstance(ids, list) or not all(_is_count(expert, 0) and expert < experts for expert in ids):
             raise InputError(f"{where}.experts[{layer}] = {show(ids)}: must list expert ids from 0 to {experts - 1}")
         if len(set(ids)) < len(ids):

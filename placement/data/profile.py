@@ -3,24 +3,17 @@
 import io
 import json
 import os
-import struct
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from placement.files import InputError, read_bytes, show, write_bytes
+from placement.data.arrays import check_grid, read_npz
+from placement.files import InputError, is_name, parse_json, read_bytes, show, write_bytes
 
 _META = ("model", "top_k", "experts", "hidden_size", "expert_bytes")
 _TOKENS = ("ids", "server", "sequence")
-# What numpy and zipfile raise, by experience, on archives that are cut short or altered.
-_UNREADABLE = (
-    *(ValueError, TypeError, OSError, EOFError, KeyError, NotImplementedError, RuntimeError),
-    *(zipfile.BadZipFile, zlib.error, SyntaxError, struct.error),
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,30 +145,25 @@ class Profile:
         Raises:
             InputError: the file is missing, truncated, incomplete, or its shapes and values do not fit together.
         """
-        arrays = _read_npz(path)
+        names, remedy = ("counts", "servers", "meta", *_TOKENS), "write it again with Profile.save"
+        arrays = read_npz(read_bytes(path), path, names, remedy)
         for key in ("counts", "servers", "meta"):
             if key not in arrays:
                 raise InputError(f"{path}: {key}: missing; a profile has counts, servers and meta")
-        try:
-            meta = json.loads(str(arrays["meta"]))
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: meta: not valid JSON: {' '.join(str(error).split())}") from None
+        meta = parse_json(_texts(arrays["meta"], 0, f"{path}: meta")[0], f"{path}: meta")
         if not isinstance(meta, dict):
             raise InputError(f"{path}: meta = {show(meta)}: must be an object")
         meta = {**(facts or {}), **meta}
         for key in _META:
             if key not in meta:
                 raise InputError(f"{path}: meta.{key}: missing; meta has {', '.join(_META)}")
-        counts, servers = arrays["counts"], arrays["servers"]
+        counts = arrays["counts"]
         if counts.ndim == 3 and meta["experts"] != counts.shape[2]:
             found = show(meta["experts"])
             raise InputError(f"{path}: meta.experts = {found}: counts has {counts.shape[2]} experts; correct one")
-        if servers.dtype.kind != "U" or servers.ndim != 1:
-            found = f"type {servers.dtype} and shape {servers.shape}"
-            raise InputError(f"{path}: servers has {found}; must be names, [servers]")
         return cls(
             counts,
-            tuple(servers.tolist()),
+            _texts(arrays["servers"], 1, f"{path}: servers"),
             meta["model"],
             meta["top_k"],
             meta["hidden_size"],
@@ -187,18 +175,15 @@ class Profile:
         )
 
 
-def _read_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    data = read_bytes(path)
-    if not data.startswith(b"PK"):
-        raise InputError(f"{path}: not a .npz file; write it with Profile.save")
+def _texts(array: np.ndarray, rank: int, where: str) -> tuple[str, ...]:
+    """Texts of an array of one rank, 0 or 1."""
+    if array.dtype.kind != "U" or array.ndim != rank:
+        must = "names, [servers]" if rank else "a text"
+        raise InputError(f"{where} has type {array.dtype} and shape {array.shape}; must be {must}")
     try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
-    except _UNREADABLE as error:
-        detail = " ".join(str(error).split())
-    if "allow_pickle" in detail:
-        raise InputError(f"{path}: holds pickled objects; write it again with Profile.save")
-    raise InputError(f"{path}: truncated or damaged: {show(detail, 120)}; write it again with Profile.save")
+        return tuple(np.atleast_1d(array).tolist())
+    except ValueError:  # a number that is no character
+        raise InputError(f"{where} has characters that do not exist; write it again with Profile.save") from None
 
 
 def _plain(value: Any) -> Any:
@@ -211,6 +196,7 @@ def _numbers(values: Any, where: str, rank: int) -> np.ndarray:
     array = np.asarray(values)
     if array.ndim != rank or 0 in array.shape:
         raise InputError(f"{where} has shape {array.shape}; must be [servers, layers, experts], none of them 0")
+    check_grid(array.shape, where)
     if array.dtype.kind not in "iuf":
         raise InputError(f"{where} has type {array.dtype}; must be integers or fractions")
     array = array.astype(np.float64) if array.dtype.kind == "f" else array
@@ -225,10 +211,12 @@ def _check_meta(profile: Profile) -> None:
     where, counts = profile.source, profile.counts
     servers, layers, experts = counts.shape
     names = profile.servers
-    if len(names) != servers or len(set(names)) < servers:
+    if len(names) != servers or len({*map(str, names)}) < servers:
         raise InputError(f"{where}: servers = {show(names)}: must be {servers} different names, one per row of counts")
-    if not isinstance(profile.model, str):
-        raise InputError(f"{where}: meta.model = {show(profile.model)}: must be a text")
+    if not all(is_name(name) for name in names):
+        raise InputError(f"{where}: servers = {show(names)}: must be texts of printable characters")
+    if not isinstance(profile.model, str) or not profile.model.isprintable():
+        raise InputError(f"{where}: meta.model = {show(profile.model)}: must be a text of printable characters")
     for key, top in (("top_k", experts), ("hidden_size", 2**31)):
         value = getattr(profile, key)
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= top:

@@ -1,6 +1,7 @@
 """Statistics that age and statistics that are thin: decaying counts, shrinkage, divergence. Plans nothing."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,6 +12,9 @@ import numpy as np
 # with t = 5 to 20 values from 6 to 32 lower that server's remote share by 0.003, with t >= 50 they change it by less than
 # 0.002; from 64 on the others' taste drowns its own. Two or three tokens' worth it is.
 DEFAULT_PRIOR = 16.0
+# Statistics are called implausible from here on: a layer's assignments against the median layer's, assignments for each expert
+# that make its absence strange, and the share of a layer's experts that is absent.
+_UNEVEN, _MANY, _LEFT_OUT = 1.25, 16, 0.25
 
 
 def decay(counts: np.ndarray, age_seconds: float, half_life: float) -> np.ndarray:
@@ -99,6 +103,37 @@ def shrink(counts: np.ndarray, prior: float) -> np.ndarray:
         raise ValueError(f"prior = {prior}: must be a finite number, at least 0")
     counts = np.asarray(counts, np.float64)
     return counts + prior * distribution(counts.sum(0) - counts)
+
+
+def implausible(counts: np.ndarray, layers: Sequence[int] | None = None) -> list[str]:
+    """What in counts cannot come from a whole recording: one sentence each, none where they are plausible.
+
+    Every token chooses as many experts in each layer, so that all layers have the same number of assignments; and where there
+    are many assignments for each expert, a router that has been trained leaves few experts out.
+
+    Args:
+        counts: [N, L, E].
+        layers: names of the layers for the sentences, [L]; None numbers them from 0.
+    """
+    by_expert = np.asarray(counts, np.float64).sum(0)
+    totals, number = by_expert.sum(-1), by_expert.shape[1]
+    unused = (by_expert == 0).sum(-1)
+    if totals.min() >= _MANY * number and unused.min() >= number * _LEFT_OUT:
+        least = f"{unused.min()}" if unused.min() == unused.max() else f"at least {unused.min()}"
+        return [
+            f"{least} of {number} experts of every layer were never counted in {totals.sum():,.0f} assignments; perhaps one "
+            "rank of several was recorded"
+        ]
+    usual = max(float(np.median(totals)), 1e-9)
+    ratio = totals / usual
+    worst = int(np.abs(np.log(np.maximum(ratio, 1e-9))).argmax())
+    if 1 / _UNEVEN <= ratio[worst] <= _UNEVEN:
+        return []
+    name = worst if layers is None else layers[worst]
+    return [
+        f"layer {name} has {ratio[worst]:.3g} times the assignments of a usual layer, though every token chooses as many "
+        "experts in each; perhaps recordings of different length or models are mixed"
+    ]
 
 
 def distribution(counts: np.ndarray) -> np.ndarray:

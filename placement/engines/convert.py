@@ -1,8 +1,8 @@
 """Between other engines' files and ours: which format a file has, and what becomes of it."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,18 @@ import numpy as np
 
 from placement.data.placement import Placement
 from placement.data.profile import Profile
+from placement.data.statistics import implausible
 from placement.engines import maps as engine_maps
 from placement.engines import recorders
 from placement.engines.facts import Facts, reserved_bytes
 from placement.engines.maps import ExpertMap, read_content
 from placement.engines.recording import Recording
 from placement.engines.routed_experts import routed_experts
-from placement.files import InputError, read_bytes, show, write_bytes
+from placement.files import InputError, parse_json, read_json, read_lines, show, write_bytes
 
 SOURCES = ("sglang", "sglang-jax", "trtllm", "routed-experts", "vllm-ascend", "omni-infer", "placement")
+MAP_FACTS = ("servers", "name", "top_k", "expert_bytes")  # what a map lacks to be a placement
+PROFILE_FACTS = ("servers", "name", "top_k", "hidden_size", "expert_bytes")  # what statistics lack to be a profile
 TARGETS = ("profile", "placement", "sglang", "trtllm", "vllm-ascend", "omni-infer")
 
 
@@ -48,16 +51,23 @@ def detect(path: str) -> str:
         if isinstance(content, np.ndarray) and content.ndim == 3 and content.dtype.kind in "iu":
             return "omni-infer" if content.shape[2] > 2 and content.max(initial=0) <= 1 else "routed-experts"
     if suffix == ".json":
-        try:
-            content = json.loads(read_bytes(path))
-        except (ValueError, RecursionError):
-            return "routed-experts"  # it may be JSON lines
+        number, line = next(read_lines(path), (0, ""))
+        lines = _is_json(line, f"{path}: line {number}")
+        content = parse_json(line, path) if lines else read_json(path)
         if isinstance(content, list):
             return "routed-experts"
         for key, name in _KEYS.items():
             if isinstance(content, dict) and key in content:
                 return name
     raise InputError(f"{path}: its format cannot be told; say it with --from, one of {', '.join(SOURCES)}")
+
+
+def _is_json(line: str, where: str) -> bool:
+    try:
+        parse_json(line, where)
+    except InputError:
+        return False
+    return True
 
 
 _SUFFIXES = {".pt": "sglang", ".yaml": "trtllm", ".yml": "trtllm", ".jsonl": "routed-experts"}
@@ -68,14 +78,15 @@ _KEYS = {
 }
 
 
-def read(paths: Sequence[str], kind: str, facts: Facts, as_map: bool = False) -> Recording | ExpertMap | Placement:
+def read(paths: Sequence[str], kind: str, facts: Facts, target: str | None = None) -> Recording | ExpertMap | Placement:
     """Files of one format.
 
     Args:
         paths: one file or folder; several of recorders and requests.
         kind: one of `SOURCES`.
         facts: what the files may lack.
-        as_map: whether a bare array, which may be either, is a map.
+        target: one of `TARGETS`, or None; it decides whether a bare array is a map or counts, and what the files must be
+            completed with.
 
     Raises:
         InputError: damaged, inconsistent, or several where one is one map.
@@ -92,7 +103,9 @@ def read(paths: Sequence[str], kind: str, facts: Facts, as_map: bool = False) ->
         ]
         first = contents[0][1]
         if not (
-            as_map if isinstance(first, np.ndarray) else isinstance(first, dict) and "physical_to_logical_map" in first
+            target not in (None, "profile")
+            if isinstance(first, np.ndarray)
+            else isinstance(first, dict) and "physical_to_logical_map" in first
         ):
             wrapped = [({"logical_count": c} if isinstance(c, np.ndarray) else c) for _, c in contents]
             return recorders.sglang([(file, c) for (file, _), c in zip(contents, wrapped, strict=True)])
@@ -106,9 +119,14 @@ def read(paths: Sequence[str], kind: str, facts: Facts, as_map: bool = False) ->
         return engine_maps.read_vllm_ascend(path, experts)
     if kind == "omni-infer":
         return engine_maps.read_omni_infer(path)
+    facts.require(MAP_FACTS if target in (None, "placement") else ("servers",), path)
     ranks = len(facts.devices(path))
     if kind == "trtllm":
         return engine_maps.read_trtllm(path, ranks, experts)
+    if facts.shape is None:
+        facts.notes.append(
+            "every row is taken as a layer with experts; SGLang has rows for layers without, which --model tells"
+        )
     return engine_maps.read_sglang(contents[0][1], path, ranks, experts)
 
 
@@ -120,11 +138,14 @@ def moe_layers(experts: ExpertMap | Recording, number: int, facts: Facts, where:
     """
     shape = facts.shape
     if shape is None:
+        _check_gaps(experts.layers or (), facts, where)
         return list(range(number))
     if experts.layers is not None:
         missing = sorted(set(shape.layers) - set(experts.layers))
         if missing:
             raise InputError(f"{where}: layer {missing[0]} is missing, which --model has; correct one")
+        if more := sorted(set(experts.layers) - set(shape.layers)):
+            facts.notes.append(f"layers {show(more, 60)} have no experts by --model and are left out")
         return [experts.layers.index(layer) for layer in shape.layers]
     if number == len(shape.layers):
         return list(range(number))
@@ -132,6 +153,19 @@ def moe_layers(experts: ExpertMap | Recording, number: int, facts: Facts, where:
         found = f"{shape.hidden_layers} layers, {len(shape.layers)} of them with experts"
         raise InputError(f"{where}: has {number} layers, but --model has {found}; correct one")
     return list(shape.layers)
+
+
+def _check_gaps(layers: Sequence[int], facts: Facts, where: str) -> None:
+    """Refuse layers that are not evenly spaced: a missing one would give all later ones another's experts."""
+    steps = set(np.diff(layers).tolist())
+    if len(steps) > 1:
+        missing = next(layer + 1 for layer, later in pairwise(layers) if later > layer + min(steps))
+        raise InputError(
+            f"{where}: layer {missing} is missing between others; record or write it again, or give --model config.json if "
+            "it is a layer without experts"
+        )
+    if layers and (layers[0] or steps - {1}):
+        facts.notes.append(f"layers {show(list(layers), 60)} have experts; the result numbers them from 0")
 
 
 def to_profile(recording: Recording, facts: Facts, where: str) -> Profile:
@@ -145,13 +179,22 @@ def to_profile(recording: Recording, facts: Facts, where: str) -> Profile:
     counts: np.ndarray = recording.counts
     tokens = recording.tokens
     keep = moe_layers(recording, counts.shape[1], facts, where)
-    if facts.shape is None:
-        keep, dense = _routed(recording)
-        if dense and keep:
-            notes.append(f"layers {show(dense, 60)} have no routing and are left out, as layers without experts")
-    counts = counts[:, keep]
-    if not counts.sum():
+    if not counts.any():
         raise InputError(f"{where}: no assignment was counted; record while requests run")
+    routed, silent = _routed(recording)
+    indices = recording.layers or tuple(range(counts.shape[1]))
+    if facts.shape is None:
+        keep = routed
+        _check_silent(routed, silent, indices, where, notes)
+    elif lost := [indices[i] for i in keep if i in silent]:
+        raise InputError(
+            f"{where}: layer {lost[0]} has no routing, but by --model it has experts, and every token chooses some in each "
+            "layer; record again, or correct --model"
+        )
+    counts = counts[:, keep]
+    notes += implausible(counts, [indices[i] for i in keep])
+    known = {"servers": recording.names, "top_k": recording.top_k}
+    facts.require([key for key in PROFILE_FACTS if known.get(key) is None], where)
     top_k = facts.need("top_k", where, recording.top_k)
     facts.need("experts", where, counts.shape[2])
     if recording.lost is not None:
@@ -173,6 +216,24 @@ def to_profile(recording: Recording, facts: Facts, where: str) -> Profile:
     meta = {key: facts.need(key, where) for key in ("hidden_size", "expert_bytes")}
     meta |= {"model": facts.need("name", where), "reserved_bytes": reserved_bytes(facts)}
     return Profile(counts, names, top_k=top_k, window={"from": where}, **meta, **level, source=where)
+
+
+def _check_silent(
+    routed: Sequence[int], silent: Sequence[int], indices: Sequence[int], where: str, notes: list[str]
+) -> None:
+    """Layers without routing are taken as layers without experts where a model has those: first, or at even distances."""
+    if not routed:
+        raise InputError(f"{where}: no assignment was counted; record while requests run")
+    inside = [i for i in silent if routed[0] < i < routed[-1]]
+    if (inside and len(set(np.diff(routed).tolist())) > 1) or any(i > routed[-1] for i in silent):
+        layer = indices[inside[0] if inside else silent[-1]]
+        raise InputError(
+            f"{where}: layer {layer} has no routing though others have, and every token chooses experts in each layer; record "
+            "again, or give --model config.json if it is a layer without experts"
+        )
+    if silent:
+        left = show([indices[i] for i in silent], 60)
+        notes.append(f"layers {left} have no routing and are left out, as layers without experts")
 
 
 def _routed(recording: Recording) -> tuple[list[int], list[int]]:
@@ -201,6 +262,7 @@ def to_placement(experts: ExpertMap, facts: Facts, where: str) -> Placement:
     Raises:
         InputError: other devices than the flags say, or something is missing.
     """
+    facts.require(MAP_FACTS, where)
     keep = moe_layers(experts, experts.resident.shape[1], facts, where)
     resident, devices = experts.resident[:, keep], facts.devices(where)
     if len(devices) != len(resident):

@@ -1,5 +1,6 @@
 """Facts that other engines' files lack and a profile or placement needs, from flags, a cluster or a model's config.json."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,13 @@ from placement.data.cluster import Cluster
 from placement.data.model_shapes import ModelShape
 from placement.files import InputError
 from placement.units import format_bytes
+
+# What a flag may look like, for messages.
+_EXAMPLES = {"servers": "A,B,C", "top_k": "8", "hidden_size": "4096", "expert_bytes": "17MB", "name": "NAME"}
+
+
+def _flag(key: str) -> str:
+    return "--" + key.replace("_", "-")
 
 
 @dataclass(frozen=True)
@@ -39,23 +47,47 @@ class Facts:
     first_layer: int = 0
     notes: list[str] = field(default_factory=list)
 
+    def require(self, keys: Sequence[str], where: str) -> None:
+        """Check that some facts are known: "servers", and fields of this class that a flag or the model gives.
+
+        Raises:
+            InputError: naming all that are not, with the flags that say them.
+        """
+        missing = [key for key in keys if not self._known(key)]
+        if not missing:
+            return
+        shaped = [key for key in missing if key != "servers"]
+        if len(missing) == 1:
+            flag = (
+                "--servers a,b,c or --cluster cluster.toml"
+                if not shaped
+                else f"{_flag(missing[0])}, or --model config.json"
+            )
+            raise InputError(f"{where}: {missing[0]}: not in the file; give {flag}")
+        given = " ".join(f"{_flag(key)} {_EXAMPLES[key]}" for key in missing)
+        more = [f"--model config.json says {' and '.join([', '.join(shaped[:-1])] * (len(shaped) > 1) + shaped[-1:])}"]
+        more += ["--cluster cluster.toml names the servers"] * ("servers" in missing)
+        raise InputError(f"{where}: {', '.join(missing)}: not in the file; give {given}; or: {', '.join(more)}")
+
+    def _known(self, key: str) -> bool:
+        if key == "servers":
+            return self.cluster is not None or self.servers is not None
+        return getattr(self, key) is not None or self.shape is not None
+
     def need(self, key: str, where: str, found: Any = None) -> Any:
         """A fact from its flag, the file or the model, in this order.
 
         Raises:
             InputError: nobody says it, or the file says otherwise.
         """
-        flag = "--" + key.replace("_", "-")
         given, shaped = getattr(self, key), None if self.shape is None else getattr(self.shape, key)
         if found is not None:
-            for value, source in ((given, flag), (shaped, "--model")):
+            for value, source in ((given, _flag(key)), (shaped, "--model")):
                 if value is not None and value != found:
                     raise InputError(f"{where}: {key} = {found}, but {source} says {value}; correct one")
             return found
-        value = shaped if given is None else given
-        if value is None:
-            raise InputError(f"{where}: {key}: not in the file; give {flag}, or --model config.json")
-        return value
+        self.require((key,), where)
+        return shaped if given is None else given
 
     def names(self, where: str) -> tuple[str, ...]:
         """Names of the servers.
@@ -63,10 +95,8 @@ class Facts:
         Raises:
             InputError: nobody says them.
         """
-        names = self.cluster.names if self.cluster is not None else self.servers
-        if names is None:
-            raise InputError(f"{where}: servers: not in the file; give --servers a,b,c or --cluster cluster.toml")
-        return names
+        self.require(("servers",), where)
+        return self.cluster.names if self.cluster is not None else self.servers or ()
 
     def widths(self, where: str) -> tuple[int, ...]:
         """Ranks of each server: the flag's, else the cluster's devices, else one each.

@@ -7,19 +7,21 @@ marks them in an array of 0 and 1, in any number. Layers without experts are row
 
 import io
 import json
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from placement.data.arrays import check_grid
+from placement.engines.balancer_yaml import read_balancer_yaml
 from placement.engines.recording import MAX_ID, integers, numbers
 from placement.engines.saved_arrays import load_npy, load_torch
-from placement.files import InputError, read_bytes, show
+from placement.files import InputError, parse_json, read_bytes, show
 
 REMEDY = "plan again with --equal-slots"
+_MOST_SHARED = 4  # shared experts of a layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,10 +58,7 @@ def read_content(path: str) -> Any:
         return load_torch(data, path)
     if suffix == ".npy":
         return load_npy(data, path)
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON: {' '.join(str(error).split())}") from None
+    return parse_json(data, path)
 
 
 def read_trtllm(path: str, ranks: int, experts: int | None = None) -> ExpertMap:
@@ -68,21 +67,7 @@ def read_trtllm(path: str, ranks: int, experts: int | None = None) -> ExpertMap:
     Raises:
         InputError: it is not of that form, or as `read_sglang`.
     """
-    try:
-        text = read_bytes(path).decode()
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not text; must be the load balancer's YAML") from None
-    slots = re.search(r"^num_slots:\s*(\d+)\s*$", text, re.MULTILINE)
-    block = re.search(r"^initial_global_assignments:[ \t]*\n((?:[ \t]+.*\n?|\s*\n)*)", text, re.MULTILINE)
-    if slots is None or block is None:
-        key = "num_slots" if slots is None else "initial_global_assignments"
-        raise InputError(f"{path}: {key}: missing; must be the load balancer's YAML with a list of slots per layer")
-    rows: dict[int, list[int]] = {}
-    for match in re.finditer(r"^\s+['\"]?(\d+)['\"]?:\s*(\[[^\]]*\]|(?:\n\s*-\s*\d+)+)", block[1], re.MULTILINE):
-        rows[int(match[1])] = [int(number) for number in re.findall(r"\d+", match[2])]
-    if not rows or any(len(row) != int(slots[1]) for row in rows.values()):
-        found = f"{sorted({len(row) for row in rows.values()})} slots" if rows else "no lists"
-        raise InputError(f"{path}: initial_global_assignments has {found} per layer; num_slots is {slots[1]}")
+    _, rows = read_balancer_yaml(path)
     where, layers = f"{path}: initial_global_assignments", tuple(sorted(rows))
     table = integers([rows[layer] for layer in layers], (2,), MAX_ID, where)
     return _from_slots(table, ranks, experts, where, layers)
@@ -101,7 +86,7 @@ def _from_slots(
     experts = int(table.max()) + 1 if experts is None else experts
     if table.max() >= experts:
         raise InputError(f"{where} has expert {table.max()}; the model has {experts}")
-    resident = np.zeros((layers, ranks, experts), bool)
+    resident = np.zeros(check_grid((layers, ranks, experts), where), bool)
     np.put_along_axis(resident, each, True, axis=-1)
     return ExpertMap(_complete(resident.transpose(1, 0, 2), where), indices, notes if twice else ())
 
@@ -128,34 +113,70 @@ def read_vllm_ascend(path: str, experts: int | None = None) -> ExpertMap:
         found = show(content.get("moe_layer_count")) if isinstance(content, dict) else show(content)
         raise InputError(f"{path}: moe_layer_count = {found}: must be the length of layer_list")
     rows: dict[tuple[int, int], list[int]] = {}
+    indices = []
     for i, table in enumerate(tables):
         where = f"{path}: layer_list[{i}]"
-        devices = table.get("device_list") if isinstance(table, dict) else None
-        if not isinstance(devices, list) or not devices or table.get("layer_id") != i:
-            raise InputError(f"{where}: must have layer_id {i} and device_list, in order")
-        if table.get("device_count", len(devices)) != len(devices):
-            raise InputError(f"{where}.device_count = {show(table['device_count'])}: device_list has {len(devices)}")
-        for j, device in enumerate(devices):
-            ids = device.get("device_expert") if isinstance(device, dict) else None
-            if not isinstance(ids, list) or device.get("device_id") != j:
-                raise InputError(f"{where}.device_list[{j}]: must have device_id {j} and device_expert, in order")
-            listed = integers(ids, (1,), MAX_ID, f"{where}.device_list[{j}].device_expert").tolist() if ids else []
-            if len(set(listed)) < len(listed):
-                raise InputError(f"{where}.device_list[{j}].device_expert = {show(ids)}: an expert twice; keep one")
-            rows[j, i] = listed
+        layer = table.get("layer_id") if isinstance(table, dict) else None
+        if type(layer) is not int or not 0 <= layer <= MAX_ID or layer <= (indices or [-1])[-1]:
+            raise InputError(f"{where}.layer_id = {show(layer)}: must be the index of a layer, in ascending order")
+        indices.append(layer)
+        rows |= {(j, i): listed for j, listed in enumerate(_ascend_devices(table, where))}
     number = {j for j, _ in rows}
     if len(rows) != len(number) * len(tables):
         raise InputError(
             f"{path}: layer_list: layers have different numbers of devices; must be the same devices in all"
         )
+    note = _leave_out_shared(rows, len(tables), experts)
     largest = max((max(row) for row in rows.values() if row), default=0)
     experts = largest + 1 if experts is None else experts
     if largest >= experts:
         raise InputError(f"{path}: layer_list has expert {largest}; the model has {experts}")
-    resident = np.zeros((len(number), len(tables), experts), bool)
+    resident = np.zeros(check_grid((len(number), len(tables), experts), f"{path}: layer_list"), bool)
     for (device, layer), row in rows.items():
         resident[device, layer, row] = True
-    return ExpertMap(_complete(resident, path))
+    # From 0 without a gap they count the layers that have experts; otherwise they are the model's own numbers.
+    layers = None if indices == list(range(len(indices))) else tuple(indices)
+    return ExpertMap(_complete(resident, path), layers, note)
+
+
+def _ascend_devices(table: Mapping[str, Any], where: str) -> list[list[int]]:
+    """Experts of every device of one layer."""
+    devices = table.get("device_list")
+    if not isinstance(devices, list) or not devices:
+        raise InputError(f"{where}.device_list = {show(devices)}: must list the devices")
+    if table.get("device_count", len(devices)) != len(devices):
+        raise InputError(f"{where}.device_count = {show(table['device_count'])}: device_list has {len(devices)}")
+    found = []
+    for j, device in enumerate(devices):
+        ids = device.get("device_expert") if isinstance(device, dict) else None
+        if not isinstance(ids, list) or device.get("device_id", j) != j:
+            raise InputError(f"{where}.device_list[{j}]: must have device_expert, and device_id {j} or none, in order")
+        listed = integers(ids, (1,), MAX_ID, f"{where}.device_list[{j}].device_expert").tolist() if ids else []
+        if len(set(listed)) < len(listed):
+            raise InputError(f"{where}.device_list[{j}].device_expert = {show(ids)}: an expert twice; keep one")
+        found.append(listed)
+    return found
+
+
+def _leave_out_shared(rows: dict[tuple[int, int], list[int]], layers: int, experts: int | None) -> tuple[str, ...]:
+    """Take shared experts out of `rows`: with "mix placement" they have the ids after the last routed one, in every layer."""
+    if experts is None:
+        return ()
+    above = [{e for (_, i), row in rows.items() if i == layer for e in row if e >= experts} for layer in range(layers)]
+    if (
+        not above[0]
+        or above[0] != set(range(experts, experts + len(above[0])))
+        or any(ids != above[0] for ids in above)
+    ):
+        return ()
+    if len(above[0]) > _MOST_SHARED:
+        return ()
+    for row in rows.values():
+        row[:] = [expert for expert in row if expert < experts]
+    shared = ", ".join(map(str, sorted(above[0])))
+    return (
+        f"the model has {experts} experts: {shared} in every layer are shared ones (mix placement) and are left out",
+    )
 
 
 def read_omni_infer(path: str) -> ExpertMap:
@@ -165,6 +186,7 @@ def read_omni_infer(path: str) -> ExpertMap:
         InputError: it is not of that form, or an expert is nowhere.
     """
     pattern = numbers(load_npy(read_bytes(path), path), (3,), path)
+    check_grid(pattern.shape, path)
     if not np.isin(pattern, (0, 1)).all():
         raise InputError(f"{path}: holds other numbers than 0 and 1; a pattern is [ranks, layers, experts] of 0 and 1")
     return ExpertMap(_complete(pattern.astype(bool), path))

@@ -4,7 +4,6 @@ Layouts as the engines' sources have them: SGLang's expert distribution recorder
 statistics.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from placement.data.arrays import check_grid
 from placement.data.problem import Tokens
 from placement.engines.recording import MAX_ID, Recording, counted, integers, positive
-from placement.files import InputError, read_bytes, show
+from placement.engines.saved_arrays import load_safetensors
+from placement.files import InputError, read_bytes, read_json, show
 
 ARRIVALS = "every rank counted the tokens that arrived at it, not those that entered there (DeepEP low latency)"
 COPIES = "every rank recorded the same tokens (attention is not data-parallel)"
@@ -82,6 +83,7 @@ def _records(dumps: Sequence[tuple[str, Mapping[str, Any]]]) -> Recording:
         if tables[-1].shape != tables[0].shape:
             raise InputError(f"{key} has shape {tables[-1].shape}, {dumps[0][0]} has {tables[0].shape}; mixed models")
     experts = max(int(table.max()) for table in tables) + 1
+    check_grid((len(tables), len(tables[0]), experts), f"{dumps[0][0]}: last_physical_to_logical_map")
     notes = [REBALANCED] if any((np.sort(table) != np.arange(table.shape[1])).any() for table in tables) else []
     physical: dict[int, np.ndarray] = {}
     logical: dict[int, np.ndarray] = {}
@@ -156,9 +158,9 @@ def _record_tokens(
 
 def _ranks(found: Mapping[int, Any], path: str) -> list[int]:
     ranks = sorted(found)
-    missing = sorted(set(range(ranks[-1] + 1)) - set(ranks))
-    if missing:
-        raise InputError(f"{path}: rank {missing[0]} of {ranks[-1] + 1} is missing; give the files of all ranks")
+    missing = next((i for i, rank in enumerate(ranks) if i != rank), None)
+    if missing is not None:
+        raise InputError(f"{path}: rank {missing} of {ranks[-1] + 1} is missing; give the files of all ranks")
     return ranks
 
 
@@ -180,40 +182,16 @@ def trtllm(folder: str) -> Recording:
     Raises:
         InputError: files missing, damaged, or not of one model.
     """
-    try:
-        from safetensors import SafetensorError
-        from safetensors.numpy import load
-    except ImportError:
-        raise InputError(f"{folder}: reading safetensors needs the package: pip install safetensors") from None
     path = Path(folder) / "meta_info.json"
-    try:
-        meta = json.loads(read_bytes(path))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON: {' '.join(str(error).split())}") from None
+    meta = read_json(path)
     meta = meta if isinstance(meta, dict) else {}
     experts, top_k = (positive(meta.get(key), f"{path}: {key}") for key in ("num_experts", "num_experts_per_token"))
-    plain: dict[int, dict[tuple[int, int], np.ndarray]] = {}
-    raw: dict[int, dict[tuple[int, int], np.ndarray]] = {}
-    for file in sorted(Path(folder).glob("rank*.safetensors")):
-        match = re.fullmatch(r"rank(\d+)(_raw)?\.safetensors", file.name)
-        if match is None:
-            continue
-        try:
-            tensors = load(read_bytes(file))
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{file}: truncated or damaged: {show(' '.join(str(error).split()), 100)}") from None
-        content = {}
-        for key, tensor in tensors.items():
-            parts = re.fullmatch(r"(\d+)_(\d+)", key)
-            if parts is None:
-                raise InputError(f"{file}: {show(key)}: keys must be ITERATION_LAYER")
-            content[int(parts[1]), int(parts[2])] = tensor
-        (raw if match[2] else plain)[int(match[1])] = content
+    plain, raw = _rank_files(folder)
     if not plain:
         raise InputError(f"{folder}: has no rank*.safetensors; record with EXPERT_STATISTIC_ITER_RANGE")
     ranks = _ranks(plain, folder)
     layers = sorted({layer for content in plain.values() for _, layer in content})
-    counts = np.zeros((len(ranks), len(layers), experts), np.int64)
+    counts = np.zeros(check_grid((len(ranks), len(layers), experts), f"{path}: num_experts"), np.int64)
     for rank in ranks:
         for (step, layer), tensor in plain[rank].items():
             where = f"{folder}: rank{rank}.safetensors: {step}_{layer}"
@@ -227,6 +205,27 @@ def trtllm(folder: str) -> Recording:
         tokens = _raw_tokens(raw, ranks, layers, experts, top_k, folder, notes)
     kept = counts[:1] if lost else counts
     return Recording(kept, lost, tokens=tokens, layers=tuple(layers), top_k=top_k, notes=notes)
+
+
+_ByStepAndLayer = dict[tuple[int, int], np.ndarray]
+
+
+def _rank_files(folder: str) -> tuple[dict[int, _ByStepAndLayer], dict[int, _ByStepAndLayer]]:
+    """Counts, and chosen experts, of every rank that has a file, by iteration and layer."""
+    plain: dict[int, _ByStepAndLayer] = {}
+    raw: dict[int, _ByStepAndLayer] = {}
+    for file in sorted(Path(folder).glob("rank*.safetensors")):
+        match = re.fullmatch(r"rank([0-9]{1,18})(_raw)?\.safetensors", file.name)
+        if match is None:
+            continue
+        content: _ByStepAndLayer = {}
+        for key, tensor in load_safetensors(read_bytes(file), file).items():
+            parts = re.fullmatch(r"([0-9]{1,18})_([0-9]{1,5})", key)
+            if parts is None:
+                raise InputError(f"{file}: {show(key)}: keys must be ITERATION_LAYER")
+            content[int(parts[1]), int(parts[2])] = tensor
+        (raw if match[2] else plain)[int(match[1])] = content
+    return plain, raw
 
 
 def _raw_tokens(

@@ -10,6 +10,7 @@ from placement.data.problem import Tokens
 from placement.files import InputError, show
 
 MAX_ID = 10**5
+MAX_NUMBERS = 2**27  # of one array, or of the token level of a recording
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,14 +44,26 @@ def numbers(value: Any, ranks: Sequence[int], where: str) -> np.ndarray:
     """
     if not isinstance(value, list | np.ndarray):
         raise InputError(f"{where} = {show(value)}: must be an array of {_dimensions(ranks)}")
+    if isinstance(value, list) and not _only_numbers(value, ranks[-1]):
+        raise InputError(f"{where} = {show(value)}: must be numbers of {_dimensions(ranks)}, and nothing else")
     try:
         array = np.asarray(value)
     except ValueError:
         array = np.empty(0, object)
+    if array.size > MAX_NUMBERS:
+        raise InputError(f"{where} has {array.size} numbers; at most {MAX_NUMBERS} are read, so split it")
     if array.ndim not in ranks or 0 in array.shape or array.dtype.kind not in "iuf":
         found = f"type {array.dtype} and shape {array.shape}" if array.dtype != object else "rows of unequal lengths"
         raise InputError(f"{where} has {found}; must be numbers of {_dimensions(ranks)}")
     return array
+
+
+def _only_numbers(value: list, rank: int) -> bool:
+    """Whether nested lists end in numbers: numpy makes room for the longest of texts and arrays in every entry."""
+    kinds = set(map(type, value))
+    if list in kinds:
+        return rank > 1 and kinds == {list} and all(_only_numbers(row, rank - 1) for row in value)
+    return kinds <= {int, float}
 
 
 def _dimensions(ranks: Sequence[int]) -> str:

@@ -2,17 +2,18 @@
 
 import base64
 import binascii
-import json
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from placement.data.arrays import check_grid
 from placement.data.problem import Tokens
-from placement.engines.recording import MAX_ID, Recording, integers
+from placement.engines.recording import MAX_ID, MAX_NUMBERS, Recording, integers
 from placement.engines.saved_arrays import load_npy
-from placement.files import InputError, read_bytes, show
+from placement.files import InputError, is_name, parse_json, read_bytes, read_json, read_lines, show
 
 
 def routed_experts(
@@ -32,6 +33,8 @@ def routed_experts(
         InputError: damaged, or of unlike shapes, or only some lines name a server.
     """
     ids, source, names = _every_request(paths, layers, top_k)
+    if sum(array.size for array in ids) > MAX_NUMBERS:
+        raise InputError(f"{paths[0]}: more than {MAX_NUMBERS} assignments; convert a part of the requests")
     empty = [not len(array) for array in ids]
     source = [number for number, skip in zip(source, empty, strict=True) if not skip]
     ids = [array for array in ids if len(array)]
@@ -55,7 +58,7 @@ def routed_experts(
         notes.append(f"the largest id seen is {experts - 1}, so {experts} experts are taken; set others with --experts")
     elif every.max() >= experts:
         raise InputError(f"{paths[0]}: routed_experts has the id {every.max()}, but there are {experts} experts")
-    shape = (len(names) or len(paths), every.shape[1], experts)
+    shape = check_grid((len(names) or len(paths), every.shape[1], experts), f"{paths[0]}: routed_experts")
     flat = (server[:, None, None] * shape[1] + np.arange(shape[1])[:, None]) * experts + every
     counts = np.bincount(flat.ravel(), minlength=int(np.prod(shape))).reshape(shape)
     tokens = Tokens(every, server, sequence)
@@ -77,9 +80,11 @@ def _every_request(
             unnamed = unnamed or path
             continue
         for where, request in _requests(path):
+            if not isinstance(request, dict):
+                raise InputError(f"{where}: {show(request)}: must be an object with routed_experts")
             given = request.get("server", request.get("source"))
-            if given is not None and not isinstance(given, str):
-                raise InputError(f"{where}: server = {show(given)}: must be a name")
+            if given is not None and not is_name(given):
+                raise InputError(f"{where}: server = {show(given)}: must be a name of printable characters")
             ids.append(_of_request(request, layers, top_k, where))
             unnamed = unnamed or ("" if given is not None else where)
             source.append(number if given is None else names.setdefault(given, len(names)))
@@ -99,27 +104,28 @@ def _of_request(request: Mapping[str, Any], layers: int | None, top_k: int | Non
     return np.concatenate(parts)
 
 
-def _requests(path: str) -> list[tuple[str, dict[str, Any]]]:
-    """Requests of a JSON lines file, or of a JSON file that is one request or a list of them."""
+def _requests(path: str) -> Iterator[tuple[str, Any]]:
+    """Requests of a file of JSON lines, or of a JSON file that is one request or a list of them."""
+    lines = read_lines(path)
+    first, second = next(lines, None), next(lines, None)
+    if first is None:
+        return
     try:
-        text = read_bytes(path).decode()
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not text; requests are JSON lines, or .npy arrays") from None
-    lines = [(f"{path}: line {i}", line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
-    found = []
-    try:
-        whole = json.loads(text)
-        found = [(f"{path}: entry {i}", entry) for i, entry in enumerate(whole if isinstance(whole, list) else [whole])]
-    except (ValueError, RecursionError):
-        for where, line in lines:
-            try:
-                found.append((where, json.loads(line)))
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{where}: not valid JSON: {' '.join(str(error).split())}") from None
-    for where, entry in found:
-        if not isinstance(entry, dict):
-            raise InputError(f"{where}: {show(entry)}: must be an object with routed_experts")
-    return found
+        value, broken = parse_json(first[1], f"{path}: line {first[0]}"), None
+    except InputError as error:
+        value, broken = None, error
+    if second is not None and broken is None:
+        yield f"{path}: line {first[0]}", value
+        for number, line in itertools.chain([second], lines):
+            yield f"{path}: line {number}", parse_json(line, f"{path}: line {number}")
+        return
+    if broken is not None:  # one document over several lines, or a damaged line
+        try:
+            value = read_json(path)
+        except InputError as error:
+            raise (broken if first[1].rstrip().endswith(("}", "]")) else error) from None
+    for i, entry in enumerate(value if isinstance(value, list) else [value]):
+        yield f"{path}: entry {i}", entry
 
 
 def _parts(request: Mapping[str, Any]) -> list[tuple[str, Any]]:

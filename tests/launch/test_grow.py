@@ -31,7 +31,7 @@ from launch.migration.control import ask
 from launch.migration.record import read_record
 from launch.model_flags import read_shape
 from placement import Cluster, InputError
-from placement.data.cluster import parse_toml
+from placement.files import read_toml
 from tests.helpers.cluster_of_devices import CAPACITY, DEVICE_SERVER, PROMPTS, Small, random_resident
 from tests.launch.test_serve import command
 
@@ -165,7 +165,7 @@ def test_a_server_is_added_while_requests_run(files, tmp_path, capsys):
         )
     )
     with serving(two, requests, state) as (process, answers, errors):
-        question = {"what": "add", "cluster": parse_toml(three), "source": "three.toml"}
+        question = {"what": "add", "cluster": read_toml(three), "source": "three.toml"}
         dry = ask(state, {**question, "dry": True}, load_secret())
         assert (dry["verdict"], dry["epoch"]) == ("adopted", 0)
         assert dry["copies"] > 0
@@ -207,7 +207,7 @@ def test_a_server_that_cannot_read_or_does_not_come_leaves_all_as_it_was(files, 
     lines = [{"id": f"{i % 2}/{i}", "prompt": prompts[i % 2], "max_tokens": 30} for i in range(300)]
     requests.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with serving(two, requests, state) as (process, answers, errors):
-        question = {"what": "add", "cluster": parse_toml(three), "source": "three.toml"}
+        question = {"what": "add", "cluster": read_toml(three), "source": "three.toml"}
         address = ask(state, question, load_secret())["address"]
         assert ask(state, {"what": "abort"}, load_secret()) == {"aborted": "growth"}
         with pytest.raises(InputError, match="nobody takes in servers there"):
@@ -285,7 +285,7 @@ def test_cluster_files_that_change_what_serves_are_refused(tmp_path):
     growth = Growth(Present(Cluster.from_toml(two)), None, {}, "127.0.0.1:8476", b"", dict)  # pyright: ignore
     for file, message in ((three, "is not edge-b as it serves now"), (two, "no server that does not serve already")):
         with pytest.raises(InputError, match=message):
-            growth.answer({"what": "add", "cluster": parse_toml(file), "source": str(file)})
+            growth.answer({"what": "add", "cluster": read_toml(file), "source": str(file)})
 
 
 def test_a_client_that_is_no_server_is_sent_away():

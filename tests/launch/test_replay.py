@@ -77,7 +77,7 @@ def test_requests_of_recorded_arrivals_are_divided_as_those_were(trace, tmp_path
     (tmp_path / "a.csv").write_text(
         "t_s,prompt_tokens,output_tokens,server\n0,500,500,law\n2,10,9990,law\n3,9990,10,law\n"
     )
-    arrivals = Arrivals.from_csv(tmp_path / "a.csv", trace.domains, stretch=10)
+    arrivals = Arrivals.load(tmp_path / "a.csv", trace.domains, stretch=10)
     requests = trace.requests(arrivals, output_share=None, later=False)
     assert [r.arrival_s for r in requests] == [0, 20, 30]
     assert [(r.prompt, r.output) for r in requests] == [(10, 10), (1, 19), (19, 1)]
@@ -273,7 +273,7 @@ def test_published_trace_gives_profiles_and_requests():
 @pytest.mark.skipif(not AZURE.exists(), reason="the published arrivals are not here")
 def test_published_arrivals_divide_the_texts():
     trace = Trace.load(DEEPSEEK)
-    arrivals = Arrivals.from_csv(AZURE, trace.domains, stretch=20, duration=600)
+    arrivals = Arrivals.load(AZURE, trace.domains, stretch=20, duration=600)
     requests = trace.requests(arrivals, output_share=None)
     assert 50 < len(requests) < 1000
     assert 0.1 < sum(r.output for r in requests) / sum(len(r.ids) for r in requests) < 0.4

@@ -126,7 +126,11 @@ def test_command(tmp_path, capsys):
         ({"num_local_experts": "8"}, "num_local_experts = '8': must be an integer"),
         ({"num_experts_per_tok": 9}, "9 experts per token of 8"),
         ({"num_experts_per_tok": None}, "num_experts_per_tok = None: must be an integer"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quant_method = 'awq': its sizes are not known"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "quant_method = 'hqq': its sizes are not known"),
+        (
+            {"quantization_config": {"quant_method": "awq"}},
+            "quantization_config.bits = None: must be an integer from 1",
+        ),
     ],
 )
 def test_refused(tmp_path, capsys, changes, message):

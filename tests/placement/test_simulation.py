@@ -333,14 +333,14 @@ def run(*args):
 
 
 def test_arrivals_file(folder):
-    arrivals = Arrivals.from_csv("a.csv", ("a", "b"), stretch=2.0, duration=10.0)
+    arrivals = Arrivals.load("a.csv", ("a", "b"), stretch=2.0, duration=10.0)
     assert arrivals.seconds.tolist() == [0, 9]
     assert arrivals.server.tolist() == [0, 1]
     assert (arrivals.prompt.tolist(), arrivals.output.tolist()) == ([10, 20], [3, 1])
     Path("b.csv").write_text("t_s,prompt_tokens,output_tokens\n" + "1,2,3\n" * 200)
-    dealt = Arrivals.from_csv("b.csv", ("a", "b"), seed=1).server
+    dealt = Arrivals.load("b.csv", ("a", "b"), seed=1).server
     assert 60 < dealt.sum() < 140
-    assert (dealt == Arrivals.from_csv("b.csv", ("a", "b"), seed=1).server).all()
+    assert (dealt == Arrivals.load("b.csv", ("a", "b"), seed=1).server).all()
 
 
 @pytest.mark.parametrize(
