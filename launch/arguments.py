@@ -21,6 +21,18 @@ TRAINING = {
     "z": 1e-3,
     "seed": 0,
 }
+_TRAINING_HELP = {
+    "steps": "training steps",
+    "batch": "sequences a step, spread evenly over the domains",
+    "context": "tokens a sequence",
+    "learning_rate": "largest learning rate",
+    "warmup": "steps in which the learning rate rises to it",
+    "weight_decay": "weight decay",
+    "clip": "largest norm of a gradient",
+    "balance": "weight of the load-balancing loss",
+    "z": "weight of the router's z-loss",
+    "seed": "of the weights and the batches",
+}
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +43,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_domain(parser: argparse.ArgumentParser) -> None:
-    text = "text file or directory; repeat for several; default: code, prose, arithmetic"
+    text = (
+        "a domain is one kind of text, such as what one group of users works on: a name, and a file or directory of UTF-8 "
+        "text; give the flag once for each (default: code, prose and arithmetic, from Python's own sources or generated)"
+    )
     parser.add_argument("--domain", action="append", default=[], metavar="NAME=PATH", help=text)
 
 
@@ -163,17 +178,25 @@ def convert(parser: argparse.ArgumentParser) -> None:
 
 
 def train(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Train a small mixture of experts on text of several domains, drawn evenly, and write it as a model directory. "
+        "A domain is one kind of text; the experts specialize by domain, which is what placement makes use of."
+    )
     parser.add_argument("--out", type=Path, required=True, help="model directory to write (Hugging Face layout)")
     parser.add_argument("--checkpoints", type=Path, help="Orbax checkpoints, resumed from if any (OUT.checkpoints)")
     _add_domain(parser)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--experts", type=int, default=32)
-    parser.add_argument("--top-k", type=int, default=4)
-    parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--expert-size", type=int, default=64)
-    parser.add_argument("--save-every", type=int, default=500, metavar="STEPS")
-    for name, default in TRAINING.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"({default})")
+    shape = {
+        "layers": (6, "layers of the model"),
+        "experts": (32, "experts of each layer"),
+        "top_k": (4, "experts that a token goes to"),
+        "hidden": (128, "width of the model: 32 or a multiple of 64"),
+        "expert_size": (64, "width of one expert"),
+        "save_every": (500, "steps from one checkpoint to the next"),
+    }
+    flags = shape | {name: (default, _TRAINING_HELP[name]) for name, default in TRAINING.items()}
+    for name, (default, what) in flags.items():
+        flag, what = f"--{name.replace('_', '-')}", f"{what} (default: {default:g})"
+        parser.add_argument(flag, type=type(default), default=default, metavar="N", help=what)
 
 
 def evaluate(parser: argparse.ArgumentParser) -> None:
@@ -191,9 +214,11 @@ def demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--phase-seconds", type=float, default=12.0, metavar="S", help="length of each phase (default: 12)"
     )
-    parser.add_argument("--rate", type=float, default=1.5, help="requests a second at each server (default: 1.5)")
+    text = "requests a second at each server (default: half of what this machine can answer, measured first)"
+    parser.add_argument("--rate", type=float, metavar="R", help=text)
     parser.add_argument("--report", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure here")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the result as one small picture")
     parser.add_argument("--processes", action="store_true", help="one process for each server (default: one for all)")
     parser.add_argument("--server", metavar="NAME", help=argparse.SUPPRESS)  # be this one's process
     parser.add_argument("--coordinator", metavar="HOST:PORT", help=argparse.SUPPRESS)

@@ -33,7 +33,7 @@ ORDER = {
         migration engines
         costs
         data scheduling
-        files units version
+        files units version text_table
     """,
     "dancemoe_jax": """
         __init__

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from launch.bench.harness.job import plan_arrays, run_job, testbed_cluster
 from launch.bench.harness.trace import Trace
+from placement.text_table import print_table
 from placement.units import parse_rate
 
 TRANSPORTS = ("pairs", "all_to_all", "fixed")
@@ -92,20 +92,11 @@ def _figures(kind: tuple[str, str, str], rounds: list[dict[str, Any]], hidden_si
 
 
 def _print(rows: list[dict[str, Any]], rate: str) -> None:
-    table = Table(title=f"one step over three servers, {rate}: milliseconds, and bytes on the links")
-    for column in ("experts", "step", "rows travel by", "ms", "computing", "network", "kB sent", "least kB", "ratio"):
-        table.add_column(column, justify="left" if column in ("experts", "step", "rows travel by") else "right")
+    columns = ("experts", "step", "rows travel by", "takes", "computing", "network", "sent", "at least", "ratio")
+    cells: list[list[str]] = []
     for row in rows:
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
-        table.add_row(
-            row["placement"],
-            row["case"],
-            row["transport"],
-            f"{1e3 * row['total']:.1f}",
-            f"{1e3 * row['compute']:.1f}",
-            f"{1e3 * row['network']:.1f}",
-            f"{row['sent_bytes'] / 1e3:.1f}",
-            f"{row['least_bytes'] / 1e3:.1f}",
-            ratio,
-        )
-    Console(width=100).print(table)
+        times = (f"{1e3 * row[key]:.1f} ms" for key in ("total", "compute", "network"))
+        sizes = (f"{row[key] / 1e3:.1f} kB" for key in ("sent_bytes", "least_bytes"))
+        cells.append([row["placement"], row["case"], row["transport"], *times, *sizes, ratio])
+    print_table(columns, cells, title=f"one step over three servers, {rate}: time, and bytes on the links", left=3)

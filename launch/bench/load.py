@@ -14,8 +14,6 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 from safetensors.numpy import save_file
 
 from dancemoe_jax.checkpoint.expected_tensors import expected_tensors
@@ -25,6 +23,7 @@ from dancemoe_jax.checkpoint.tensor_files import TensorFiles
 from dancemoe_jax.expert_parallel.pool import read_ahead
 from dancemoe_jax.model.config import ModelConfig
 from placement import InputError
+from placement.text_table import print_table
 
 SHARD_BYTES = 512 * 2**20
 MODEL = ModelConfig(
@@ -189,13 +188,12 @@ def write_checkpoint(folder: Path, config: ModelConfig) -> int:
 
 
 def _print(figures: dict[str, Any]) -> None:
-    table = Table(title=f"loading a server's share of a {figures['checkpoint_bytes'] / 1e9:.2f} GB checkpoint")
-    for column in ("", "measured", "compared with"):
-        table.add_column(column, justify="left" if not column else "right")
     mb = {key: f"{figures[key] / 1e6:.0f} MB" for key in ("kept_bytes", "peak_bytes", "allowed_bytes")}
-    table.add_row("peak memory", mb["peak_bytes"], f"{mb['kept_bytes']} kept, {mb['allowed_bytes']} allowed")
-    seconds = f"{figures['load_seconds']:.2f} s", f"{figures['read_seconds']:.2f} s plainly reading as many bytes"
-    table.add_row("time", *seconds)
-    table.add_row("its speed against that", f"{figures['speed_ratio']:.2f}", "")
-    table.add_row("against reading and dropping", f"{figures['drop_ratio']:.2f}", f"{figures['drop_seconds']:.2f} s")
-    Console().print(table)
+    rows = [
+        ["peak memory", mb["peak_bytes"], f"{mb['kept_bytes']} kept, {mb['allowed_bytes']} allowed"],
+        ["time", f"{figures['load_seconds']:.2f} s", f"{figures['read_seconds']:.2f} s for reading as much"],
+        ["its speed against that", f"{figures['speed_ratio']:.2f}", ""],
+        ["against reading and dropping", f"{figures['drop_ratio']:.2f}", f"{figures['drop_seconds']:.2f} s"],
+    ]
+    title = f"loading a server's share of a {figures['checkpoint_bytes'] / 1e9:.2f} GB checkpoint"
+    print_table(("", "measured", "compared with"), rows, title=title)

@@ -19,8 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from dancemoe_jax.checkpoint.reader import bundled_model
 from dancemoe_jax.expert_parallel.pool import read_ahead
@@ -39,6 +37,7 @@ from launch.engine.request import Request
 from launch.migration.worker import MigrationWorker
 from launch.model_flags import read_shape
 from placement import InputError, Placement
+from placement.text_table import print_table, print_text
 from placement.units import parse_bytes, parse_rate
 
 SEQUENCES, CHUNK, PROMPT, ANSWER = 2, 32, 24, 40
@@ -289,22 +288,19 @@ def _compiled() -> int:
 
 
 def _print(result: dict[str, Any]) -> None:
-    table = Table(
-        title=f"{result['migrations']} migrations of at least {100 * result['copies_moved_share']:.0f} % of all copies, "
+    title = (
+        f"{result['migrations']} migrations of at least {100 * result['copies_moved_share']:.0f} % of all copies, "
         f"{result['processes']} {'process' if result['processes'] == 1 else 'processes'}"
     )
-    for column in ("", "without", "with", "ratio"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, key in (("longest gap between two tokens, ms", "longest_gap"), ("99th percentile, ms", "p99_gap")):
+    rows: list[list[str]] = []
+    for name, key in (("longest gap between two tokens", "longest_gap"), ("99th percentile", "p99_gap")):
         calm, moving = 1e3 * result[f"{key}_s"], 1e3 * result[f"{key}_migrating_s"]
-        table.add_row(name, f"{calm:.1f}", f"{moving:.1f}", f"{moving / calm:.2f}")
+        rows.append([name, f"{calm:.1f} ms", f"{moving:.1f} ms", f"{moving / calm:.2f}"])
     alone, staged = result["read_alone_bytes_per_s"], result["staged_bytes_per_s"]
-    table.add_row("reading experts, MB/s", f"{alone / 1e6:.0f}", f"{staged / 1e6:.0f}", f"{staged / alone:.2f}")
-    console = Console()
-    console.print(table)
-    console.print(
+    rows.append(["reading experts", f"{alone / 1e6:.0f} MB/s", f"{staged / 1e6:.0f} MB/s", f"{staged / alone:.2f}"])
+    print_table(("", "without", "with", "ratio"), rows, title=title)
+    print_text(
         f"a migration: {result['rounds']:.0f} rounds, {result['migration_s']:.2f} s; longest stall between two steps "
-        f"{1e3 * result['longest_stall_s']:.1f} ms\nstaged at once {result['peak_staged_bytes'] / 1e6:.2f} MB in a process, "
+        f"{1e3 * result['longest_stall_s']:.1f} ms; staged at once {result['peak_staged_bytes'] / 1e6:.2f} MB in a process, "
         f"each server may {result['staging_bytes'] / 1e6:.2f} MB; compilations {result['compilations']}",
-        soft_wrap=True,
     )

@@ -15,8 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from rich.console import Console
-from rich.table import Table
 
 from dancemoe_jax import fill_pool, make_mesh, place_decoder, place_tables, pool_layout
 from dancemoe_jax.expert_parallel.dispatch import dispatch
@@ -29,6 +27,7 @@ from dancemoe_jax.model.decoder import Decoder
 from dancemoe_jax.model.experts import ExpertWeights
 from launch.cluster.devices import cluster_devices
 from placement import InputError
+from placement.text_table import print_table, print_text
 
 BASE = ModelConfig(
     vocab_size=256,
@@ -77,16 +76,12 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps({"steps": rows, "local_layers": {"alone_s": alone, "dispatched_s": dispatched}}))
         return
-    table = Table(title=f"a decode step of {ROWS} rows a device, median of {args.repeats}")
-    for column in ("growing", "number", "devices", "ms"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(row["of"], str(row["number"]), str(row["devices"]), f"{1e3 * row['seconds']:.1f}")
-    Console().print(table)
-    Console().print(
+    cells = [[r["of"], str(r["number"]), str(r["devices"]), f"{1e3 * r['seconds']:.1f} ms"] for r in rows]
+    title = f"a decode step of {ROWS} rows a device, median of {args.repeats}"
+    print_table(("growing", "number", "devices", "step"), cells, title=title)
+    print_text(
         f"experts of {BASE.num_layers} layers that are local everywhere, {LOCAL_ROWS} rows: {1e3 * alone:.2f} ms, with "
         f"dispatch {1e3 * dispatched:.2f} ms ({100 * (dispatched / alone - 1):+.1f} %)",
-        soft_wrap=True,
     )
 
 

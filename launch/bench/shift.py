@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 import placement
 from launch.bench.harness.job import DEVICES, plan_arrays, run_job, testbed_cluster
 from launch.bench.harness.trace import Trace, poisson
 from placement import InputError
 from placement.data.arrivals import Arrivals
+from placement.text_table import print_table
 from placement.units import format_bytes, parse_bytes, parse_rate, parse_seconds
 
 RECOVERED = 0.95
@@ -229,31 +229,30 @@ def recovered(windows: list[tuple[float, int, int]], shift: float, before: float
 
 def _print(result: dict[str, Any]) -> None:
     runs = [result[name] for name in _RUNS]
-    table = Table(title=f"users change after {result['shift_s']:g} s; seconds a request")
-    for column in ("", *(f"{name} migration" for name in _RUNS), "cut"):
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    rows: list[list[str]] = []
     for key, name in (("before", "before the shift"), ("after", "after the shift"), ("overall", "overall")):
         count = runs[0]["latency"][key]["requests"]
-        means = [f"{found['latency'][key]['mean']:.2f}" for found in runs]
-        table.add_row(f"mean latency {name} ({count} requests)", *means, f"{100 * result['cut'][key]:.1f} %")
-        table.add_row(f"  95th percentile {name}", *(f"{found['latency'][key]['p95']:.2f}" for found in runs), "")
+        means = [f"{found['latency'][key]['mean']:.2f} s" for found in runs]
+        rows.append([f"mean latency {name} ({count} requests)", *means, f"{100 * result['cut'][key]:.1f} %"])
+        rows.append([f"  95th percentile {name}", *(f"{found['latency'][key]['p95']:.2f} s" for found in runs), ""])
     for key, name in (
         ("before", "before the shift"),
         ("right_after", "right after"),
         ("after", "after"),
         ("end", "at the end"),
     ):
-        table.add_row(f"local ratio {name}", *(_percent(found["local_ratio"][key]) for found in runs), "")
+        rows.append([f"local ratio {name}", *(_percent(found["local_ratio"][key]) for found in runs), ""])
     back = [f"{found['recovered_s']:g} s" if found["recovered_s"] is not None else "never" for found in runs]
-    table.add_row(f"{100 * RECOVERED:g} % of the ratio before again after", *back, "")
+    rows.append([f"{100 * RECOVERED:g} % of the ratio before again after", *back, ""])
     for key, name in (("adopted", "plans adopted"), ("kept", "plans not adopted"), ("copies", "copies moved")):
-        table.add_row(name, *(str(found[key]) for found in runs), "")
-    table.add_row("staged", *(format_bytes(found["bytes"]) for found in runs), "")
-    table.add_row("seconds of staging", *(f"{found['staging_s']:.1f}" for found in runs), "")
+        rows.append([name, *(str(found[key]) for found in runs), ""])
+    rows.append(["staged", *(format_bytes(found["bytes"]) for found in runs), ""])
+    rows.append(["staging took", *(f"{found['staging_s']:.1f} s" for found in runs), ""])
     if share := result.get("staging_of_storage"):
-        table.add_row("first server's staging, of what its storage gives", "", _percent(share))
-    table.add_row("longest gap between two tokens", *(f"{found['longest_gap_s']:.2f}" for found in runs), "")
-    Console(width=110).print(table)
+        rows.append(["first server's staging, of its storage's speed", "", _percent(share), ""])
+    rows.append(["longest gap between two tokens", *(f"{found['longest_gap_s']:.2f} s" for found in runs), ""])
+    columns = ["", *(f"{name} migration" for name in _RUNS), "cut"]
+    print_table(columns, rows, title=f"users change after {result['shift_s']:g} s")
 
 
 def _percent(ratio: float | None) -> str:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 import placement
 from launch.bench.harness.job import DEVICES, plan_arrays, run_job, testbed_cluster
@@ -18,6 +17,7 @@ from placement import Cluster, InputError
 from placement.data.arrivals import Arrivals
 from placement.data.problem import Problem
 from placement.simulation.lockstep.predict import StepCosts, lock_step
+from placement.text_table import print_table
 from placement.units import parse_rate
 
 STRATEGIES = "uniform,redundance,smartmoe,eplb,dance,exact,latency"
@@ -229,8 +229,7 @@ def _figures(kind: tuple[str, str], windows: list[dict[str, Any]], args: argpars
 
 def _print(rows: list[dict[str, Any]], title: str) -> None:
     base = next((row["mean"] for row in rows if row["strategy"] == _BASE and row["transport"] == "pairs"), None)
-    table = Table(title=title)
-    for column in (
+    columns = (
         "plan",
         "rows travel by",
         "mean",
@@ -241,26 +240,26 @@ def _print(rows: list[dict[str, Any]], title: str) -> None:
         "network",
         "waiting",
         "remote",
-        "GB sent",
+        "sent",
         "to least",
-    ):
-        table.add_column(column, justify="left" if column in ("plan", "rows travel by") else "right", no_wrap=True)
+    )
+    cells: list[list[str]] = []
     for row in rows:
         found = row.get("predicted")
-        predicted = f"{found['mean']:.2f} ({100 * (found['mean'] / row['mean'] - 1):+.0f} %)" if found else ""
+        predicted = f"{found['mean']:.2f} s ({100 * (found['mean'] / row['mean'] - 1):+.0f} %)" if found else ""
         change = f"{100 * (row['mean'] / base - 1):+.1f} %" if base else ""
-        table.add_row(
-            row["strategy"],
-            row["transport"],
-            f"{row['mean']:.2f}",
-            predicted,
-            change,
-            f"{row['p95']:.2f}",
-            f"{row['compute']:.2f}",
-            f"{row['network']:.2f}",
-            f"{row['waiting']:.2f}",
-            f"{100 * row['remote']:.1f} %",
-            f"{row['sent_bytes'] / 1e9:.2f}",
-            f"{row['sent_bytes'] / row['least_bytes']:.2f}" if row["least_bytes"] else "",
+        seconds = [f"{row[key]:.2f} s" for key in ("mean", "p95", "compute", "network", "waiting")]
+        cells.append(
+            [
+                row["strategy"],
+                row["transport"],
+                seconds[0],
+                predicted,
+                change,
+                *seconds[1:],
+                f"{100 * row['remote']:.1f} %",
+                f"{row['sent_bytes'] / 1e9:.2f} GB",
+                f"{row['sent_bytes'] / row['least_bytes']:.2f}" if row["least_bytes"] else "",
+            ]
         )
-    Console(width=120).print(table)
+    print_table(columns, cells, title=title, left=2)

@@ -15,8 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.console import Console
-from rich.table import Table
 from tokenizers import Tokenizer
 
 from dancemoe_jax.checkpoint.reader import Model, bundled_model, load_model, on_device
@@ -25,6 +23,7 @@ from dancemoe_jax.model.decoder import Decoder, Experts, forward
 from dancemoe_jax.model.experts import grouped_experts
 from launch.corpus import Domain, held_out_sums, load_domains, read_domains
 from placement import InputError
+from placement.text_table import print_table, print_text
 
 BATCH = 16
 LONGEST_WINDOW = 1024
@@ -55,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(result))
     else:
-        _print(result, Console())
+        _print(result)
 
 
 def evaluate(model: Model, domains: list[Domain], limit: int = 200_000) -> dict[str, Any]:
@@ -226,39 +225,24 @@ def _greedy(config: ModelConfig, decoder: Decoder, experts: Experts, tokens):
     return jnp.argmax(forward(config, decoder, experts, tokens, moe=_grouped_moe)[0], axis=-1)
 
 
-def _print(result: dict[str, Any], console: Console) -> None:
+def _print(result: dict[str, Any]) -> None:
     text = [
         [name, f"{v['bytes']:,}", f"{v['bits_per_byte']:.3f}", f"{v['zlib_bits_per_byte']:.3f}"]
         for name, v in result["text"].items()
     ]
-    _table(console, "held-out text, bits per byte", ["domain", "bytes", "model", "zlib -9"], text)
+    print_table(["domain", "bytes", "model", "zlib -9"], text, title="held-out text, bits per byte; less is better")
     routing = result["routing"]
     shares = [
-        [name, *(f"{v:.3f}" for v in row)]
+        [name, *(f"{100 * v:.1f} %" for v in row)]
         for name, row in zip(routing["domains"], routing["top_quarter_share"], strict=True)
     ]
-    title = "share of assignments to the top quarter of experts, chosen by (row) and measured on (column)"
-    _table(console, title, ["", *routing["domains"]], shares)
-    others = "" if routing["others"] is None else f", others {routing['others']:.3f}"
-    print(f"own domain {routing['own']:.3f}{others} (0.25 when even)")
+    print()
+    title = "share of a domain's expert calls (column) that go to the quarter of experts that another (row) uses most"
+    print_table(["chosen by", *routing["domains"]], shares, title=title)
+    others = "" if routing["others"] is None else f", of other domains {100 * routing['others']:.1f} %"
+    print_text(f"of the own domain {100 * routing['own']:.1f} %{others}; 25 % would be no preference")
     if "sums" in result:
         sums = result["sums"]
-        print(f"held-out two-digit sums: {sums['right']} of {sums['asked']} right ({sums['exact_match']:.1%})")
-
-
-def _table(console: Console, title: str, header: list[str], rows: list[list[str]]) -> None:
-    if console.is_terminal:
-        table = Table(title=title, title_justify="left")
-        for i, name in enumerate(header):
-            table.add_column(name, justify="right" if i else "left")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-        return
-    sizes = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    print(title)
-    for row in [header, *rows]:
         print(
-            "  ".join(c.rjust(n) if i else c.ljust(n) for i, (c, n) in enumerate(zip(row, sizes, strict=True))).rstrip()
+            f"\nheld-out two-digit sums: {sums['right']} of {sums['asked']} right ({100 * sums['exact_match']:.1f} %)"
         )
-    print()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import heapq
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,7 +17,7 @@ class PoissonWorkload:
     Attributes:
         prompts: token ids by domain, taken in turn.
         domains: the domain of each server's users; assign to it to change the workload from the next arrival on.
-        rate: requests a second at each server.
+        rate: requests a second at each server; 0: none arrive until `dataclasses.replace` gives it another.
         output_tokens: least and most tokens of an answer, drawn evenly.
     """
 
@@ -52,4 +53,4 @@ class PoissonWorkload:
         return arrived
 
     def _gap(self) -> float:
-        return float(self._rng.exponential(1 / self.rate))
+        return float(self._rng.exponential(1 / self.rate)) if self.rate else math.inf

@@ -73,11 +73,12 @@ class Conductor:
     def _phases(self) -> None:
         figures, server = self.figures, self.server
         begin = time.monotonic()
-        self._gather("warm", _WARM_S)
+        warm = self._gather("warm", _WARM_S)
         self.say(f"compiled and warm after {time.monotonic() - begin + figures.loading_s:.1f} s; serving")
         domains = list(server.workload.domains)
-        self.zero = time.monotonic()
-        cut = self._cut(start=True)
+        rate = figures.load(server.workload.rate, [one["full_s"] for one in warm])
+        self.zero = figures.zero = time.monotonic()
+        cut = self._cut(start=True, rate=rate)
         self.window = DecayingCounts(self.length / 4, _total(cut, "counts"), 0.0)
         self._last_tick = cut
         figures.placed("uniform", 0.0, server.worker.placement, cut)

@@ -1,75 +1,84 @@
-"""What the demo prints: one row a phase, and the closing lines."""
+"""What the demo prints: a row for each phase as it ends, generated text, and the result in a few lines. 80 columns."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from launch.demo.words import amount, clip, nbytes, percent, seconds
+from placement.text_table import table_lines
 
 _COLUMNS = (
-    ("phase", 24),
-    ("local ratio", 11),
-    ("by server", 20),
-    ("network layers", 14),
+    ("phase", 22),
+    ("local", 6),
     ("requests", 8),
-    ("p50", 7),
-    ("p95", 7),
+    ("p50", 6),
+    ("p95", 6),
     ("tokens/s", 8),
-    ("needed", 9),
-    ("exchanged", 9),
+    ("sent", 7),
 )
+_BAR = 20  # characters of the longest bar
 
 
-def phase_table(phases: Sequence[dict[str, Any]], header: bool) -> Table:
-    """A row for each phase; tables of the same columns line up when printed one after the other."""
-    table = Table(box=None, show_header=header, pad_edge=False, padding=(0, 1, 0, 0))
-    for name, width in _COLUMNS:
-        table.add_column(
-            name, min_width=width, max_width=width, justify="left" if name == "phase" else "right", no_wrap=True
-        )
-    for phase in phases:
-        table.add_row(
-            phase["name"],
-            _share(phase["local_ratio_mean"]),
-            " ".join(_share(value) for value in phase["local_ratio"].values()),
-            _share(phase["network_layers"]),
-            str(phase["requests"]),
-            _seconds(phase["latency_p50_s"]),
-            _seconds(phase["latency_p95_s"]),
-            f"{phase['tokens_per_s']:.0f}",
-            f"{phase['bytes_needed'] / 1e6:.1f} MB",
-            f"{phase['bytes_exchanged'] / 1e6:.1f} MB",
-        )
-    return table
+def phase_lines(phase: dict[str, Any], header: bool) -> list[str]:
+    """A phase's row, below the heads of all rows for the first; widths are fixed, so that rows line up."""
+    cells = (
+        clip(phase["name"], _COLUMNS[0][1]),
+        percent(phase["local_ratio_mean"]),
+        str(phase["requests"]),
+        seconds(phase["latency_p50_s"]),
+        seconds(phase["latency_p95_s"]),
+        amount(phase["tokens_per_s"]),
+        nbytes(phase["bytes_needed"]),
+    )
+    widths = [width for _, width in _COLUMNS]
+    rows = [[name for name, _ in _COLUMNS]] * header + [[_plain(cell) for cell in cells]]
+    lined_up = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+    return ["  ".join(row) for row in lined_up]
 
 
-def summary_lines(result: dict[str, Any], report: Path) -> list[str]:
-    """Generated text, then what was checked and measured over the whole run."""
-    checks, headline = result["checks"], result["headline"]
-    lines = ["", "generated text (prompt ends at the bar):"]
-    for sample in result["samples"][-len(result["cluster"]["servers"]) :]:
-        text = f"{sample['prompt'][-40:]}┃{sample['output'][:70]}".replace("\n", "⏎")
-        lines.append(f"  {sample['server']} ({sample['domain']}): {text}")
-    for name, word in (("first", "after the first migration"), ("second", "after the second")):
-        lines.append(
-            f"remote calls {word}: {100 * headline[f'reduction_{name}']:.0f} % fewer than under uniform on the same requests"
-        )
-    held = [
-        f"{d['resident_bytes'] / 1e6:.2f} of {d['budget_bytes'] / 1e6:.2f}" for d in result["placements"][-1]["devices"]
-    ]
-    lines += [
-        f"expert memory by device, resident of budget, MB: {', '.join(held)}",
-        f"{checks['requests_checked']} requests ({checks['tokens_checked']} tokens, {checks['checked_across_migrations']} "
-        f"requests across a migration) against the dense model: {checks['mismatches']} differ",
-        f"compilations while serving: {checks['compilations_after_warmup']}",
-        f"{result['wall_s']:.0f} s in all, peak memory {result['peak_memory_bytes'] / 1e6:.0f} MB; pictures in {report}",
-    ]
+def text_lines(samples: Sequence[dict[str, Any]]) -> list[str]:
+    """Generated text, each in one line."""
+    lines = ["generated text (the prompt ends at the bar):"]
+    for sample in samples:
+        before = f"  {sample['server']} ({sample['domain']}): "
+        text = f"{sample['prompt'][-24:]}┃{sample['output']}".replace("\n", "⏎")
+        lines.append(before + clip(text, 79 - len(before)).rstrip())
     return lines
 
 
-def _share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+def summary_lines(result: dict[str, Any], report: Path) -> list[str]:
+    """The result: what the placements changed, what was checked, what it took; about ten lines."""
+    phases, checks = result["phases"], result["checks"]
+    base = max([p["remote_share"] for p in phases], default=0.0) or 1.0
+    rows = [
+        [
+            phase["name"],
+            "█" * max(1, round(_BAR * phase["remote_share"] / base)),
+            _plain(percent(phase["remote_share"])),
+            _plain(percent(phase["remote_share_uniform"])),
+            _plain(seconds(phase["network_request_s"])),
+            _plain(seconds(phase["latency_p50_s"])),
+        ]
+        for phase in phases
+    ]
+    columns = ("phase", "calls elsewhere", "", "uniform", "network", "latency")
+    within = "within" if checks["within_budget"] else "NOT within"
+    head = result["headline"]
+    return [
+        *table_lines(columns, rows, left=2),
+        "uniform: the same calls under uniform placement; network: of a request, computed",
+        f"calls elsewhere against uniform: {_change(head['reduction_first'])}, and after the trade of workloads "
+        f"{_change(head['reduction_second'])}",
+        f"{checks['requests_checked']} requests ({checks['checked_across_migrations']} across a migration, "
+        f"{checks['tokens_checked']:,} tokens) against dense: {checks['mismatches']} differ",
+        f"{checks['compilations_after_warmup']} compilations while serving; expert memory {within} its budget everywhere",
+        f"{result['wall_s']:.0f} s, {_plain(nbytes(result['peak_memory_bytes']))} of memory at most; pictures: {report}",
+    ]
 
 
-def _seconds(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f} s"
+def _change(reduction: float) -> str:
+    return f"{100 * -reduction:+.0f} %".replace("-", "−")
+
+
+def _plain(text: str) -> str:
+    return text.replace("\N{NO-BREAK SPACE}", " ")

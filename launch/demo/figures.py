@@ -7,13 +7,15 @@ import numpy as np
 
 import placement
 from dancemoe_jax.model.config import ModelConfig
-from launch.demo.server import unpacked
+from launch.demo.server import FULL, unpacked
 from launch.engine.memory import model_profile
 from launch.engine.request import Request
-from placement import Cluster, Placement, Profile
+from placement import Cluster, Placement, Profile, Workload
 
 CHECKED_PER_PHASE = 24
 ITEMSIZE = 4  # float32 throughout
+CHUNK = 64  # prompt tokens of one step
+LOAD = 0.5  # of what the machine holds
 
 
 class Figures:
@@ -26,6 +28,9 @@ class Figures:
 
     Attributes:
         to_check: requests to compare with the dense model.
+        zero: `time.monotonic()` at which the first phase began.
+        rate: requests a second at each server.
+        holds: requests a second that all servers together can answer; None where it was not measured.
     """
 
     def __init__(
@@ -48,10 +53,39 @@ class Figures:
         self.expert_bytes = config.expert_bytes(ITEMSIZE)
         self._decode, self._show, self._say = decode, show, say
         self.parts: dict[str, list[Any]] = {
-            name: [] for name in ("phases", "migrations", "events", "timeline", "activation", "placements", "samples")
+            name: []
+            for name in (
+                "phases",
+                "migrations",
+                "events",
+                "timeline",
+                "requests",
+                "activation",
+                "placements",
+                "samples",
+            )
         }
+        self.zero, self.rate = 0.0, 0.0
+        self.holds: float | None = None
         self.to_check: list[Request] = []
         self.within_budget, self.compilations, self.peak_memory = True, 0, 0
+
+    def load(self, given: float, full_s: Sequence[float | None]) -> float:
+        """Requests a second at each server: those given, else half of what the machine was seen to answer.
+
+        Args:
+            given: 0 where nothing was given.
+            full_s: of each process, the seconds in which `FULL` requests at every server were answered.
+        """
+        servers, slowest = len(self.cluster.names), max((s for s in full_s if s), default=0.0)
+        self.rate = given
+        if not given:
+            self.holds = FULL * servers / slowest
+            self.rate = LOAD * self.holds / servers
+            self._say(
+                f"this machine answers {self.holds:.1f} requests a second; half as many arrive: {self.rate:.2f} at each server"
+            )
+        return self.rate
 
     def profile(self, counts: np.ndarray) -> Profile:
         return model_profile(
@@ -100,6 +134,7 @@ class Figures:
         row, parcel = 2 * hidden, 8 * self.config.top_k
         tokens = sum(len(r.output) for r in served)
         known = [ratio for ratio in ratios.values() if ratio is not None]
+        network = [self._network_seconds(total["counts"], p, served) for p in (plan, self.uniform)]
         figures = {
             "name": name,
             "placement": plan.strategy,
@@ -117,13 +152,15 @@ class Figures:
             "network_layers": float(np.mean(list(crossed.values()))) if crossed else None,
             "latency_p50_s": float(np.quantile(latency, 0.5)) if latency else None,
             "latency_p95_s": float(np.quantile(latency, 0.95)) if latency else None,
+            "network_request_s": network[0],
+            "network_request_uniform_s": network[1],
             "tokens_per_s": tokens / (times[1] - times[0]),
             "bytes_exchanged": int(total["rows"].sum()) * (row + parcel),
             "bytes_needed": int(total["crossings"].sum()) * row,
             "counts": total["counts"].tolist(),
         }
         self.parts["phases"].append(figures)
-        self._pick(name, served)
+        self._pick(name, domains, served)
         self._show(figures, len(self.parts["phases"]) == 1)
 
     def migrated(
@@ -162,9 +199,9 @@ class Figures:
         # What finished meanwhile belongs to no phase's latency, but is checked all the same.
         self.to_check += self._finished(after)
         self._say(
-            f"   migration to {label!r} at {at:.1f} s: {added} copies moved in, {m['bytes_moved'] / 1e6:.1f} MB; planned in "
-            f"{planned:.2f} s, staged and committed in {m['seconds']:.2f} s while serving, longest stall between two steps "
-            f"{1e3 * m['commit_s']:.0f} ms, {m['requests_in_flight']} running requests"
+            f"   migration to {label!r} at {at:.1f} s while {m['requests_in_flight']} requests run: {added} copies, "
+            f"{m['bytes_moved'] / 1e6:.1f} MB,\n   in {m['seconds']:.2f} s (planned in {planned:.2f} s); longest stall "
+            f"between two steps {1e3 * m['commit_s']:.0f} ms"
         )
 
     def take_rest(self, reports: list[Any]) -> None:
@@ -211,7 +248,8 @@ class Figures:
                 "expert_bytes": self.expert_bytes,
                 "parameters": config.other_params + total * config.expert_params,
             },
-            "cluster": {"servers": servers, "copies": sum(self.capacity) / total},
+            "cluster": {"servers": servers, "copies": sum(self.capacity) / total, **self._slowest_link()},
+            "load": {"requests_per_s": self.rate * len(servers), "holds_per_s": self.holds},
             **self.parts,
             "checks": checks,
             "headline": headline,
@@ -223,17 +261,43 @@ class Figures:
     def _remote_share(self, counts: np.ndarray, plan: Placement) -> float:
         return placement.evaluate(self.profile(counts), self.cluster, plan)["remote_share"]
 
+    def _network_seconds(self, counts: np.ndarray, plan: Placement, served: list[Request]) -> float | None:
+        """Seconds that a request of the phase's mean length would wait for the cluster's links, served alone.
+
+        The demo's servers share one machine, so there are no links to measure: this is what `placement.evaluate` makes
+        of the phase's calls, the links' latency and their bandwidth.
+        """
+        if not served:
+            return None
+        prompt, output = (
+            np.mean([len(tokens) for tokens in texts])
+            for texts in zip(*((r.prompt, r.output) for r in served), strict=True)
+        )
+        chunks = -(-prompt // CHUNK)
+        work = Workload(prefill_tokens=round(prompt / chunks), decode_steps=round(output), exchange_seconds=0.0)
+        costs = placement.evaluate(self.profile(counts), self.cluster, plan, workload=work)
+        return float(chunks * costs["prefill_network_seconds"] + output * costs["decode_network_seconds"])
+
+    def _slowest_link(self) -> dict[str, float | None]:
+        between = ~np.eye(len(self.cluster.names), dtype=bool)
+        return {
+            "latency_s": float(self.cluster.latency[between].max()) if between.any() else None,
+            "bandwidth_bytes_per_s": float(self.cluster.bandwidth[between].min()) if between.any() else None,
+        }
+
     def _finished(self, reports: list[Any]) -> list[Request]:
         found = [unpacked(r) for one in reports for r in one["finished"]]
         return sorted(found, key=lambda r: r.finished_s or 0.0)
 
-    def _pick(self, phase: str, served: list[Request]) -> None:
+    def _pick(self, phase: str, domains: Sequence[str], served: list[Request]) -> None:
         """Requests of the phase to check: some, and all that ran across a migration; one of each server to show."""
         rng = np.random.default_rng([self.seed, len(self.parts["phases"])])
         some = set(rng.permutation(len(served))[:CHECKED_PER_PHASE].tolist())
         self.to_check += [r for i, r in enumerate(served) if i in some or len(r.epochs) > 1]
         for server, name in enumerate(self.cluster.names):
-            request = next((r for r in reversed(served) if r.server == server and r.output), None)
+            # Where requests queue, some that finish now arrived before the workloads traded places: they are not shown.
+            now = (r for r in reversed(served) if r.server == server and r.label == domains[server] and r.output)
+            request = next(now, None)
             if request is not None:
                 self.parts["samples"].append(
                     {

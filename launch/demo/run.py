@@ -32,12 +32,12 @@ from launch.cluster.fingerprint import folder_fingerprint
 from launch.cluster.join import join
 from launch.cluster.start_all import of_first, run_everywhere
 from launch.corpus import DOMAINS, load_domains, prompts
-from launch.demo import report
+from launch.demo import picture, report
 from launch.demo.arrivals import PoissonWorkload
 from launch.demo.checks import check_requests
 from launch.demo.conductor import Conductor, DemoEnded, DemoStopped
-from launch.demo.console import phase_table, summary_lines
-from launch.demo.figures import ITEMSIZE, Figures
+from launch.demo.console import phase_lines, summary_lines, text_lines
+from launch.demo.figures import CHUNK, ITEMSIZE, Figures
 from launch.demo.server import DemoServer
 from launch.engine.host import Host, ending
 from launch.engine.loading import Loaded, load
@@ -46,7 +46,7 @@ from launch.migration.worker import MigrationWorker
 from placement import Cluster, InputError, Placement, Profile
 from placement.files import write_bytes
 
-SEQUENCES, CHUNK = 8, 64
+SEQUENCES = 8
 PROMPT_TOKENS, OUTPUT_TOKENS = 96, (24, 64)
 _JOIN_S = 120.0
 
@@ -72,17 +72,15 @@ def run(arguments: argparse.Namespace) -> int:
         KeyboardInterrupt: a signal ended it.
     """
     started = time.monotonic()
-    if arguments.phase_seconds < 1 or arguments.rate <= 0 or arguments.seed < 0:
+    if arguments.phase_seconds < 1 or (arguments.rate is not None and arguments.rate <= 0) or arguments.seed < 0:
         raise InputError("--phase-seconds must be at least 1, --rate above 0 and --seed not negative")
-    for flag, path in (("--report", arguments.report), ("--json", arguments.json)):
+    for flag, path in (("--report", arguments.report), ("--json", arguments.json), ("--picture", arguments.picture)):
         if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
             raise InputError(f"{flag} {path}: cannot be written there; name a file in a directory that exists")
-    console = Console(width=None if sys.stdout.isatty() else 132, highlight=False)
+    console = Console(highlight=False)
     if not arguments.server:
         how = ", one process for each server" if arguments.processes else ""
-        console.print(
-            f"DanceMoE demo: four phases of serving and two live migrations{how}, about a minute and a half on 2 cores"
-        )
+        _say(console, f"DanceMoE demo: four phases and two live migrations{how}, about a minute and a half")
         sys.stdout.flush()
     setting = _prepare(arguments)
     if arguments.processes and not arguments.server:
@@ -102,7 +100,10 @@ def run(arguments: argparse.Namespace) -> int:
     report.write(result, arguments.report)
     if arguments.json:
         write_bytes(arguments.json, json.dumps(result, indent=1).encode())
-    for line in summary_lines(result, arguments.report):
+    if arguments.picture:
+        picture.draw(result, arguments.picture)
+    samples = result["samples"][-len(setting.cluster.names) :]
+    for line in ["", *text_lines(samples), "", *summary_lines(result, arguments.report)]:
         _say(console, line)
     return 0 if _passed(result) else 1
 
@@ -158,7 +159,7 @@ def _serve(arguments: argparse.Namespace, setting: _Setting, console: Console) -
         planned = {"placed": setting.placed, "profile": setting.profile, "fits": True}
         loaded = load(setting.path, setting.config, cluster, devices, sequences=SEQUENCES, chunk=CHUNK, **planned)
         domains = [DOMAINS[i % len(DOMAINS)] for i in range(len(cluster.names))]
-        workload = PoissonWorkload(setting.prompts, domains, arguments.rate, OUTPUT_TOKENS, arguments.seed)
+        workload = PoissonWorkload(setting.prompts, domains, arguments.rate or 0.0, OUTPUT_TOKENS, arguments.seed)
         host = Host(loaded.engine, index)
         worker = MigrationWorker(loaded, host.channel, host.wake)
         server = DemoServer(host, loaded, worker, own, workload)
@@ -212,7 +213,7 @@ def _figures(
         uniform=loaded.placement,
         decode=setting.bundle.tokenizer.decode,
         say=lambda line: _say(console, line),
-        show=lambda phase, header: console.print(phase_table([phase], header=header)),
+        show=lambda phase, header: _say(console, "\n".join(phase_lines(phase, header))),
         loading_s=loading_s,
     )
     total = config.num_moe_layers * config.num_experts
@@ -220,13 +221,13 @@ def _figures(
     _say(
         console,
         f"model {figures.model_name}: {parameters / 1e6:.1f} M parameters, {config.num_moe_layers} layers x "
-        f"{config.num_experts} experts, top-{config.top_k}; {total} experts of {figures.expert_bytes / 1e3:.0f} kB",
+        f"{config.num_experts} experts of {figures.expert_bytes / 1e3:.0f} kB, top-{config.top_k}",
     )
     for index, (server, device) in enumerate(cluster.device_names):
         _say(
             console,
             f"  {server} device {device}: {cluster.memory[index] / 1e6:.1f} MB, {reserved / 1e6:.1f} MB "
-            f"reserved, {capacity[index]} experts fit ({100 * capacity[index] / total:.0f} % of all)",
+            f"reserved, room for {capacity[index]} experts ({100 * capacity[index] / total:.0f} %)",
         )
     _say(console, f"  together {sum(capacity) / total:.2f} copies of all experts")
     return figures

@@ -4,6 +4,7 @@ The same whether a process holds one server or all of them. Commands come over t
 conductor (`launch.demo.conductor`), which runs in the first process; reports go back over it.
 """
 
+import dataclasses
 import json
 import resource
 import threading
@@ -24,6 +25,7 @@ from launch.engine.request import Request
 from launch.migration.worker import MigrationWorker
 
 TICK_S = 1.0
+FULL = 8  # requests at each server with which the demo measures what its machine holds
 _LOOK_S = 0.5  # how often a thread that waits looks whether all is over
 _OUTCOME_S = 60.0
 _TRAFFIC = ("local", "remote", "crossings", "rows")
@@ -148,7 +150,8 @@ class DemoServer:
         for stream in [self.host.submit(Request(s, prompt, 2, time.monotonic())) for s in self.servers]:
             for _ in stream:
                 pass
-        self._send(self.host.channel, "warm", {})
+        full_s = None if self.workload.rate else self._full_seconds()
+        self._send(self.host.channel, "warm", {"full_s": full_s})
         number = 0
         while not self.ended.is_set():
             data = self.host.channel.get(f"demo/command/{number}", _LOOK_S)
@@ -157,11 +160,22 @@ class DemoServer:
             self._obey(number, json.loads(data))
             number += 1
 
+    def _full_seconds(self) -> float:
+        """Seconds in which `FULL` requests that come at once at every server are answered: what this machine holds."""
+        begin, workload = time.monotonic(), self.workload
+        tokens = sum(workload.output_tokens) // 2
+        prompts = [(s, prompt) for s in self.servers for prompt in workload.prompts[workload.domains[s]][:FULL]]
+        for stream in [self.host.submit(Request(s, prompt, tokens, begin)) for s, prompt in prompts]:
+            for _ in stream:
+                pass
+        return time.monotonic() - begin
+
     def _obey(self, number: int, command: dict[str, Any]) -> None:
         if command.get("order"):
             self.worker.wait(command["order"], _OUTCOME_S)
         if command.get("start"):
             self._compilations.start()
+            self.workload = dataclasses.replace(self.workload, rate=command["rate"])
             self._tick_at = time.monotonic() + TICK_S
             self._arriving.set()
             threading.Thread(target=self._arrive, name="arrivals", daemon=True).start()

@@ -1,163 +1,23 @@
-"""Inline SVG of the demo's page: layers x experts as grids, the local ratio as curves; and the wording of their titles.
+"""Inline SVG of the demo's page: layers x experts as grids. Curves over time are in timeline.py.
 
 A picture knows nothing of the page around it but the classes of report.css. Every shape carries its exact values as a
 hover title. Grids too large for one shape a cell become an embedded pixel image with one title a row.
 """
 
 import base64
-import html
 import struct
 import zlib
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 
-Figures = dict[str, Any]
+from launch.demo.words import escape, percent, plural
+
 Rgba = tuple[int, int, int, float]
 
-DASH = "\N{EN DASH}"
-NBSP = "\u00a0"
-CURVE_POINTS = 300  # of one server
 HEAT_ANCHORS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # viridis, in quarters
 HEAT_LEVELS = 32
 COPY_OPACITY = (1.0, 0.6, 0.36)  # of an expert with one, two, more copies in the cluster
-
-# Characters that HTML or XML refuses, or that nobody sees, as visible stand-ins.
-_VISIBLE = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {0x7F: 0x2421}
-_VISIBLE |= dict.fromkeys((*range(0x80, 0xA0), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF), 0xFFFD)
-
-
-def escape(value: object) -> str:
-    """Any text as HTML and XML text or attribute value; control characters become visible ones."""
-    return html.escape(str(value).translate(_VISIBLE))
-
-
-def amount(value: float | None, digits: int = 0, unit: str = "") -> str:
-    return DASH if value is None else f"{value:,.{digits}f}" + (NBSP + unit if unit else "")
-
-
-def percent(value: float | None, digits: int = 0) -> str:
-    return DASH if value is None else amount(100 * value, digits, "%")
-
-
-def timeline(result: Figures, colours: dict[str, str]) -> str:
-    """Local ratio of each server against seconds, with phases, migrations and other events."""
-    phases, points = result["phases"], result["timeline"]
-    marks = []
-    for number, move in enumerate(result["migrations"], 1):
-        label = f"migration {number}: {move['from']} → {move.get('label') or move['to']}"
-        marks.append((move["at_s"], label, "event"))
-    marks += [(e["at_s"], e["label"], "event swap") for e in result["events"]]
-    end = max([p["end_s"] for p in phases] + [p["t_s"] for p in points] + [m[0] for m in marks], default=0) or 1
-    left, right, width, height = 44, 1010, 1120, 240
-
-    def x(seconds: float) -> float:
-        return round(left + (right - left) * seconds / end, 1)
-
-    labels = _lanes([(x(at), text, kind) for at, text, kind in marks], width)
-    top = 14 + 18 * max((lane for *_, lane in labels), default=-1) + 18
-    bottom = top + height
-
-    def y(ratio: float) -> float:
-        return round(bottom - height * ratio, 1)
-
-    parts = []
-    for number, phase in enumerate(phases):
-        parts.append(_phase_band(number, phase, x(phase["start_s"]), x(phase["end_s"]), top, bottom))
-    for quarter in range(5):
-        parts.append(f'<path class="axis" d="M{left} {y(quarter / 4)}H{right}"/>')
-        parts.append(f'<text x="{left - 8}" y="{y(quarter / 4) + 4}" text-anchor="end">{25 * quarter}{NBSP}%</text>')
-    for tick in _ticks(end):
-        parts.append(f'<text x="{x(tick)}" y="{bottom + 18}" text-anchor="middle">{tick:g}{NBSP}s</text>')
-    names = []
-    for server, colour in colours.items():
-        curve = [(x(t), r, t) for t, r in _curve([(p["t_s"], p["local_ratio"].get(server)) for p in points])]
-        known = [(at, r, t) for at, r, t in curve if r is not None]
-        means = [(x(p["start_s"]) + 3, x(p["end_s"]) - 3, p["local_ratio"].get(server)) for p in phases]
-        shapes = [f'<path class="mean" d="M{x0} {y(mean)}H{x1:.1f}"/>' for x0, x1, mean in means if mean is not None]
-        shapes.append(f'<path class="curve" d="{_path((at, None if r is None else y(r)) for at, r, _ in curve)}"/>')
-        for at, ratio, seconds in known:
-            title = f"{escape(server)}, {seconds:.1f} s: {percent(ratio, 1)}"
-            shapes.append(f'<circle class="dot" cx="{at}" cy="{y(ratio)}" r="4"><title>{title}</title></circle>')
-        parts.append(f'<g style="--c:{colour}">{"".join(shapes)}</g>')
-        names += [(y(known[-1][1]), server)] if known else []
-    for text_y, server in _apart(names, 15, bottom):
-        parts.append(f'<circle cx="{right + 12}" cy="{text_y}" r="4" fill="{colours[server]}"/>')
-        parts.append(f'<text class="name" x="{right + 21}" y="{text_y + 4}">{escape(clip(server, 13))}</text>')
-    for at, text_x, text, kind, lane in labels:
-        text_y = top - 8 - 18 * lane
-        parts.append(f'<path class="{kind}" d="M{at} {text_y - 10}V{bottom}"/>')
-        parts.append(f'<text class="event-label" x="{text_x}" y="{text_y}">{escape(text)}</text>')
-    head = f'<svg class="timeline" viewBox="0 0 {width} {bottom + 52}" role="img" aria-label="Local ratio over time">'
-    return f"{head}{''.join(parts)}</svg>"
-
-
-def _phase_band(number: int, phase: Figures, x0: float, x1: float, top: float, bottom: float) -> str:
-    width = max(x1 - x0, 0)
-    label = clip(f"{number + 1} {phase['name']}", int(width / 7))
-    shade = "band odd" if number % 2 else "band"
-    title = f"phase {number + 1}: {phase['name']}, {phase['start_s']:.1f} to {phase['end_s']:.1f} s"
-    area = f'<rect class="{shade}" x="{x0}" width="{width:.1f}" '
-    return (
-        f'<g><title>{escape(title)}</title>{area}y="{top}" height="{bottom - top}"/>'
-        f'{area}y="{bottom + 28}" height="22"/>'
-        f'<text class="strong" x="{(x0 + x1) / 2:.1f}" y="{bottom + 43}" text-anchor="middle">'
-        f"{escape(label)}</text></g>"
-    )
-
-
-def _lanes(marks: list[tuple[float, str, str]], width: float) -> list[tuple[float, float, str, str, int]]:
-    """Labels (line x, text x, text, class, lane) without overlap; lines cross no label to their right."""
-    starts: list[float] = []  # leftmost label of each lane
-    placed = []
-    for at, text, kind in sorted(marks, reverse=True):
-        space = 7.2 * len(text) + 12
-        start = max(0.0, min(at + 5, width - space))
-        lane = next((i for i, taken in enumerate(starts) if start + space <= taken), len(starts))
-        starts[lane : lane + 1] = [start]
-        placed.append((at, start, text, kind, lane))
-    return placed
-
-
-def _ticks(end: float) -> list[float]:
-    step = next((10.0**e * m for e in range(-3, 7) for m in (1, 2, 5) if end / (10.0**e * m) <= 10), end)
-    return [step * i for i in range(int(end / step) + 1)]
-
-
-def _curve(points: list[tuple[float, float | None]]) -> list[tuple[float, float | None]]:
-    """At most CURVE_POINTS points: means of neighbours where there are more."""
-    group = -(-len(points) // CURVE_POINTS) or 1
-    curve = []
-    for i in range(0, len(points), group):
-        part = points[i : i + group]
-        known = [r for _, r in part if r is not None]
-        curve.append((sum(t for t, _ in part) / len(part), sum(known) / len(known) if known else None))
-    return curve
-
-
-def _path(points: Iterable[tuple[float, float | None]]) -> str:
-    """An SVG path through the points, interrupted where there is no value."""
-    parts, pen = [], "M"
-    for at, value in points:
-        if value is not None:
-            parts.append(f"{pen}{at} {value}" + ("h0" if pen == "M" else ""))  # h0: a lone point is a dot
-        pen = "M" if value is None else "L"
-    return "".join(parts) or "M0 0"
-
-
-def _apart(labels: list[tuple[float, str]], gap: float, bottom: float) -> list[tuple[float, str]]:
-    """Labels moved up, from the lowest on, until they are `gap` apart."""
-    placed, limit = [], bottom
-    for at, text in sorted(labels, reverse=True):
-        limit = min(at, limit)
-        placed.append((limit, text))
-        limit -= gap
-    return placed
-
-
-def clip(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: max(length - 1, 1)] + ("…" if length > 1 else "")
 
 
 def _heat(level: float) -> Rgba:
@@ -279,8 +139,3 @@ def _png(levels: np.ndarray, palette: list[Rgba]) -> bytes:
 
 def _hex(colour: Rgba) -> str:
     return "#" + bytes(colour[:3]).hex()
-
-
-def plural(count: int, noun: str) -> str:
-    several = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
-    return f"{count:,} {noun if count == 1 else several}"

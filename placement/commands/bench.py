@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from placement.commands.inputs import STRATEGIES_HELP, add_json
-from placement.commands.output import print_table
 from placement.data.cluster import Cluster
 from placement.data.problem import Problem
 from placement.data.profile import Profile
 from placement.files import InputError, show
 from placement.registry import STRATEGIES, strategy_named, strategy_names
 from placement.strategies.exact.optimum import certificate
+from placement.text_table import print_table, print_text
 
 SIZES = "58x64x64x4,58x128x64x4,58x256x64x4"
 _MOST = 2**26  # servers x layers x experts, and devices x layers x experts
@@ -60,8 +60,8 @@ def run(arguments: argparse.Namespace) -> None:
         [
             row["strategy"],
             "x".join(map(str, row["size"])),
-            f"{row['cpu_seconds']:.2f}",
-            f"{row['seconds']:.2f}",
+            f"{row['cpu_seconds']:.2f} s",
+            f"{row['seconds']:.2f} s",
             "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f} MiB",
             "-" if row["growth"] is None else f"{row['growth']:.2f}",
             f"{row['remote_share']:.3f}",
@@ -69,9 +69,11 @@ def run(arguments: argparse.Namespace) -> None:
         ]
         for row in results
     ]
-    print_table(["strategy", "LxExNxG", "CPU s", "wall s", "peak", "growth", "remote", "certified gap"], rows)
-    print("peak: resident memory of the whole process. growth: exponent of CPU s in layers x experts.")
-    print("certified gap: of `exact`, from its dual prices; their verification is within its times.")
+    print_table(["strategy", "LxExNxG", "CPU", "wall", "peak", "growth", "remote", "certified gap"], rows)
+    print_text(
+        "peak: resident memory of the whole process. growth: exponent of CPU time in layers x experts.",
+        "certified gap: of `exact`, from its dual prices; their verification is within its times.",
+    )
 
 
 def measure(name: str, size: tuple[int, int, int, int], copies: float, seed: int) -> dict[str, Any]:

@@ -5,7 +5,6 @@ import json
 from typing import Any
 
 from placement.commands.inputs import add_cluster, add_json, add_workload, read_workload
-from placement.commands.output import print_table
 from placement.data.cluster import Cluster
 from placement.data.placement import Placement
 from placement.data.profile import Profile
@@ -13,6 +12,7 @@ from placement.files import InputError, show
 from placement.migration.decide import Verdict, should_migrate
 from placement.migration.diff import Diff, diff
 from placement.planner import evaluate
+from placement.text_table import print_table, print_text
 from placement.units import format_bytes, parse_seconds
 
 _SHOWN = 20  # moves listed before the rest is only counted
@@ -120,7 +120,7 @@ def _print(found: Diff, cluster: Cluster, weighed: tuple[float, float, Verdict] 
         f"in {len(found.rounds)} rounds, {found.seconds:.3g} s"
     )
     if found.host_bytes:
-        print(f"devices are too full to swap in place: up to {format_bytes(found.host_bytes)} wait in host memory")
+        print_text(f"devices are too full to swap in place: up to {format_bytes(found.host_bytes)} wait in host memory")
     if found.moves:
         rows = [
             [
@@ -133,7 +133,7 @@ def _print(found: Diff, cluster: Cluster, weighed: tuple[float, float, Verdict] 
             for move in found.moves[:_SHOWN]
         ]
         print()
-        print_table(["layer/expert", "from", "to", "bytes", "alone"], rows)
+        print_table(["layer/expert", "from", "to", "bytes", "alone"], rows, left=3)
         if len(found.moves) > _SHOWN:
             print(f"and {len(found.moves) - _SHOWN} more; --json lists all")
         rows = [
@@ -146,11 +146,11 @@ def _print(found: Diff, cluster: Cluster, weighed: tuple[float, float, Verdict] 
             print_table(["path", "bytes"], rows)
     print()
     if weighed is None:
-        print("verdict: give --profile to weigh what the new placement saves against the migration")
+        print_text("verdict: give --profile to weigh what the new placement saves against the migration")
         return
     before, after, verdict = weighed
     print(f"a chunk and its decode steps: {before:.4g} s now, {after:.4g} s after")
-    print(
+    print_text(
         f"verdict: {_verdict(verdict)}; it saves {verdict.saving_seconds:.3g} s until the horizon "
         f"and costs {verdict.cost_seconds:.3g} s"
     )

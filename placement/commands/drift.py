@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from placement.commands.inputs import add_json
-from placement.commands.output import print_table
 from placement.data.profile import Profile
 from placement.data.statistics import drift
 from placement.files import InputError, show
+from placement.text_table import print_table, print_text
 
 # Mean divergences, in bits, from which servers or windows are called unlike, and clearly so; chance is taken off first.
 # Mixtral's subjects differ by 0.008 (source-aware plans gain a few per cent), DeepSeek-V2-Lite's domains by 0.17.
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
         values = {key: _plain(value) for key, value in found.items()}
         print(json.dumps({"servers": profile.servers, "layers": profile.counts.shape[1], **values, "says": sentences}))
         return
-    print(
+    print_text(
         f"{arguments.profile}: Jensen-Shannon divergence in bits, mean over {profile.counts.shape[1]} layers; 0 is the same"
     )
     rows = [[name, *map(_bits, row)] for name, row in zip(profile.servers, found["between_servers"], strict=True)]
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
     print()
     for sentence in sentences:
-        print(sentence)
+        print_text(sentence)
 
 
 def _bits(value: float) -> str:

@@ -4,8 +4,8 @@ import argparse
 import json
 
 from placement.commands.inputs import add_json
-from placement.commands.output import print_table
 from placement.data.model_shapes import BITS, ModelShape
+from placement.text_table import print_table, print_text
 from placement.units import format_bytes
 
 
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(json.dumps({**head, "layers": layers, "layer_indices": shape.layers, **more, **sizes}))
         return
     print(f"{shape.name}: {shape.family}, {shape.parameters / 1e9:.1f} billion parameters")
-    print(
+    print_text(
         f"{layers} of {shape.hidden_layers} layers have {shape.experts} experts, {shape.top_k} for each token; hidden size "
         f"{shape.hidden_size}; experts in {shape.dtype}"
     )
@@ -46,4 +46,4 @@ def run(arguments: argparse.Namespace) -> None:
         [name, f"{count:,}", f"{size:,}", format_bytes(size)]
         for name, count, size in zip(names, parameters, sizes.values(), strict=True)
     ]
-    print_table(["", "parameters", "bytes", ""], rows)
+    print_table(["", "parameters", "bytes", "size"], rows)

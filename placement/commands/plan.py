@@ -18,6 +18,7 @@ from placement.data.cluster import Cluster
 from placement.data.placement import Placement
 from placement.planner import optimum, plan
 from placement.registry import STRATEGIES
+from placement.text_table import print_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,12 +74,11 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.equal_slots:
         equal, remote = placement.predicted["equal_slots"], placement.predicted["remote_share"]
         free = equal["remote_share_without"]
-        print(
-            f"\nequal slots: {equal['slots_per_layer']} of each layer on every device; remote share {remote:.3f}, ",
-            end="",
-        )
-        if free is None:
-            print("without the restriction there is no plan.")
-        else:
+        words = "without the restriction there is no plan."
+        if free is not None:
             filled = "; slots that the strategy leaves empty were filled" if remote < free else ""
-            print(f"{free:.3f} without the restriction: it costs {remote - free:.3f}{filled}.")
+            words = f"{free:.3f} without the restriction: it costs {remote - free:.3f}{filled}."
+        print()
+        print_text(
+            f"equal slots: {equal['slots_per_layer']} of each layer on every device; remote share {remote:.3f},", words
+        )

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from placement.commands.grid import Cell, Grid, run_grid, trends
-from placement.commands.output import print_table
 from placement.commands.simulate_flags import add_arguments, read_arrivals, read_compute, read_costs
 from placement.costs.network_use import likely_links
 from placement.costs.routing import serving_server
@@ -26,6 +25,7 @@ from placement.simulation.independent.events import Simulation, simulate
 from placement.simulation.independent.replan import Replan
 from placement.simulation.independent.unit_costs import Compute
 from placement.simulation.lockstep.predict import lock_step
+from placement.text_table import print_table, print_text
 from placement.units import format_bytes
 
 __all__ = ["add_arguments", "run"]
@@ -114,10 +114,10 @@ def _run_lock_step(
         times += [figures[key] for key in ("first_token", "compute", "network", "waiting")]
         rows.append([name, *(f"{seconds:.2f} s" for seconds in times)])
     print_table(["strategy", "mean", "p50", "p95", "p99", "first token", "computing", "network", "waiting"], rows)
-    print(
-        f"{len(arrivals)} requests in {arrivals.seconds[-1]:.0f} s, all servers in lock-step. Times from arrival to the last"
+    print_text(
+        f"{len(arrivals)} requests in {arrivals.seconds[-1]:.0f} s, all servers in lock-step. Times from arrival to the",
+        "last token. See placement/simulation/lockstep/predict.py for what is modelled.",
     )
-    print("token. What is modelled: placement/simulation/lockstep/predict.py")
 
 
 def _replan(arguments: argparse.Namespace, cluster: Cluster, name: str) -> Replan | None:
@@ -141,11 +141,10 @@ def _print_simulations(done: Mapping[str, Simulation], cluster: Cluster, arrival
         first = f"{figures['first_token']:.2f} s"
         rows.append([name, *times, first, format_bytes(figures["bytes"]), *busiest, str(adopted)])
     print_table(columns, rows)
-    print(
-        f"{len(arrivals)} requests in {arrivals.seconds[-1]:.0f} s. Times from arrival to the last token. port, device:"
-    )
-    print(
-        "share of the time in which the busiest one works. What is modelled: placement/simulation/independent/events.py"
+    print_text(
+        f"{len(arrivals)} requests in {arrivals.seconds[-1]:.0f} s. Times from arrival to the last token. port, device:",
+        "share of the time in which the busiest one works. See placement/simulation/independent/events.py for what is",
+        "modelled.",
     )
     if len(cluster.names) > 6:
         return
@@ -196,7 +195,8 @@ def _print_grid(cells: Mapping[Cell, Mapping[str, Any]], grid: Grid) -> None:
                 times = [f"{f['mean']:.1f}{'*' if f['backlog'] else ''}" for f in figures]
                 rows.append([f"{gpus} GPUs, {bandwidth:g} Mbit/s, {gap:g} s", *times])
     print_table(["mean latency, s", *grid.strategies], rows)
-    print("*: requests come faster than they are served, so the mean grows with the time simulated.\n")
+    print_text("*: requests come faster than they are served, so the mean grows with the time simulated.")
+    print()
     names = {
         "gpus": f"{min(grid.gpus)} -> {max(grid.gpus)} GPUs",
         "bandwidth_small": f"{min(grid.bandwidths):g} -> {max(grid.bandwidths):g} Mbit/s, {min(grid.gpus)} GPUs",

@@ -11,8 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from launch.demo import report
-from launch.demo import svg as pictures
+from launch.demo import report, report_grids, timeline, words
 
 DOMAINS = ("code", "prose", "arithmetic")
 HOSTILE = "</pre><script>alert('1')</script> & \"x\" \x00\x1b[31m \x85 \ud800 \ufffe <b onclick=x>\ttab\nline"
@@ -88,7 +87,13 @@ def made_up(servers=3, layers=6, experts=32, *, migrations=2, seconds=80.0, seed
             "expert_bytes": expert_bytes,
             "parameters": 5_073_024,
         },
-        "cluster": {"servers": [{"name": n, "devices": d} for n, d in by_server.items()], "copies": 1.3},
+        "cluster": {
+            "servers": [{"name": n, "devices": d} for n, d in by_server.items()],
+            "copies": 1.3,
+            "latency_s": 2e-4,
+            "bandwidth_bytes_per_s": 62.5e6,
+        },
+        "load": {"requests_per_s": 4.5, "holds_per_s": 9.0},
         "phases": [
             {
                 "name": name,
@@ -104,6 +109,10 @@ def made_up(servers=3, layers=6, experts=32, *, migrations=2, seconds=80.0, seed
                 "network_layers": 0.98 - 0.1 * p,
                 "latency_p50_s": 0.82,
                 "latency_p95_s": 1.44,
+                "network_request_s": 0.114 - 0.03 * (p % 2),
+                "network_request_uniform_s": 0.114,
+                "remote_share": 1 - base[p],
+                "remote_share_uniform": 0.66,
                 "tokens_per_s": 210.4,
                 "bytes_exchanged": 1.2e7,
                 "bytes_needed": 9e6,
@@ -120,6 +129,7 @@ def made_up(servers=3, layers=6, experts=32, *, migrations=2, seconds=80.0, seed
                 "copies_dropped": 90,
                 "bytes_moved": 1.1e7,
                 "stage_s": 0.13,
+                "seconds": 0.5,
                 "commit_s": 0.021,
                 "requests_in_flight": 5,
                 "remote_share_before": 0.66,
@@ -139,6 +149,16 @@ def made_up(servers=3, layers=6, experts=32, *, migrations=2, seconds=80.0, seed
                 },
             }
             for t in times
+        ],
+        "requests": [
+            {
+                "server": names[i % servers],
+                "domain": DOMAINS[i % 3],
+                "arrival_s": float(t) - 0.8,
+                "finished_s": float(t),
+                "tokens": 40,
+            }
+            for i, t in enumerate(times[2::3])
         ],
         "activation": [
             {
@@ -252,16 +272,63 @@ def test_page_is_whole_and_names_everything(shape):
         assert phase["name"] in text
     for server in figures["cluster"]["servers"]:
         assert server["name"] in text
-    for words in ("53 % fewer remote expert calls", "50 % fewer after", "0 differences", "0 compilations", "1.2 GB"):
-        assert words in text
+    for shown in ("53 % fewer remote expert calls", "50 % fewer after", "0 differences", "0 compilations", "1.2 GB"):
+        assert shown in text
 
 
 def test_reduction_names_its_reference_where_the_phases_have_one():
     figures = made_up(2, 2, 8)
-    words = "uniform placement would have had with the calls of the same phase"
-    assert words not in check_page(report.render(figures)).text
-    figures["phases"] = [p | {"remote_share_uniform": 0.66} for p in figures["phases"]]
-    assert words in check_page(report.render(figures)).text
+    reference = "uniform placement would have had with the calls of the same phase"
+    assert reference in check_page(report.render(figures)).text
+    figures["phases"] = [p | {"remote_share_uniform": None} for p in figures["phases"]]
+    assert reference not in check_page(report.render(figures)).text
+
+
+def test_gains_are_drawn_phase_by_phase_to_one_scale():
+    page = report.render(made_up())
+    text = check_page(page).text
+    for shown in ("500 Mbit/s and 0.20 ms", "114 ms → 84 ms (26 % less)", "4.5 requests a second, of 9.0"):
+        assert shown in text
+    share, network, latency = re.findall(r'<figure class="card gain">.*?</figure>', page, re.S)
+    ghost, fill = (
+        [float(w) for w in re.findall(f'class="{kind}"[^>]*>?<?i? ?style="width:([0-9.]+)%', share)]
+        for kind in ("ghost", "fill")
+    )
+    assert np.allclose(ghost, 100, atol=0.1), "66 % under uniform is the longest of the picture"
+    assert np.allclose(fill, np.array([0.66, 0.3, 0.55, 0.32]) / 0.66 * 100, atol=0.1)
+    assert [words.NBSP.join(pair) in network for pair in (("114", "ms"), ("84", "ms"))] == [True, True]
+    assert latency.count('class="more"') == 4
+    assert f"0.93{words.NBSP}s" in latency, "0.82 s measured and 114 ms of network"
+
+
+def test_migrations_give_the_shares_that_the_phases_have():
+    figures = made_up()
+    figures["migrations"][0] |= {"remote_share_before": 0.111, "remote_share_after": 0.222}
+    text = check_page(report.render(figures)).text
+    assert f"66{words.NBSP}% → 30{words.NBSP}%".replace(words.NBSP, " ") in text
+    assert "11 %" not in text
+
+
+def test_no_line_is_drawn_where_nothing_was_measured():
+    points = [(float(t), 0.5) for t in (1, 2, 3, 4, 9, 10, 11, 12)]
+    assert [t for t, ratio in timeline._curve(points) if ratio is None] == [6.5]
+    assert [t for t, ratio in timeline._curve(points, [10.2]) if ratio is None] == [6.5, 10.5]
+    broken = timeline._path((t, r) for t, r in timeline._curve(points))
+    assert broken.count("M") == 2
+
+
+def test_every_request_is_a_dot_of_its_latency_wide_and_narrow():
+    figures = made_up()
+    for name in ("timeline", "timeline narrow"):
+        (picture,) = (svg for svg in svgs(report.render(figures)) if svg.get("class") == name)
+        dots = [e for e in picture.iter("circle") if e.get("class") == "request"]
+        assert len(dots) == len(figures["requests"])
+        assert len({e.get("cy") for e in dots}) == 1, "all took 0.8 s"
+        assert len([e for e in picture.iter("path") if e.get("class") == "median"]) == 4
+
+
+def test_text_that_ends_in_spaces_stays_in_its_box():
+    assert "white-space: break-spaces" in report.render(made_up())
 
 
 def test_migrations_and_events_are_marked_where_they_happened():
@@ -286,14 +353,14 @@ def test_missing_values_are_dashes():
     figures = made_up()
     phase = figures["phases"][1]
     phase.update(latency_p50_s=None, latency_p95_s=None, local_ratio_mean=None, network_layers=None)
-    phase["tokens_per_s"] = None
+    phase["tokens_per_s"] = phase["network_request_s"] = None
     phase["local_ratio"] = dict.fromkeys(phase["local_ratio"])
     figures["timeline"] = [p | {"local_ratio": dict.fromkeys(p["local_ratio"])} for p in figures["timeline"]]
     page = report.render(figures)
     check_page(page)
     row = re.findall(r"<tr title=.*?</tr>", page, re.S)[1]
     cells = [re.sub(r"<.*?>", "", cell) for cell in re.findall(r"<td>(.*?)</td>", row, re.S)]
-    assert [cell == pictures.DASH for cell in cells] == [False, True, True, False, False, True, True, True, False]
+    assert [cell == words.DASH for cell in cells] == [False, True, True, True, False, False, True, True, True, False]
     assert "None" not in page
     assert "nan" not in page.split("</style>")[1].lower()
 
@@ -320,7 +387,7 @@ def test_server_names_stay_text():
     for part in ("phases", "timeline"):
         for entry in figures[part]:
             entry["local_ratio"] = {name: 0.5}
-    for entry in figures["samples"] + [d for p in figures["placements"] for d in p["devices"]]:
+    for entry in figures["samples"] + figures["requests"] + [d for p in figures["placements"] for d in p["devices"]]:
         entry["server"] = name
     figures["cluster"]["servers"][0]["name"] = name
     assert name in check_page(report.render(figures)).text
@@ -342,7 +409,7 @@ def test_cells_carry_counts_and_copies():
 def test_every_expert_of_a_layer_is_drawn_once_and_own_experts_come_first():
     figures = made_up(3, 4, 16)
     counts = np.array(figures["activation"][0]["counts"])
-    order = report._expert_order(figures)
+    order = report_grids.expert_order(figures)
     assert (np.sort(order, 1) == np.arange(16)).all()
     home = np.take_along_axis((counts / counts.sum(-1, keepdims=True)).argmax(0), order, 1)
     assert (np.diff(home, axis=1) >= 0).all()
@@ -356,7 +423,7 @@ def test_large_grids_become_images_within_the_size_bound():
     images = [e.get("href", "") for svg in svgs(page) for e in svg.iter("image")]
     assert len(images) == 8 * (len(figures["activation"]) + len(figures["placements"]))
     held = figures["placements"][0]["devices"][0]["experts"]
-    pixels = decode_png(base64.b64decode(images[16].split(",")[1]))
+    pixels = decode_png(base64.b64decode(images[0].split(",")[1]))
     assert pixels.shape == (61, 256)
     assert (pixels > 0).sum(1).tolist() == [len(layer) for layer in held]
 
@@ -389,7 +456,7 @@ def test_failed_checks_are_said_to_have_failed():
 
 def test_event_labels_never_overlap():
     marks = [(at, "migration 1: uniform → dance", "event") for at in (50.0, 60.0, 300.0, 1000.0, 1005.0)]
-    boxes = [(x, x + 6.5 * len(text), lane) for _, x, text, _, lane in pictures._lanes(marks, 1120)]
+    boxes = [(x, x + 6.5 * len(text), lane) for _, x, text, _, lane in timeline._lanes(marks, 1120)]
     assert len(boxes) == 5
     for i, (x0, x1, lane) in enumerate(boxes):
         assert x0 >= 0
