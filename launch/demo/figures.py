@@ -19,7 +19,7 @@ LOAD = 0.5  # of what the machine holds
 
 
 class Figures:
-    """Gathers what `report.render` takes.
+    """Gathers what `launch.demo.result.demo_result` puts together.
 
     Args:
         capacity: slots of each device; reserved: bytes of each device for all that is not an expert.
@@ -210,51 +210,6 @@ class Figures:
         self.compilations = sum(one["compilations"] for one in reports)
         self.peak_memory = sum(one["peak_memory_bytes"] for one in reports[1:])
 
-    def result(self, checks: dict[str, Any]) -> dict[str, Any]:
-        """Everything, in the format `dancemoe.demo/1`."""
-        config, phases = self.config, self.parts["phases"]
-        total = config.num_moe_layers * config.num_experts
-        final, devices = self.parts["placements"][-1]["devices"], iter(range(len(self.capacity)))
-        servers = [
-            {
-                "name": server.name,
-                "devices": [
-                    {
-                        "memory_bytes": device.memory,
-                        "reserved_bytes": self.reserved,
-                        "budget_bytes": device.memory - self.reserved,
-                        "slots": self.capacity[i],
-                        "resident_bytes": final[i]["resident_bytes"],
-                    }
-                    for device, i in zip(server.devices, devices, strict=False)
-                ],
-            }
-            for server in self.cluster.servers
-        ]
-        headline = {"remote_share_uniform": phases[0]["remote_share"]}
-        for name, phase in (("first", phases[1]), ("second", phases[3])):
-            headline[f"remote_share_{name}"] = phase["remote_share"]
-            headline[f"reduction_{name}"] = 1 - phase["remote_share"] / max(phase["remote_share_uniform"], 1e-12)
-        checks |= {"compilations_after_warmup": self.compilations, "within_budget": self.within_budget}
-        return {
-            "format": "dancemoe.demo/1",
-            "seed": self.seed,
-            "model": {
-                "name": self.model_name,
-                "layers": config.num_moe_layers,
-                "experts": config.num_experts,
-                "top_k": config.top_k,
-                "hidden_size": config.hidden_size,
-                "expert_bytes": self.expert_bytes,
-                "parameters": config.other_params + total * config.expert_params,
-            },
-            "cluster": {"servers": servers, "copies": sum(self.capacity) / total, **self._slowest_link()},
-            "load": {"requests_per_s": self.rate * len(servers), "holds_per_s": self.holds},
-            **self.parts,
-            "checks": checks,
-            "headline": headline,
-        }
-
     def _workload(self, domains: Sequence[str]) -> dict[str, str]:
         return dict(zip(self.cluster.names, domains, strict=True))
 
@@ -278,7 +233,8 @@ class Figures:
         costs = placement.evaluate(self.profile(counts), self.cluster, plan, workload=work)
         return float(chunks * costs["prefill_network_seconds"] + output * costs["decode_network_seconds"])
 
-    def _slowest_link(self) -> dict[str, float | None]:
+    @property
+    def slowest_link(self) -> dict[str, float | None]:
         between = ~np.eye(len(self.cluster.names), dtype=bool)
         return {
             "latency_s": float(self.cluster.latency[between].max()) if between.any() else None,

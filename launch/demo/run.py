@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import resource
 import sys
@@ -38,6 +39,7 @@ from launch.demo.checks import check_requests
 from launch.demo.conductor import Conductor, DemoEnded, DemoStopped
 from launch.demo.console import phase_lines, summary_lines, text_lines
 from launch.demo.figures import CHUNK, ITEMSIZE, Figures
+from launch.demo.result import demo_result
 from launch.demo.server import DemoServer
 from launch.engine.host import Host, ending
 from launch.engine.loading import Loaded, load
@@ -46,6 +48,7 @@ from launch.migration.worker import MigrationWorker
 from placement import Cluster, InputError, Placement, Profile
 from placement.files import write_bytes
 
+log = logging.getLogger(__name__)
 SEQUENCES = 8
 PROMPT_TOKENS, OUTPUT_TOKENS = 96, (24, 64)
 _JOIN_S = 120.0
@@ -89,12 +92,12 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         figures = _serve(arguments, setting, console)
     except DemoEnded as ended:
-        print(f"launch demo: {ended}", file=sys.stderr)
+        log.error("launch demo: %s", ended)
         return 1
     if figures is None:
         return 0
     _say(console, f"checking {len(figures.to_check)} requests against the dense model on one device …")
-    result = figures.result(check_requests(load_model(setting.path), figures.to_check))
+    result = demo_result(figures, check_requests(load_model(setting.path), figures.to_check))
     result["wall_s"] = time.monotonic() - started
     result["peak_memory_bytes"] = figures.peak_memory + resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     report.write(result, arguments.report)
@@ -244,7 +247,7 @@ def _passed(result: dict[str, Any]) -> bool:
     if not checks["within_budget"]:
         failed.append("a device holds more expert bytes than its budget")
     for line in failed:
-        print(f"launch demo: FAILED: {line}", file=sys.stderr)
+        log.error("launch demo: FAILED: %s", line)
     return not failed
 
 
