@@ -23,12 +23,14 @@ COMMANDS = {
     "bench": "time and memory of planning, and how they grow",
 }
 
+_ONE_LINE = {ord("\n"): "\\n", ord("\r"): "\\r"}
+
 
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong with the arguments in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: {message.translate(_ONE_LINE)}; see {self.prog} --help\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.run(arguments)
         sys.stdout.flush()
     except InputError as error:
-        print(f"placement {arguments.command}: {error}", file=sys.stderr)
+        line = str(error).translate(_ONE_LINE)  # a file's name may hold anything
+        print(f"placement {arguments.command}: {line}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output left, as `head` does; nobody is there to be told
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -291,7 +291,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
         InputError: the folder does not exist or does not admit the file.
     """
     target = Path(os.path.realpath(path))  # a symbolic link keeps pointing where it did
-    if target.exists() and not target.is_file():
+    if os.path.exists(target) and not os.path.isfile(target):
         raise InputError(f"{path}: cannot be written: not a regular file; name a file")
     scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:

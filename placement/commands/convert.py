@@ -13,7 +13,7 @@ from placement.data.placement import Placement
 from placement.engines import convert
 from placement.engines.maps import ExpertMap
 from placement.engines.recording import Recording
-from placement.files import InputError, show
+from placement.files import InputError, is_name, show
 from placement.units import parse_bytes
 
 
@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text) < 2**31:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1")
+    if not text.isdecimal() or len(text) > 10 or not 0 < int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"{show(text)} is no number from 1")
     return int(text)
 
 
@@ -122,18 +122,18 @@ def _facts(arguments: argparse.Namespace) -> convert.Facts:
     for key in ("expert_bytes", "reserved_bytes"):
         value, flag = getattr(arguments, key), f"--{key.replace('_', '-')}"
         if value is not None:
-            value = int(value) if value.isdecimal() else value
+            value = int(value) if value.isdecimal() and len(value) < 20 else value
             sizes[key] = 0 if value == 0 and key == "reserved_bytes" else parse_bytes(value, flag)
     widths = None
     if arguments.ranks_per_server is not None:
         parts = arguments.ranks_per_server.split(",")
-        if not all(part.strip().isdecimal() and 0 < int(part) < 10**5 for part in parts):
+        if not all(part.strip().isdecimal() and len(part) < 20 and 0 < int(part) < 10**5 for part in parts):
             raise InputError(f"--ranks-per-server = {show(arguments.ranks_per_server)}: must be numbers, such as 1,1,2")
         widths = tuple(int(part) for part in parts)
     servers = None
     if arguments.servers is not None:
         servers = tuple(name.strip() for name in arguments.servers.split(","))
-        if "" in servers or len(set(servers)) < len(servers):
+        if not all(map(is_name, servers)) or len(set(servers)) < len(servers):
             raise InputError(f"--servers = {show(arguments.servers)}: must be different names, such as a,b,c")
         if arguments.cluster is not None:
             raise InputError("--servers: --cluster names the servers already; give one of the two")

@@ -101,7 +101,7 @@ class ModelShape:
             InputError: the file is no configuration of a known family, a field is missing or no count, or the sizes of its
                 quantisation are not known.
         """
-        path = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+        path = Path(path) / "config.json" if os.path.isdir(path) else Path(path)
         parsed = read_json(path)
         if not isinstance(parsed, dict):
             raise InputError(f"{path}: must be an object, the config.json of a model")

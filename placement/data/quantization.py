@@ -77,7 +77,7 @@ def quantization_beside(config: str | os.PathLike[str]) -> dict[str, Any] | None
     """
     folder = Path(config).parent
     for name, read in (("quantize_config.json", _gptq_file), ("hf_quant_config.json", _modelopt_file)):
-        if (folder / name).is_file():
+        if os.path.isfile(folder / name):
             parsed = read_json(folder / name)
             if not isinstance(parsed, dict):
                 raise InputError(f"{folder / name}: must be an object, as the quantiser wrote it; {_REMEDY}")

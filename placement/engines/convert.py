@@ -1,5 +1,6 @@
 """Between other engines' files and ours: which format a file has, and what becomes of it."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -32,7 +33,7 @@ def detect(path: str) -> str:
         InputError: it cannot be told.
     """
     target = Path(path)
-    if target.is_dir():
+    if os.path.isdir(target):  # not Path.is_dir, which fails on names that are too long
         if (target / "meta_info.json").is_file():
             return "trtllm"
         for pattern, name in (("*.pt", "sglang"), ("*.npy", "sglang-jax")):
@@ -113,7 +114,7 @@ def read(paths: Sequence[str], kind: str, facts: Facts, target: str | None = Non
         raise InputError(f"{paths[1]}: one {kind} file or folder at a time; convert them apart")
     if kind == "placement":
         return Placement.load(path)
-    if kind == "trtllm" and Path(path).is_dir():
+    if kind == "trtllm" and os.path.isdir(path):
         return recorders.trtllm(path)
     if kind == "vllm-ascend":
         return engine_maps.read_vllm_ascend(path, experts)

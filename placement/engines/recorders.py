@@ -4,6 +4,7 @@ Layouts as the engines' sources have them: SGLang's expert distribution recorder
 statistics.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,7 +53,7 @@ def expand(paths: Sequence[str], pattern: str) -> list[str]:
     """
     found = []
     for path in paths:
-        inside = sorted(map(str, Path(path).glob(pattern))) if Path(path).is_dir() else [path]
+        inside = sorted(map(str, Path(path).glob(pattern))) if os.path.isdir(path) else [path]
         if not inside:
             raise InputError(f"{path}: has no file {pattern}; name the recorder's folder")
         found += inside
