@@ -9,14 +9,16 @@ from placement.costs import summary as cost
 from placement.costs.step_time import predict
 from placement.data.cluster import Cluster
 from placement.data.placement import Placement
+from placement.data.prior import with_prior
 from placement.data.problem import Problem
 from placement.data.profile import Profile
-from placement.data.statistics import shrink
 from placement.data.workload import Workload
 from placement.files import InputError, show
 from placement.registry import Strategy, strategy_named
 from placement.strategies.equal_slots import project, restricted, slots_per_device
 from placement.strategies.exact.optimum import gap, least_remote
+from placement.strategies.latency.equal_slots import equal_latency
+from placement.strategies.latency.plan import latency
 
 
 def plan(
@@ -41,7 +43,7 @@ def plan(
         seed: for strategies that draw at random.
         equal_slots: the same number of slots per layer on every device (strategies/equal_slots.py), for engines that need
             it; `predicted["equal_slots"]` says what that costs.
-        prior: pseudo-assignments with which thin statistics are drawn towards the other servers' (`statistics.shrink`).
+        prior: pseudo-tokens of each server that thin statistics are planned with (`data.prior.with_prior`).
         optimum: what `placement.optimum` found for these inputs and prior; `predicted["gap"]` is then the plan's.
         workload: what the servers do at once, for `latency` and for predicted seconds; None is the usual one.
 
@@ -63,11 +65,14 @@ def plan(
     chosen = strategy_named(strategy)
     problem = Problem.build(profile, cluster, workload)
     problem.require_capacity()
-    planning, in_force = _shrunk(problem, profile, prior), _in_force(previous, profile, cluster)
+    planning, in_force = with_prior(problem, prior), _in_force(previous, profile, cluster)
     slots = slots_per_device(problem) if equal_slots else 0
-    resident = _run(chosen, restricted(planning, slots) if slots else planning, in_force, seed, strategy)
-    if slots:
-        resident = project(planning, resident, slots)
+    if not slots:
+        resident = _run(chosen, planning, in_force, seed, strategy)
+    elif chosen is latency:
+        resident = equal_latency(planning, slots, in_force, seed)
+    else:
+        resident = project(planning, _run(chosen, restricted(planning, slots), in_force, seed, strategy), slots)
     resident.setflags(write=False)
     names, model = cluster.device_names, _model(problem, profile)
     placement = Placement(resident, names, strategy, model, source=f"plan by {strategy}")
@@ -122,16 +127,6 @@ def _model(problem: Problem, profile: Profile) -> dict[str, Any]:
     }
 
 
-def _shrunk(problem: Problem, profile: Profile, prior: float) -> Problem:
-    """The problem with its frequencies drawn towards the others' by `prior` assignments per server and layer."""
-    total = profile.counts.sum(dtype=np.float64)
-    if not prior or not total:
-        return problem
-    layers = problem.shape[1]
-    frequency = shrink(problem.frequency, prior * layers / total)
-    return replace(problem, frequency=frequency * (layers / frequency.sum()))
-
-
 def evaluate(
     profile: Profile,
     cluster: Cluster,
@@ -184,7 +179,7 @@ def optimum(profile: Profile, cluster: Cluster, *, prior: float = 0.0) -> float:
     """
     problem = Problem.build(profile, cluster)
     problem.require_capacity()
-    return least_remote(_shrunk(problem, profile, prior))
+    return least_remote(with_prior(problem, prior))
 
 
 def _check_model(placement: Placement, profile: Profile) -> None:

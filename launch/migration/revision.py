@@ -7,6 +7,7 @@ import numpy as np
 
 import placement
 from placement import Cluster, Diff, Placement, Profile, Workload
+from placement.data.prior import DEFAULT_PRIOR
 from placement.migration import decide
 from placement.migration.adapt import fitted
 from placement.migration.decide import Figures, Policy
@@ -45,7 +46,9 @@ def weigh(asked: Revision) -> tuple[Placement, Figures]:
     seen, policy, target = asked.seen, asked.policy, asked.target
     if target is None:
         previous = None if asked.unfit else asked.present
-        target = placement.plan(seen, asked.usable, policy.strategy, previous=previous, workload=asked.workload)
+        target = placement.plan(
+            seen, asked.usable, policy.strategy, previous=previous, prior=DEFAULT_PRIOR, workload=asked.workload
+        )
     target = fitted(target, seen, asked.usable)
     moves = placement.diff(asked.present, target, asked.cluster, staging_bytes=policy.staging_bytes)
     old, new = (_costs(asked, plan) for plan in (asked.present, target))

@@ -3,8 +3,8 @@
 import argparse
 
 from placement.data.model_shapes import ModelShape
+from placement.data.prior import DEFAULT_PRIOR
 from placement.data.profile import Profile
-from placement.data.statistics import DEFAULT_PRIOR
 from placement.data.workload import Workload
 from placement.files import InputError
 from placement.units import parse_seconds
@@ -24,7 +24,8 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def add_prior(parser: argparse.ArgumentParser) -> None:
     what = (
-        f"pseudo-assignments that draw thin statistics towards the other servers' (default: {DEFAULT_PRIOR:g}; 0: none)"
+        "pseudo-tokens without preference, and a quarter as many of the other servers', that thin statistics are planned "
+        f"with (default: {DEFAULT_PRIOR:g}; 0: none)"
     )
     parser.add_argument("--prior", type=_at_least_0, default=DEFAULT_PRIOR, metavar="N", help=what)
 

@@ -34,8 +34,7 @@ def predict(problem: Problem, resident: np.ndarray) -> dict[str, Any]:
     """
     work = problem.workload
     use = network_use(problem, serving_server(problem, problem.held(resident)))
-    demand = problem.frequency.sum((1, 2)) > 0
-    share = demand / max(1, demand.sum())
+    share = problem.active / problem.active.sum()
     load = device_load(problem, resident)
     total = load.sum(0)
     busiest = ((load / problem.speed[:, None]).max(0) / np.where(total > 0, total, 1.0)).sum()

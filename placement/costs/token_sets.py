@@ -37,7 +37,7 @@ def token_sets(problem: Problem, seed: int = 0) -> TokenSets:
     """
     servers, layers, experts = problem.shape
     rng = np.random.default_rng(seed)
-    demand = np.flatnonzero(problem.frequency.sum((1, 2)) > 0)
+    demand = np.flatnonzero(problem.active)
     most = max(1, _ROWS // max(1, len(demand)))
     known = max(_LEAST, min(most, problem.counted / max(1, len(demand))))
     drawn = int(np.clip(min(known, _DRAWN // (layers * experts * max(1, len(demand)))), 16, most))

@@ -142,6 +142,12 @@ class Problem:
         return weights / weights.sum(-1, keepdims=True)
 
     @cached_property
+    def active(self) -> np.ndarray:
+        """Servers that have users, bool [N]: those with statistics; all of them where nobody has any."""
+        known = self.frequency.sum((1, 2)) > 0
+        return known if known.any() else ~known
+
+    @cached_property
     def exchange_seconds(self) -> np.ndarray:
         """alpha: seconds of an exchange without its bytes, there and back, float64 [N, N]; 0 on the diagonal."""
         alpha = self.latency + self.latency.T + self.workload.exchange_seconds

@@ -7,11 +7,6 @@ from typing import Any
 
 import numpy as np
 
-# Pseudo-assignments per server and layer that `shrink` adds. Measured on DeepSeek-V2-Lite's routing (three unlike domains,
-# 64 experts, top-6; one server with t tokens of history, the others with thousands; `dance`, counted on the other half):
-# with t = 5 to 20 values from 6 to 32 lower that server's remote share by 0.003, with t >= 50 they change it by less than
-# 0.002; from 64 on the others' taste drowns its own. Two or three tokens' worth it is.
-DEFAULT_PRIOR = 16.0
 # Statistics are called implausible from here on: a layer's assignments against the median layer's, assignments for each expert
 # that make its absence strange, and the share of a layer's experts that is absent.
 _UNEVEN, _MANY, _LEFT_OUT = 1.25, 16, 0.25

@@ -48,12 +48,7 @@ def restricted(problem: Problem, slots: int) -> Problem:
 
 
 def project(problem: Problem, resident: np.ndarray, slots: int) -> np.ndarray:
-    """The equal-slot plan nearest to a strategy's: the same slots per device and layer, the most valuable copies kept.
-
-    In each layer a server keeps its planned experts, most used first, up to its slots; free slots take the experts it uses
-    most and lacks. Experts left without a copy displace the least used duplicates (`dance.cover_experts`). Experts stay on
-    their device while that is no further ahead in load than the expert itself; the others go to the least loaded device.
-    Where a server has more slots than there are experts, its busiest get further copies, never two on one device.
+    """The equal-slot plan nearest to a strategy's: `equal_held` of it, on devices as `to_equal_devices` puts it.
 
     Args:
         problem: as the strategy saw it.
@@ -63,23 +58,45 @@ def project(problem: Problem, resident: np.ndarray, slots: int) -> np.ndarray:
     Returns:
         bool [D, L, E] with exactly `slots` experts per device and layer, every expert covered.
     """
-    servers, layers, experts = problem.shape
-    width = np.bincount(problem.device_server, minlength=servers)
-    planned = problem.held(resident)
+    return to_equal_devices(problem, equal_held(problem, resident, slots), resident, slots)
+
+
+def equal_held(problem: Problem, resident: np.ndarray, slots: int) -> np.ndarray:
+    """As many experts of each layer as each server has slots, every expert covered: bool [N, L, E].
+
+    In each layer a server keeps its planned experts, most used first, up to its slots; free slots take the experts it uses
+    most and lacks. Experts left without a copy displace the least used duplicates (`dance.cover_experts`).
+    """
+    width = np.bincount(problem.device_server, minlength=len(problem.names))
+    planned, experts = problem.held(resident), problem.shape[2]
     everyone = np.broadcast_to(-problem.demand.sum(0), planned.shape)
     order = np.lexsort([everyone, -problem.demand, ~planned], axis=-1)
     held = np.zeros(planned.shape, bool)
     room = np.minimum(width * slots, experts)
     first = np.broadcast_to(np.arange(experts) < room[:, None, None], held.shape)
     np.put_along_axis(held, order, first, axis=-1)
-    held = cover_experts(problem, held)
+    return cover_experts(problem, held)
+
+
+def to_equal_devices(problem: Problem, held: np.ndarray, planned: np.ndarray, slots: int) -> np.ndarray:
+    """Experts of a server on its devices, `slots` of each layer on each: bool [D, L, E].
+
+    Experts stay on their device while that is no further ahead in load than the expert itself; the others go to the least
+    loaded device. Where a server has more slots than there are experts, its busiest get further copies, never two on one
+    device.
+
+    Args:
+        held: bool [N, L, E], from `equal_held`.
+        planned: bool [D, L, E], where experts are to stay.
+    """
+    width = np.bincount(problem.device_server, minlength=len(problem.names))
     load = server_load(problem, held)
-    equal = np.zeros(resident.shape, bool)
+    equal = np.zeros(planned.shape, bool)
     for server, start in enumerate(problem.first_device):
         mine = slice(start, start + width[server])
-        for layer in range(layers):
+        for layer in range(problem.shape[1]):
             here, speed = load[server, layer], problem.speed[mine]
-            equal[mine, layer] = _spread(held[server, layer], here, resident[mine, layer], speed, slots)
+            equal[mine, layer] = _spread(held[server, layer], here, planned[mine, layer], speed, slots)
     return equal
 
 

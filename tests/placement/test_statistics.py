@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from placement import STRATEGIES, Cluster, InputError, Placement, Problem, Profile, evaluate, plan
 from placement.__main__ import main
+from placement.data.prior import DEFAULT_PRIOR, with_prior
 from placement.data.statistics import (
     DecayingCounts,
     decay,
@@ -22,7 +23,8 @@ from placement.data.statistics import (
     top_share,
 )
 from placement.strategies.equal_slots import project, restricted, slots_per_device
-from tests.helpers.paths import TRACES
+from tests.helpers.paths import DEEPSEEK, TRACES
+from tests.placement.test_dance import deepseek_halves
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -294,3 +296,77 @@ def test_too_little_memory_for_equal_slots(folder):
     small = Cluster.from_dict({"server": [{"name": name, "devices": [{"memory": size}]} for name, size in sizes]})
     with pytest.raises(InputError, match="40 bytes are missing on c device 0 for equal slots: 16 experts on 3 devices"):
         plan(Profile.load("unlike.npz"), small, equal_slots=True)
+
+
+def thin(tokens, seed=0):
+    """Profile and cluster of two servers, one with so many tokens: 4 patterns of 3 of 12 experts in each of 4 layers."""
+    rng = np.random.default_rng(seed)
+    patterns = rng.random((2, 4, 4, 12)).argsort(-1)[..., :3]
+    server = np.array([0] * tokens + [1] * (40 if tokens else 0), int)
+    ids = patterns[server, rng.integers(0, 4, len(server))]
+    meta = {"model": "m", "hidden_size": 1024, "expert_bytes": 1}
+    profile = Profile.from_tokens(ids, server, server, servers=("a", "b"), experts=12, **meta)
+    return profile, Cluster.from_dict({"server": [{"name": n, "devices": [{"memory": 32}]} for n in "ab"]})
+
+
+@given(st.integers(0, 30), st.sampled_from([0.0, 4.0, 32.0]))
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_a_prior_adds_the_same_to_counts_and_to_sets(tokens, prior):
+    problem = Problem.build(*thin(tokens))
+    found = with_prior(problem, prior)
+    if not prior:
+        assert found is problem
+        return
+    assert np.isclose(found.frequency.sum(), problem.shape[1])
+    assert np.isclose(found.counted, problem.counted + prior * 2 + prior / 4 * (2 if tokens else 0))
+    assert found.active.all()
+    if not tokens:
+        assert np.allclose(found.frequency, 1 / (2 * 12))  # nobody is known: all experts alike
+        return
+    added = np.bincount(found.tokens.server) - np.bincount(problem.tokens.server)
+    assert added.tolist() == [prior + prior / 4, prior + min(tokens, prior / 4)]
+    ordered = np.sort(found.tokens.ids, -1)
+    assert (ordered[..., 1:] != ordered[..., :-1]).all()
+    assert (found.tokens.ids[: len(problem.tokens.ids)] == problem.tokens.ids).all()
+
+
+def test_a_prior_hardly_counts_beside_thousands_of_tokens():
+    profile, cluster = thin(20)
+    many = replace(profile, counts=profile.counts * 1000, ids=None, server=None, sequence=None)
+    problem = Problem.build(many, cluster)
+    assert np.abs(with_prior(problem, 32.0).demand - problem.demand).max() < 1e-3
+
+
+def test_cold_start_hosts_whole_layers():
+    """Without any token a part of a layer at home is worth nothing; a whole one needs no network."""
+    profile, cluster = thin(0)
+    placed = plan(profile, cluster, "latency", prior=32)
+    assert placed.resident.all(-1).any(0).all()
+    assert evaluate(profile, cluster, placed)["network_probability"] <= 0.5 + 1e-9
+    assert (plan(profile, cluster, "latency", previous=placed).resident == placed.resident).all()
+
+
+def test_equal_slots_of_latency_swap_on_token_sets():
+    profile, cluster = thin(40, seed=1)
+    costs = {}
+    for name in ("latency", "exact", "dance"):
+        placed = plan(profile, cluster, name, equal_slots=True)
+        assert (placed.resident.sum(-1) == placed.predicted["equal_slots"]["slots_per_layer"]).all()
+        assert placed.resident.any(0).all()
+        costs[name] = placed.predicted["step_seconds"]
+    assert costs["latency"] < 0.98 * min(costs["exact"], costs["dance"])
+
+
+@pytest.mark.skipif(not DEEPSEEK.exists(), reason="real traces are not in ../shared/data")
+@pytest.mark.parametrize(("tokens", "most"), [(0, 54.0), (6, 58.0), (50, 53.0)])
+def test_thin_statistics_of_a_real_model(tokens, most):
+    """So many tokens of each server; thousands give 49.5 ms."""
+    planning, evaluation = deepseek_halves()
+    rows = np.concatenate([np.flatnonzero(planning.server == n)[:tokens] for n in range(3)])
+    meta = {key: getattr(planning, key) for key in ("servers", "model", "hidden_size", "expert_bytes")}
+    few = Profile.from_tokens(planning.ids[rows], planning.server[rows], planning.sequence[rows], experts=64, **meta)
+    slots = 543 * planning.expert_bytes[0]
+    servers = [{"name": n, "devices": [{"memory": slots}] * (1 + (n == "translation"))} for n in planning.servers]
+    cluster = Cluster.from_dict({"server": servers, "network": {"bandwidth": "500Mbps", "latency": "0.2ms"}})
+    placed = plan(few, cluster, "latency", prior=DEFAULT_PRIOR)
+    assert evaluate(evaluation, cluster, placed)["decode_network_seconds"] <= most / 1e3

@@ -4,40 +4,19 @@ Layers do not depend on each other, so moves that touch different layers add up 
 together. Within a layer the effect of one more or one less copy is counted on the tokens that it concerns.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
 from placement.costs.routing import copy_preference
 from placement.costs.token_sets import TokenSets
 from placement.data.problem import Problem
+from placement.strategies.latency.moves import Effects, Move, Offer, across_layers, within_one_layer
 
 _WORK = 5 * 10**8  # comparisons spent in all, whatever the size
 _ALL_PARTNERS = 8  # up to so many servers, the use that others make of a new copy is counted too
 _LEAST = 1e-7  # of the time at the start: smaller improvements are not worth a move
-_FEW = 3  # layers tried for what an only copy that moves leaves and takes
-
-Move = tuple[tuple[int, int, int, bool], ...]  # (server, layer, expert, added) of every change
-
-
-@dataclass(eq=False)
-class _Effects:
-    """Change of time, in seconds, that single changes of `held` make; infinite where impossible.
-
-    Attributes:
-        time: of each layer as it is, float64 [L].
-        drop: server n gives up an expert of which there is another copy, float64 [N, L, E].
-        add: server n gets an expert, float64 [N, L, E].
-        shift: the only copy goes from its holder to server m, float64 [N (m), L, E]; None where it is not counted.
-    """
-
-    time: np.ndarray
-    drop: np.ndarray
-    add: np.ndarray
-    shift: np.ndarray | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +28,15 @@ class _Prices:
     computing: np.ndarray
 
 
-def local_search(problem: Problem, sets: TokenSets, held: np.ndarray, previous: np.ndarray | None = None) -> np.ndarray:
+def local_search(
+    problem: Problem,
+    sets: TokenSets,
+    held: np.ndarray,
+    previous: np.ndarray | None = None,
+    *,
+    within_layers: bool = False,
+    work: int = _WORK,
+) -> np.ndarray:
     """Swap copies while the expected time of `problem.workload` falls: bool [N, L, E], covered and as full as `held`.
 
     A move is a server's copy given up for another; or an only copy handed to a server that gives up one for it, which
@@ -60,6 +47,8 @@ def local_search(problem: Problem, sets: TokenSets, held: np.ndarray, previous: 
         sets: token sets whose time counts.
         held: bool [N, L, E], every expert covered, within the memory of each server.
         previous: bool [D, L, E], the placement in force; equally good moves go back to it.
+        within_layers: leave every server as many experts of each layer as it has.
+        work: comparisons of sets spent at most.
     """
     servers, layers, _ = problem.shape
     if servers < 2 or not len(sets.ids):
@@ -68,7 +57,7 @@ def local_search(problem: Problem, sets: TokenSets, held: np.ndarray, previous: 
     partners = servers if servers <= _ALL_PARTNERS else 1
     cost = sets.ids[0].size * sets.ids.shape[2] * len(sets.ids) * (partners + 1)
     cost += servers * held.size  # of finding each source's copies
-    effects = _Effects(*(np.zeros(shape) for shape in (layers, problem.shape, problem.shape, problem.shape)))
+    effects = Effects(*(np.zeros(shape) for shape in (layers, problem.shape, problem.shape, problem.shape)))
     if partners == 1:
         effects.shift = None
     prices = _prices(problem)
@@ -83,7 +72,8 @@ def local_search(problem: Problem, sets: TokenSets, held: np.ndarray, previous: 
         spent += cost * len(stale) // layers
         least = _LEAST * effects.time.sum() if least is None else least
         room = capacity - held.sum(2) @ problem.expert_bytes
-        moves = [] if spent > _WORK else _choose(problem, effects, tie_break, room, least, tried)
+        make = within_one_layer if within_layers else across_layers
+        moves = [] if spent > work else _choose(problem, effects, make(problem, effects, tie_break, room), least, tried)
         if not moves:
             return held
         before = effects.time.copy()
@@ -193,7 +183,7 @@ def _follow(problem: Problem, sets: TokenSets, prices: _Prices, held: np.ndarray
 
 
 def _measure(
-    problem: Problem, sets: TokenSets, prices: _Prices, held: np.ndarray, layer: int, effects: _Effects
+    problem: Problem, sets: TokenSets, prices: _Prices, held: np.ndarray, layer: int, effects: Effects
 ) -> None:
     """Update one layer of `effects`."""
     servers, _, experts = problem.shape
@@ -218,23 +208,9 @@ def _measure(
         effects.shift[server, layer] = np.where(~here[server] & (copies == 1), handed, np.inf)
 
 
-Maker = Callable[..., Any]
-
-
-def _choose(
-    problem: Problem,
-    effects: _Effects,
-    tie_break: np.ndarray | float,
-    room: np.ndarray,
-    least: float,
-    tried: set[Move],
-) -> list[Move]:
+def _choose(problem: Problem, effects: Effects, offers: list[Offer], least: float, tried: set[Move]) -> list[Move]:
     """Moves that shorten the time, the most useful first, no two of them in one layer."""
     _, layers, _ = problem.shape
-    drop, add = effects.drop + tie_break, effects.add - tie_break
-    offers = _swaps(problem, drop, add, room)
-    if effects.shift is not None:
-        offers += _handovers(problem, effects, effects.shift, drop, add, room)
     every = np.concatenate([value.ravel() for value, _ in offers])
     good = np.flatnonzero(every < -least)
     starts = np.cumsum([0, *(value.size for value, _ in offers)])
@@ -254,53 +230,3 @@ def _choose(
         if used.all():
             break
     return moves
-
-
-def _swaps(problem: Problem, drop: np.ndarray, add: np.ndarray, room: np.ndarray) -> list[tuple[np.ndarray, Maker]]:
-    """A server gives up one copy for another, or takes one into free room: seconds of each, and what makes the move."""
-    out, into = drop.argmin(-1), add.argmin(-1)  # [N, L]
-    loss, gain = drop.min(-1), add.min(-1)
-    swap = np.where(_fits(problem, room), gain[:, :, None] + loss[:, None, :], np.inf)
-    alone = np.where(problem.expert_bytes <= room[:, None], gain, np.inf)
-    return [
-        (swap, lambda n, j, i: ((n, i, out[n, i], False), (n, j, into[n, j], True))),
-        (alone, lambda n, j: ((n, j, into[n, j], True),)),
-    ]
-
-
-def _handovers(
-    problem: Problem, effects: _Effects, shift: np.ndarray, drop: np.ndarray, add: np.ndarray, room: np.ndarray
-) -> list[tuple[np.ndarray, Maker]]:
-    """An only copy of layer i goes from n to m, which makes room, or gives an only copy of layer j in return."""
-    servers, layers, _ = problem.shape
-    out, into = drop.argmin(-1), add.argmin(-1)
-    loss, gain, fits = drop.min(-1), add.min(-1), _fits(problem, room)
-    only = np.isinf(effects.drop) & np.isinf(effects.add)
-    handed = np.where(only[:, None], shift[None], np.inf)
-    which, hand = handed.argmin(-1), handed.min(-1)  # [N (n), N (m), L]
-    few = min(_FEW, layers)
-    freed, wanted = np.argsort(loss, -1)[:, :few], np.argsort(gain, -1)[:, :few]  # [N, few]
-    n, m, i, a, b = np.ix_(*(np.arange(size) for size in (servers, servers, layers, few, few)))
-    f, w = freed[m, a], wanted[n, b]
-    value = hand[n, m, i] + loss[m, f] + gain[n, w]
-    one_way = np.where((i != f) & (i != w) & (f != w) & fits[m, i, f] & fits[n, w, i], value, np.inf)
-
-    def make_room(n: int, m: int, i: int, a: int, b: int) -> Move:
-        f, w = freed[m, a], wanted[n, b]
-        moved = which[n, m, i]
-        return (n, i, moved, False), (m, i, moved, True), (m, f, out[m, f], False), (n, w, into[n, w], True)
-
-    n, m, i, j = np.ix_(*(np.arange(size) for size in (servers, servers, layers, layers)))
-    value = hand[n, m, i] + hand[m, n, j]
-    both_ways = np.where((n < m) & (i != j) & fits[m, i, j] & fits[n, j, i], value, np.inf)
-
-    def exchange(n: int, m: int, i: int, j: int) -> Move:
-        mine, theirs = which[n, m, i], which[m, n, j]
-        return (n, i, mine, False), (m, i, mine, True), (m, j, theirs, False), (n, j, theirs, True)
-
-    return [(one_way, make_room), (both_ways, exchange)]
-
-
-def _fits(problem: Problem, room: np.ndarray) -> np.ndarray:
-    """Whether a server has the bytes after layer l loses a copy and layer j gets one: bool [N, j, l]."""
-    return problem.expert_bytes[:, None] <= room[:, None, None] + problem.expert_bytes

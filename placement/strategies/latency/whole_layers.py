@@ -167,4 +167,4 @@ def layer_worth(problem: Problem, alone: np.ndarray, held: np.ndarray | None = N
     else:
         part = held.sum(-1) / np.maximum(held.sum((0, 2)), 1)
         worth = np.einsum("lnm,ml->nl", price, part)
-    return worth * (problem.frequency.sum((1, 2)) > 0)[:, None]
+    return worth * problem.active[:, None]
