@@ -1,5 +1,20 @@
 """The errors that this package raises for input that cannot be used; the message names what, where and the remedy."""
 
+import reprlib
+from typing import Any
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring, _SHORT.maxother, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxlevel = 80, 80, 8, 8, 3
+
+
+def show(value: Any) -> str:
+    """A value as it stands in a message: on one line, and short however large or deep it is.
+
+    >>> show(["mixtral", [0] * 1000])
+    "['mixtral', [0, 0, 0, 0, 0, 0, 0, 0, ...]]"
+    """
+    return _SHORT.repr(value)
+
 
 class DanceMoEError(ValueError):
     """Input that cannot be used. The base of this package's errors; the message is one line with the remedy."""

@@ -1,5 +1,7 @@
 """Files and directories of this package: JSON objects read and written, directories replaced as a whole."""
 
+import ctypes
+import glob
 import json
 import os
 import shutil
@@ -74,27 +76,26 @@ def _depth(value: Any) -> int:
 
 
 def write_directory(out: Path, write: Callable[[Path], None]) -> None:
-    """Fill a new directory beside `out`, then put it in `out`'s place."""
+    """Fill a new directory beside `out`, then put it in `out`'s place; nothing is left of it if that fails."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    fresh, old = (out.with_name(f".{out.name}.{os.getpid()}.{suffix}") for suffix in ("new", "old"))
+    remove_leftovers(out)
+    fresh = out.with_name(f".{out.name}.{os.getpid()}.new")
     fresh.mkdir()
     try:
         write(fresh)
-        if out.exists():
-            out.rename(old)
-        try:
-            fresh.rename(out)
-        except OSError:
-            if old.exists():
-                old.rename(out)
-            raise
+        replace_directory(fresh, out)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def replace_directory(fresh: Path, place: Path) -> None:
-    """Move a complete directory to where another may be, which is put back if that fails and removed if it does not."""
+    """Move a complete directory to where another may be, which is removed.
+
+    Where the system can exchange two names at once (Linux), there is a complete directory in the place at every moment.
+    """
+    if place.exists() and _exchange(fresh, place):
+        shutil.rmtree(fresh, ignore_errors=True)
+        return
     old = place.with_name(f".{place.name}.{os.getpid()}.old")
     if place.exists():
         place.rename(old)
@@ -105,3 +106,30 @@ def replace_directory(fresh: Path, place: Path) -> None:
             old.rename(place)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_leftovers(place: Path) -> None:
+    """Remove what processes that were killed while they wrote to this place left beside it."""
+    for leftover in place.parent.glob(f".{glob.escape(place.name)}.*"):
+        number, _, suffix = leftover.name.removeprefix(f".{place.name}.").partition(".")
+        if suffix in ("new", "old") and number.isdecimal() and not _is_running(int(number)):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names at once; whether the system and the file system can."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+def _is_running(number: int) -> bool:
+    try:
+        os.kill(number, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -9,12 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dancemoe_jax.errors import ModelError
+from dancemoe_jax.checkpoint.config_fields import Fields, check_counts, check_quantization, first, only
+from dancemoe_jax.errors import ModelError, show
 from dancemoe_jax.files import read_json
 from dancemoe_jax.model.config import Latent as LatentShape
 from dancemoe_jax.model.config import ModelConfig, Rope, Routing
-
-Fields = dict[str, Any]
 
 
 class Family(NamedTuple):
@@ -45,17 +44,18 @@ def read_config(path: str | Path) -> ModelConfig:
 def config_from_fields(fields: Any, where: str) -> ModelConfig:
     """The same from the parsed fields; `where` is named in errors."""
     kind = fields.get("model_type") if isinstance(fields, dict) else type(fields).__name__
-    if not isinstance(fields, dict) or kind not in FAMILIES:
-        raise ModelError(f"{where}: model_type = {kind!r} is not supported; supported: {', '.join(FAMILIES)}")
+    if not isinstance(fields, dict) or not isinstance(kind, str) or kind not in FAMILIES:
+        raise ModelError(f"{where}: model_type = {show(kind)} is not supported; supported: {', '.join(FAMILIES)}")
     try:
-        _only(fields, "hidden_act", "silu")
-        _check_quantization(fields)
+        check_counts(fields)
+        only(fields, "hidden_act", "silu")
+        check_quantization(fields)
         return ModelConfig(**{**_common(fields), **FAMILIES[kind].config(fields), "family": kind})
     except KeyError as error:
         raise ModelError(f"{where}: field {error.args[0]!r} is missing") from None
     except ModelError as error:
         raise ModelError(f"{where}: {str(error).removeprefix('config: ')}") from None
-    except (TypeError, ValueError, ZeroDivisionError, AttributeError, OverflowError) as error:
+    except (TypeError, ValueError, ArithmeticError, AttributeError, IndexError) as error:
         raise ModelError(f"{where}: a field has the wrong type or value ({error})") from None
 
 
@@ -100,29 +100,13 @@ def fields_of(config: ModelConfig) -> Fields:
     return fields
 
 
-def _only(fields: Fields, key: str, *allowed: Any) -> None:
-    if fields.get(key) is not None and fields[key] not in allowed:
-        raise ModelError(f"{key} = {fields[key]!r} is not supported, only {' or '.join(map(repr, allowed))}")
-
-
-def _check_quantization(fields: Fields) -> None:
-    method = (fields.get("quantization_config") or {}).get("quant_method")
-    if method not in (None, "fp8", "mxfp4"):
-        raise ModelError(
-            f"weights quantized by {method!r} are not supported, only fp8 blocks and mxfp4; use the model's unquantized "
-            "weights"
-        )
-
-
-def _first(fields: Fields, *keys: str) -> Any:
-    """The first of several names of one field; transformers has renamed some over time."""
-    return next((fields[key] for key in keys if fields.get(key) is not None), None) or fields[keys[0]]
-
-
 def _common(fields: Fields) -> dict[str, Any]:
     eos = fields.get("eos_token_id")
     heads = fields["num_attention_heads"]
     max_position = fields["max_position_embeddings"]
+    rope = _rope(fields, max_position)
+    if rope.kind == "yarn":  # many a model's card tells users to add it, and to leave max_position_embeddings as it is
+        max_position = max(max_position, int(rope.factor * rope.original_max_position))
     return {
         "vocab_size": fields["vocab_size"],
         "hidden_size": fields["hidden_size"],
@@ -130,10 +114,10 @@ def _common(fields: Fields) -> dict[str, Any]:
         "num_heads": heads,
         "num_kv_heads": fields.get("num_key_value_heads") or heads,
         "head_dim": fields.get("head_dim") or fields["hidden_size"] // heads,
-        "num_experts": _first(fields, "num_experts", "num_local_experts", "n_routed_experts"),
+        "num_experts": first(fields, "num_experts", "num_local_experts", "n_routed_experts"),
         "top_k": fields["num_experts_per_tok"],
         "max_position": max_position,
-        "rope": _rope(fields, max_position),
+        "rope": rope,
         "rms_eps": fields.get("rms_norm_eps", 1e-6),
         "tie_embeddings": fields.get("tie_word_embeddings", False),
         "qk_norm": "",
@@ -145,10 +129,10 @@ def _common(fields: Fields) -> dict[str, Any]:
 def _rope(fields: Fields, max_position: int, **more: Any) -> Rope:
     given = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
     if not isinstance(given, dict):
-        raise ModelError(f"rope parameters are {given!r}, not an object")
+        raise ModelError(f"rope parameters are {show(given)}, not an object")
     theta = given.get("rope_theta") or fields.get("rope_theta") or _DEFAULT_THETA.get(fields["model_type"], 10000.0)
     kind = given.get("rope_type", given.get("type", "default"))
-    _only({"rope type": kind}, "rope type", "default", "linear", "yarn", "llama3")
+    only({"rope type": kind}, "rope type", "default", "linear", "yarn", "llama3")
     if kind == "default":
         return Rope(theta=float(theta), **more)
     original = fields.get("original_max_position_embeddings") or given.get("original_max_position_embeddings")
@@ -194,7 +178,7 @@ def _windows(fields: Fields, default: Callable[[int], bool]) -> tuple[int, ...]:
         "sliding_attention" if default(i) else "full_attention" for i in range(fields["num_hidden_layers"])
     ]
     for kind in kinds:
-        _only({"layer_types": kind}, "layer_types", "sliding_attention", "full_attention")
+        only({"layer_types": kind}, "layer_types", "sliding_attention", "full_attention")
     return tuple(fields["sliding_window"] if kind == "sliding_attention" else 0 for kind in kinds)
 
 
@@ -204,7 +188,7 @@ def _mixtral(fields: Fields) -> dict[str, Any]:
 
 
 def _qwen2(fields: Fields) -> dict[str, Any]:
-    _only(fields, "qkv_bias", True)
+    only(fields, "qkv_bias", True)
     sliding = fields.get("use_sliding_window") and fields.get("sliding_window")
     last = fields.get("max_window_layers", 0)
     return {
@@ -249,8 +233,8 @@ def _olmoe(fields: Fields) -> dict[str, Any]:
 
 
 def _gpt_oss(fields: Fields) -> dict[str, Any]:
-    _only(fields, "swiglu_alpha", 1.702)
-    _only(fields, "attention_bias", True)
+    only(fields, "swiglu_alpha", 1.702)
+    only(fields, "attention_bias", True)
     return {
         "head_dim": fields.get("head_dim") or 64,
         "expert_size": fields["intermediate_size"],
@@ -267,8 +251,8 @@ def _gpt_oss(fields: Fields) -> dict[str, Any]:
 
 def _deepseek(fields: Fields) -> dict[str, Any]:
     for key in ("attention_bias", "mlp_bias"):
-        _only(fields, key, False)
-    _only(fields, "moe_layer_freq", 1)
+        only(fields, key, False)
+    only(fields, "moe_layer_freq", 1)
     latent = LatentShape(
         kv_rank=fields["kv_lora_rank"],
         nope_dim=fields["qk_nope_head_dim"],
@@ -276,7 +260,7 @@ def _deepseek(fields: Fields) -> dict[str, Any]:
         value_dim=fields["v_head_dim"],
         q_rank=fields.get("q_lora_rank") or 0,
     )
-    interleaved = fields.get("rope_interleave", True) if fields["model_type"] == "deepseek_v3" else True
+    interleaved = True if fields["model_type"] == "deepseek_v2" else fields.get("rope_interleave", True)
     rope = _rope(fields, fields["max_position_embeddings"], interleaved=interleaved)
     given = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
     stretch = _mscale(rope.factor, given["mscale_all_dim"]) if given.get("mscale_all_dim") else 1.0
@@ -295,9 +279,9 @@ def _deepseek(fields: Fields) -> dict[str, Any]:
 
 def _deepseek_v2(fields: Fields) -> dict[str, Any]:
     # Published models do not normalize, and the two implementations there are disagree about what it would mean.
-    _only(fields, "norm_topk_prob", False)
-    _only(fields, "scoring_func", "softmax")
-    _only(fields, "topk_method", "greedy", "group_limited_greedy")
+    only(fields, "norm_topk_prob", False)
+    only(fields, "scoring_func", "softmax")
+    only(fields, "topk_method", "greedy", "group_limited_greedy")
     groups = {}
     if fields.get("topk_method") == "group_limited_greedy":
         groups = {"groups": fields["n_group"], "top_groups": fields["topk_group"]}
@@ -306,8 +290,8 @@ def _deepseek_v2(fields: Fields) -> dict[str, Any]:
 
 
 def _deepseek_v3(fields: Fields) -> dict[str, Any]:
-    _only(fields, "scoring_func", "sigmoid")
-    _only(fields, "topk_method", "noaux_tc")
+    only(fields, "scoring_func", "sigmoid")
+    only(fields, "topk_method", "noaux_tc")
     routing = Routing(
         score="sigmoid",
         normalize=fields.get("norm_topk_prob", True),
@@ -323,6 +307,7 @@ FAMILIES = {
     "mixtral": Family(_mixtral, moe="block_sparse_moe", expert=("w1", "w3", "w2")),
     "deepseek_v2": Family(_deepseek_v2),
     "deepseek_v3": Family(_deepseek_v3),
+    "kimi_k2": Family(_deepseek_v3),  # DeepSeek-V3 in all but its name
     "qwen2_moe": Family(_qwen2, shared="shared_expert"),
     "qwen3_moe": Family(_qwen3),
     "olmoe": Family(_olmoe),

@@ -24,10 +24,10 @@ from orbax.checkpoint import v1 as ocp
 
 from dancemoe_jax.checkpoint.arena import Arena
 from dancemoe_jax.checkpoint.extents import Extent, find_extents, read_extent
+from dancemoe_jax.checkpoint.manifest import FORMAT, ArrayType, TensorEntry, read_manifest
 from dancemoe_jax.errors import ModelError
-from dancemoe_jax.files import read_json, replace_directory, write_json
+from dancemoe_jax.files import read_json, remove_leftovers, replace_directory, write_json
 
-FORMAT = "dancemoe.model/1"
 MANIFEST, CONFIG, RECIPE = "model.json", "config.json", "recipe.json"
 BUNDLE = 256 * 2**20
 _ORBAX_STATE = "state"  # the directory in a checkpoint that Orbax keeps a saved tree in
@@ -57,22 +57,15 @@ class ExpertStore:
         self.path = Path(path)
         remedy = "a model store needs it, convert the model again"
         manifest, self.config_fields = (read_json(self.path / name, remedy) for name in (MANIFEST, CONFIG))
-        if manifest.get("format") != FORMAT:
-            raise ModelError(f"{self.path / MANIFEST}: format is {manifest.get('format')!r}, must be {FORMAT!r}")
-        try:
-            experts = manifest["experts"]
-            self._per_bundle: int = experts["per_bundle"]
-            self._arrays: dict[str, dict[str, Any]] = experts["arrays"]
-            self._crc32: list[list[int]] = experts["crc32"]
-            self.num_layers, self.num_experts = len(self._crc32), len(self._crc32[0])
-            self._extents: dict[str, dict[str, Extent]] = {}
-            self.decoder = DecoderTensors(self.path, manifest["decoder"])
-        except (KeyError, TypeError, IndexError) as error:
-            raise ModelError(f"{self.path / MANIFEST}: not a store's contents ({error!r}); convert again") from None
+        held = read_manifest(manifest, self.path / MANIFEST)
+        self._per_bundle, self._arrays, self._crc32 = held.per_bundle, held.arrays, held.crc32
+        self.num_layers, self.num_experts = len(self._crc32), len(self._crc32[0])
+        self._extents: dict[str, dict[str, Extent]] = {}
+        self.decoder = DecoderTensors(self.path, held.decoder)
 
-    def expert_arrays(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    def expert_arrays(self) -> dict[str, ArrayType]:
         """Shape and type of each of an expert's arrays."""
-        return {name: (tuple(a["shape"]), np.dtype(a["dtype"])) for name, a in self._arrays.items()}
+        return self._arrays
 
     def read(self, layer: int, expert: int, arena: Arena | None = None) -> Arrays:
         """The arrays of one expert; `layer` counts MoE layers.
@@ -93,7 +86,7 @@ class ExpertStore:
         arrays = self._read_extents(bundle, expert, arena)
         if arrays is not None and _checksum(arrays) == checksum:
             return arrays
-        keys = {name: f"{expert:05}.{name}" for name in self._arrays}
+        keys = {name: (f"{expert:05}.{name}", array) for name, array in self._arrays.items()}
         return _read_checked(self.path / bundle, keys, checksum, where)
 
     def _read_extents(self, bundle: str, expert: int, arena: Arena | None) -> Arrays | None:
@@ -103,12 +96,14 @@ class ExpertStore:
                 self._extents[bundle] = find_extents(self.path / bundle / _ORBAX_STATE)
             # All of them, or none is read.
             extents = [self._extents[bundle][f"{expert:05}.{name}"] for name in self._arrays]
+            if [extent.size for extent in extents] != [array.nbytes for array in self._arrays.values()]:
+                return None
             return {
-                name: read_extent(extent, shape, dtype, arena)
-                for extent, (name, (shape, dtype)) in zip(extents, self.expert_arrays().items(), strict=True)
+                name: read_extent(extent, array.shape, array.dtype, arena)
+                for extent, (name, array) in zip(extents, self._arrays.items(), strict=True)
             }
-        except (OSError, ValueError, KeyError, TypeError, IndexError):  # tensorstore says more exactly what it is
-            return None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
+            return None  # tensorstore says more exactly what it is
 
     def decoder_tensors(self) -> Arrays:
         """All tensors that are not routed experts, by their Hugging Face names."""
@@ -118,7 +113,7 @@ class ExpertStore:
 class DecoderTensors:
     """The tensors of a store that are not routed experts; to be read like those of `TensorFiles`."""
 
-    def __init__(self, path: Path, contents: dict[str, dict[str, Any]]):
+    def __init__(self, path: Path, contents: dict[str, TensorEntry]):
         self.path = path
         self._contents = contents
 
@@ -129,11 +124,11 @@ class DecoderTensors:
         return name in self._contents
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._find(name)["shape"])
+        return self._find(name).array.shape
 
     def kind(self, name: str) -> str:
         """The stored type as numpy spells it."""
-        return self._find(name)["dtype"]
+        return self._find(name).array.dtype.name
 
     def read(self, name: str, index: int | slice | None = None, dtype: Any = None) -> np.ndarray:
         """One tensor, all of it or what `index` selects of its leading axis.
@@ -142,12 +137,12 @@ class DecoderTensors:
             ModelError: there is no such tensor, or its bytes are not those that were written.
         """
         entry = self._find(name)
-        bundle = self.path / entry["bundle"]
-        array = _read_checked(bundle, {name: name}, entry["crc32"], f"{bundle}: tensor {name!r}")[name]
+        bundle = self.path / entry.bundle
+        array = _read_checked(bundle, {name: (name, entry.array)}, entry.crc32, f"{bundle}: tensor {name!r}")[name]
         array = array if index is None else array[index]
         return array if dtype is None else array.astype(dtype, copy=False)
 
-    def _find(self, name: str) -> dict[str, Any]:
+    def _find(self, name: str) -> TensorEntry:
         if name not in self._contents:
             raise ModelError(f"{self.path}: tensor {name!r} is missing; convert the model again")
         return self._contents[name]
@@ -170,6 +165,7 @@ class StoreWriter:
         self.path = Path(path)
         if self.path.exists() and not is_store(self.path) and not (self.path.is_dir() and not any(self.path.iterdir())):
             raise ModelError(f"{self.path}: exists and is not a model store; choose another directory or remove it")
+        remove_leftovers(self.path.absolute())
         self._part = self.path.absolute().with_name(f".{self.path.name}.unfinished")  # Orbax takes no relative path
         if _recipe(self._part) != recipe:
             shutil.rmtree(self._part, ignore_errors=True)
@@ -274,14 +270,21 @@ def _checksum(arrays: Arrays) -> int:
     return value
 
 
-def _read_checked(bundle: Path, keys: Mapping[str, str], checksum: int, where: str) -> Arrays:
+def _read_checked(bundle: Path, keys: Mapping[str, tuple[str, ArrayType]], checksum: int, where: str) -> Arrays:
     """Arrays of one checkpoint by their names in it, read side by side."""
     database = {"driver": "ocdbt", "base": f"file://{bundle.absolute()}/{_ORBAX_STATE}/"}
     try:
         opening = {
             name: ts.open({"driver": "zarr3", "kvstore": {**database, "path": f"{key}/"}}, open=True, read=True)
-            for name, key in keys.items()
+            for name, (key, _) in keys.items()
         }
+        # What is there may claim any size, so it is compared before memory is taken for it.
+        for name, (_, expected) in keys.items():
+            found = opening[name].result()
+            if (tuple(found.shape), np.dtype(found.dtype.numpy_dtype)) != expected:
+                raise ValueError(
+                    f"it is {found.dtype.name} {list(found.shape)}, not {expected.dtype} {list(expected.shape)}"
+                )
         reading = {name: array.result().read() for name, array in opening.items()}
         arrays = {name: np.asarray(array.result()) for name, array in reading.items()}
     except Exception as error:  # tensorstore has no exception of its own

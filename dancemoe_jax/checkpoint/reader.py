@@ -30,7 +30,7 @@ from dancemoe_jax.checkpoint.finite import cast, check_finite, is_finite
 from dancemoe_jax.checkpoint.orbax_store import DecoderTensors, ExpertStore, is_store
 from dancemoe_jax.checkpoint.sources import Source, expert_sources, layer_sources, stored_dtype, whole_sources
 from dancemoe_jax.checkpoint.tensor_files import TensorFiles
-from dancemoe_jax.errors import ModelError
+from dancemoe_jax.errors import ModelError, show
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.model.decoder import Decoder, Experts
 from dancemoe_jax.model.experts import ExpertWeights, dequantize, quantize
@@ -230,7 +230,9 @@ def _check(path: Path, config: ModelConfig, tensors: TensorFiles | DecoderTensor
         wanted = {f: shape for f, shape in expert_shapes(config).items() if config.expert_bias or f.startswith("w_")}
         held = (store.num_layers, store.num_experts, shapes)
         if held != (config.num_moe_layers, config.num_experts, wanted):
-            raise ModelError(f"{path}: holds experts {held}, config.json asks for others; convert the model again")
+            raise ModelError(
+                f"{path}: holds experts {show(held)}, config.json asks for others; convert the model again"
+            )
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -22,6 +22,10 @@ from dancemoe_jax.model.decoder import Decoder, Experts
 from dancemoe_jax.model.experts import ExpertWeights
 from dancemoe_jax.text.tokenizer import END_OF_TEXT, byte_tokenizer
 
+# Models trained here know no roles: a conversation is its texts, one after another.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.content }}{% if not loop.last %}{{ '\\n' }}{% endif %}{% endfor %}"
+)
 WRITTEN = ("config.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json")
 
 
@@ -98,6 +102,7 @@ def save_hf(out: Path, config: ModelConfig, decoder: Decoder, experts: Experts, 
         "eos_token": END_OF_TEXT,
         "model_max_length": config.max_position,
         "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
     }
 
     def write(directory: Path) -> None:

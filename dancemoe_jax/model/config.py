@@ -7,7 +7,7 @@ import dataclasses
 import math
 from typing import Any
 
-from dancemoe_jax.errors import ModelError
+from dancemoe_jax.errors import ModelError, show
 
 ROPE_KINDS = ("default", "linear", "yarn", "llama3")
 
@@ -153,7 +153,9 @@ class ModelConfig:
             name = "head_dim" if self.latent is None else "rope_dim"
             raise ModelError(f"config: {name} = {self.rope_dim} is odd, rotary positions need an even one")
         if self.eos_token is not None and not (type(self.eos_token) is int and 0 <= self.eos_token < self.vocab_size):
-            raise ModelError(f"config: eos_token = {self.eos_token!r}, must be a token below {self.vocab_size} or none")
+            raise ModelError(
+                f"config: eos_token = {show(self.eos_token)}, must be a token below {self.vocab_size} or none"
+            )
         if self.top_k > self.num_experts:
             raise ModelError(f"config: top_k = {self.top_k} exceeds num_experts = {self.num_experts}")
         groups, top_groups = self.routing.groups, self.routing.top_groups
@@ -174,7 +176,7 @@ class ModelConfig:
         wrong = [i for i in self.dense_layers if type(i) is not int or not 0 <= i < self.num_layers]
         if wrong or len(set(self.dense_layers)) >= self.num_layers:
             raise ModelError(
-                f"config: dense_layers = {list(self.dense_layers)} must be some, not all, of the layers "
+                f"config: dense_layers = {show(list(self.dense_layers))} must be some, not all, of the layers "
                 f"0..{self.num_layers - 1}"
             )
         if self.dense_layers and not self.dense_size:
@@ -182,7 +184,9 @@ class ModelConfig:
         if self.windows and (
             len(self.windows) != self.num_layers or not all(type(w) is int and w >= 0 for w in self.windows)
         ):
-            raise ModelError(f"config: windows = {list(self.windows)}, must be one number for each layer, or none")
+            raise ModelError(
+                f"config: windows = {show(list(self.windows))}, must be one number for each layer, or none"
+            )
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -257,18 +261,18 @@ def _check_fields(part: Any, optional: tuple[str, ...] = ()) -> None:
         value = getattr(part, field.name)
         if field.type is int and (type(value) is not int or value < (field.name not in optional)):
             least = 0 if field.name in optional else 1
-            raise ModelError(f"config: {field.name} = {value!r}, must be an integer of at least {least}")
+            raise ModelError(f"config: {field.name} = {show(value)}, must be an integer of at least {least}")
         if field.type is float and not (
             isinstance(value, int | float)
             and not isinstance(value, bool)
             and 0 <= value < math.inf
             and (value > 0 or field.name in optional)
         ):
-            raise ModelError(f"config: {field.name} = {value!r}, must be a positive number")
+            raise ModelError(f"config: {field.name} = {show(value)}, must be a positive number")
         if field.type is bool and not isinstance(value, bool):
-            raise ModelError(f"config: {field.name} = {value!r}, must be true or false")
+            raise ModelError(f"config: {field.name} = {show(value)}, must be true or false")
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ModelError(f"config: {name} = {value!r} is not supported; supported: {', '.join(map(repr, choices))}")
+        raise ModelError(f"config: {name} = {show(value)} is not supported; supported: {', '.join(map(repr, choices))}")

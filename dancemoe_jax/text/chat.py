@@ -1,65 +1,41 @@
-"""Chat templates: where a model keeps its template, and the sandbox that renders it."""
+"""Chat templates: where a model keeps its template, and what of a conversation it is given."""
 
-import datetime
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.sandbox
-
 from dancemoe_jax.errors import ModelError, RequestError
 
+LARGEST_TEMPLATE = 2**20  # characters; published ones have 20,000
 
-def read_chat_template(path: Path, field: Any) -> str | None:
-    """A file of its own goes before the field of tokenizer_config.json: a text, or a list of named ones."""
-    file = path / "chat_template.jinja"
+
+def read_chat_templates(path: Path, field: Any) -> tuple[str | None, str | None]:
+    """A model's chat template, and the one for conversations with tools where that is another.
+
+    A file of its own goes before the field of tokenizer_config.json, which is a text or a list of named ones.
+
+    Raises:
+        ModelError: the file cannot be read, the field is something else, or a template is absurdly long.
+    """
+    file, where = path / "chat_template.jinja", path / "tokenizer_config.json"
+    tools = None
     if file.exists():
+        where = file
         try:
-            return file.read_text(encoding="utf-8")
+            field = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ModelError(f"{file}: not readable as text ({error}); download it again or remove it") from None
-    if isinstance(field, list):
-        named = {entry.get("name"): entry.get("template") for entry in field if isinstance(entry, dict)}
-        field = named.get("default", next(iter(named.values()), None))
-    if not isinstance(field, str | None):
-        raise ModelError(
-            f"{path / 'tokenizer_config.json'}: chat_template is a {type(field).__name__}, must be a text or a list of "
-            "objects with name and template"
-        )
-    return field
-
-
-def template_environment(now: Callable[[], datetime.datetime]) -> jinja2.Environment:
-    """What chat templates expect to find, and nothing they could harm: no file, no attribute of Python's own objects."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
-    )
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def to_json(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-        # Jinja's own filter writes <, > and & as escapes for web pages, which models are not.
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: now().strftime(form)
-    environment.filters["tojson"] = to_json
-    return environment
-
-
-class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}` marks the model's own words for training; for serving it is nothing."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
-
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    elif isinstance(field, list):
+        named = {str(entry.get("name")): entry.get("template") for entry in field if isinstance(entry, dict)}
+        field, tools = named.get("default", next(iter(named.values()), None)), named.get("tool_use")
+    for template in (field, tools):
+        if not isinstance(template, str | None):
+            raise ModelError(
+                f"{where}: chat_template is a {type(template).__name__}, must be a text or a list of objects with name "
+                "and template"
+            )
+        if template is not None and len(template) > LARGEST_TEMPLATE:
+            raise ModelError(f"{where}: the chat template has {len(template)} characters; download it again")
+    return field, tools
 
 
 def plain_messages(messages: Any) -> list[dict[str, Any]]:

@@ -5,18 +5,21 @@ Text to token ids and back, chat messages to a prompt, and output as it grows (d
 
 import dataclasses
 import datetime
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from dancemoe_jax.errors import ModelError, RequestError
+from dancemoe_jax.errors import DanceMoEError, ModelError, RequestError, show
 from dancemoe_jax.files import read_json
 from dancemoe_jax.model.config import ModelConfig
-from dancemoe_jax.text.chat import plain_messages, read_chat_template, template_environment
+from dancemoe_jax.text.chat import plain_messages, read_chat_templates
+from dancemoe_jax.text.template_process import TEMPLATES, TemplateError
 
 END_OF_TEXT = "<|endoftext|>"
+LARGEST_TOKENIZER = 2**28  # bytes
 _REMEDY = "download it again or remove it"
 
 
@@ -42,12 +45,11 @@ def load_tokenizer(path: str | Path, config: ModelConfig) -> Tokenizer:
     file = Path(path) / "tokenizer.json"
     if not file.is_file():
         raise ModelError(f"{file}: no such file; a model directory needs the tokenizer its model was trained with")
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises plain Exception for whatever it cannot parse
+    if file.stat().st_size > LARGEST_TOKENIZER:
         raise ModelError(
-            f"{file}: not a tokenizer ({str(error).splitlines()[0]}); export or download it again"
-        ) from None
+            f"{file}: {file.stat().st_size} bytes, more than any tokenizer has; export or download it again"
+        )
+    tokenizer = _guarded(lambda: _probed(Tokenizer.from_file(str(file))), f"{file}: not a tokenizer", ModelError)
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if largest >= config.vocab_size:
         raise ModelError(
@@ -70,6 +72,7 @@ class TokenizerBundle:
         eos_tokens: ids that end an output.
         special: the special tokens by name (`bos_token`, `eos_token`, ...), as chat templates call them.
         chat_template: Jinja source, or None.
+        tool_template: the one for conversations with tools, where the model has one of its own.
     """
 
     source: Path
@@ -78,15 +81,24 @@ class TokenizerBundle:
     eos_tokens: frozenset[int]
     special: Mapping[str, str]
     chat_template: str | None
+    tool_template: str | None = None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text that a model is to continue, with the special tokens it was trained to see in front."""
-        ids = self.tokenizer.encode(_valid(text)).ids
-        bos = self.tokenizer.token_to_id(self.special.get("bos_token", ""))
-        if self.add_bos is None or bos is None:
+        """Token ids of a text that a model is to continue, with the special tokens it was trained to see in front.
+
+        A text that begins with the beginning-of-text token itself does not get another.
+
+        Raises:
+            RequestError: the tokenizer cannot encode it.
+        """
+        ids = self._encode(text)
+        bos_text = self.special.get("bos_token", "")
+        bos = self.tokenizer.token_to_id(bos_text)
+        if bos is None:
             return ids
-        bare = ids[1:] if ids[:1] == [bos] else ids
-        return [bos, *bare] if self.add_bos else bare
+        bare = list(itertools.dropwhile(lambda token: token == bos, ids))
+        wanted = len(bare) < len(ids) if self.add_bos is None else self.add_bos
+        return [bos, *bare] if wanted or text.startswith(bos_text) else bare
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids without the special tokens."""
@@ -95,7 +107,13 @@ class TokenizerBundle:
     def encode_chat(self, messages: Any, **variables: Any) -> list[int]:
         """Token ids of a conversation, ready for the model's answer; arguments as `render_chat`."""
         # The template has written the special tokens already.
-        return self.tokenizer.encode(_valid(self.render_chat(messages, **variables)), add_special_tokens=False).ids
+        return self._encode(self.render_chat(messages, **variables), add_special_tokens=False)
+
+    def _encode(self, text: str, **options: Any) -> list[int]:
+        encode = self.tokenizer.encode
+        return _guarded(
+            lambda: encode(_valid(text), **options).ids, f"{self.source}: cannot encode the text", RequestError
+        )
 
     def render_chat(
         self,
@@ -115,20 +133,16 @@ class TokenizerBundle:
         Raises:
             RequestError: the model has no chat template, the messages are no conversation, or the template refuses them.
         """
-        if self.chat_template is None:
+        source = self.tool_template if variables.get("tools") and self.tool_template else self.chat_template
+        if source is None:
             raise RequestError(f"{self.source}: has no chat template; give plain text, or add chat_template.jinja")
         known: dict[str, Any] = {"tools": None, "documents": None, **self.special, **variables}
+        known |= {"messages": plain_messages(messages), "add_generation_prompt": add_generation_prompt}
         try:
-            template = template_environment(now).from_string(self.chat_template)
-            return template.render(
-                messages=plain_messages(messages), add_generation_prompt=add_generation_prompt, **known
-            )
-        except RequestError:
-            raise
-        except Exception as error:  # a template is a program: it can fail in any way
-            message = " ".join(str(error).split()) or type(error).__name__
+            return TEMPLATES.render(source, known, now())
+        except TemplateError as error:
             raise RequestError(
-                f"{self.source}: the chat template cannot take these messages ({message}); change their roles or contents"
+                f"{self.source}: the chat template cannot take these messages ({error}); change their roles or contents"
             ) from None
 
 
@@ -145,15 +159,34 @@ def load_tokenizer_bundle(path: str | Path, config: ModelConfig) -> TokenizerBun
     fields, generation = read_json(file, _REMEDY, optional=True), path / "generation_config.json"
     add_bos = fields.get("add_bos_token")
     if not isinstance(add_bos, bool | None):
-        raise ModelError(f"{file}: add_bos_token = {add_bos!r}, must be true, false or null")
-    special = {name: _token_text(value) for name, value in fields.items() if name.endswith("_token")}
+        raise ModelError(f"{file}: add_bos_token = {show(add_bos)}, must be true, false or null")
+    # Older exports name the special tokens in a file of their own.
+    named = read_json(path / "special_tokens_map.json", _REMEDY, optional=True) | fields
+    special = {name: _token_text(value) for name, value in named.items() if name.endswith("_token")}
     special = {name: text for name, text in special.items() if text}
     eos_tokens = _eos_tokens(generation, config.vocab_size) | _eos_tokens(path / "config.json", config.vocab_size)
     eos = tokenizer.token_to_id(special.get("eos_token", ""))
     if eos is not None:
         eos_tokens |= {eos}
-    template = read_chat_template(path, fields.get("chat_template"))
-    return TokenizerBundle(path, tokenizer, add_bos, frozenset(eos_tokens), special, template)
+    templates = read_chat_templates(path, fields.get("chat_template"))
+    return TokenizerBundle(path, tokenizer, add_bos, frozenset(eos_tokens), special, *templates)
+
+
+def _probed(tokenizer: Tokenizer) -> Tokenizer:
+    """A tokenizer that has shown that it can encode and decode."""
+    tokenizer.decode(tokenizer.encode("A probe: 12 é\n").ids)
+    return tokenizer
+
+
+def _guarded(call: Callable[[], Any], what: str, error_type: type[DanceMoEError]) -> Any:
+    """A call of tokenizers, whose errors are plain Exceptions, or panics that are no Exceptions at all."""
+    try:
+        return call()
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise error_type(f"{what} ({reason[:200]}); export or download the tokenizer again") from None
 
 
 def _valid(text: str) -> str:
@@ -172,5 +205,5 @@ def _eos_tokens(file: Path, vocab_size: int) -> set[int]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for token in ids:
         if type(token) is not int or not 0 <= token < vocab_size:
-            raise ModelError(f"{file}: eos_token_id has {token!r}, must be tokens from 0 to {vocab_size - 1}")
+            raise ModelError(f"{file}: eos_token_id has {show(token)}, must be tokens from 0 to {vocab_size - 1}")
     return set(ids)

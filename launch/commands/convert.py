@@ -24,8 +24,7 @@ from dancemoe_jax.checkpoint.reader import ExpertFile
 from dancemoe_jax.checkpoint.sources import stored_dtype
 from dancemoe_jax.checkpoint.tensor_files import INDEX, WEIGHTS
 from dancemoe_jax.checkpoint.writer import stored_tensors
-from dancemoe_jax.errors import ModelError
-from dancemoe_jax.files import read_json, replace_directory, write_json
+from dancemoe_jax.files import read_json, write_directory, write_json
 from dancemoe_jax.model.experts import dequantize
 from placement import InputError
 from placement.units import parse_bytes
@@ -92,30 +91,27 @@ def _to_store(source: Path, target: Path, file: ExpertFile, dtype: str, int8: bo
 
 def _to_hf(source: Path, target: Path, file: ExpertFile, dtype: str, shard_bytes: int, bar: "_Bar") -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ModelError(f"{target}: exists and is not empty; choose another directory or remove it")
-    fresh = target.with_name(f".{target.name}.{os.getpid()}.new")
-    fresh.mkdir(parents=True)
-    try:
-        sizes, weight_map, number = 0, {}, 0
+        raise InputError(f"{target}: exists and is not empty; choose another directory or remove it")
+
+    def write(fresh: Path) -> None:
+        names, size, weight_map = [], 0, {}
         tensors = stored_tensors(file.config, file.decoder(), lambda *at: dequantize(file.read(*at)), dtype)
-        for number, shard in enumerate(_shards(tensors, shard_bytes)):
-            name = f"model-{number + 1:05}.safetensors"
-            save_file(shard, fresh / name, metadata={"format": "pt"})
-            os.chmod(fresh / name, 0o666 & ~_umask())
-            weight_map |= dict.fromkeys(shard, name)
-            sizes += sum(bar.count(array).nbytes for array in shard.values())
-        if number == 0:
-            (fresh / name).rename(fresh / WEIGHTS)
+        for number, shard in enumerate(_shards(tensors, shard_bytes), 1):
+            names.append(f"model-{number:05}.safetensors")
+            save_file(shard, fresh / names[-1], metadata={"format": "pt"})
+            os.chmod(fresh / names[-1], 0o666 & ~_umask())
+            weight_map |= dict.fromkeys(shard, names[-1])
+            size += sum(bar.count(array).nbytes for array in shard.values())
+        if len(names) == 1:
+            (fresh / names[0]).rename(fresh / WEIGHTS)
         else:
-            index = {"metadata": {"total_size": sizes}, "weight_map": weight_map}
-            write_json(fresh / INDEX, index)
+            write_json(fresh / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
         write_json(fresh / "config.json", read_json(source / "config.json") | {"torch_dtype": dtype})
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, fresh / name)
-        replace_directory(fresh, target)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+
+    write_directory(target, write)
 
 
 def _shards(tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int) -> Iterator[dict[str, np.ndarray]]:

@@ -89,7 +89,6 @@ def test_text_ends_before_a_stop_string_and_at_a_stop_token():
     [
         (["generate", "--prompt", "x", "--temperature", "-1"], "temperature = -1.0"),
         (["generate", "--prompt", "x", "--top-p", "0"], "top_p = 0.0"),
-        (["generate", "--prompt", "x", "--chat"], "no chat template"),
         (["generate", "--prompt", "x", "--devices", "0"], "--devices 0"),
         (["generate", "--prompt", "x", "--context", "9999"], "--context 9999"),
         (["generate", "--prompt", "x", "--stop", ""], "stop"),
