@@ -98,7 +98,7 @@ def test_reduction_names_its_reference_where_the_phases_have_one():
 def test_gains_are_drawn_phase_by_phase_to_one_scale():
     page = report.render(made_up())
     text = check_page(page).text
-    for shown in ("500 Mbit/s and 0.20 ms", "114 ms → 84 ms (26 % less)", "4.5 requests a second, of 9.0"):
+    for shown in ("500 Mbit/s and 0.20 ms", "114 ms → 84 ms (26 % less)", "4.5 requests a second came, of 9.0 that"):
         assert shown in text
     share, network, latency = re.findall(r'<figure class="card gain">.*?</figure>', page, re.S)
     ghost, fill = (
