@@ -35,8 +35,8 @@ def table_lines(
 ) -> Iterator[str]:
     """Lines of a table; cells are never cut or wrapped.
 
-    Where it is too wide, heads of several words stand on several lines; where that is not enough, the columns that are
-    left over follow below, beside the text columns once more.
+    Where it is too wide, heads of several words stand on several lines and columns move together; where that is not
+    enough, the columns that are left over follow below, beside the text columns once more.
     """
     if sum(_widths(columns, rows)) + _GAP * (len(columns) - 1) <= width:
         heads = [[column] for column in columns]
@@ -44,29 +44,30 @@ def table_lines(
         cells = _widths([""] * len(columns), rows)
         heads = [textwrap.wrap(c, max(1, n, *map(len, c.split()))) for c, n in zip(columns, cells, strict=True)]
     sizes = _widths([max(head, key=len, default="") for head in heads], rows)
-    for number, part in enumerate(_parts(sizes, left, width)):
+    gap = 1 if sum(sizes) + len(sizes) - 1 <= width < sum(sizes) + _GAP * (len(sizes) - 1) else _GAP
+    for number, part in enumerate(_parts(sizes, left, width, gap)):
         if number:
             yield ""
         tall = max(len(heads[i]) for i in part)
         lines = [[([""] * tall + heads[i])[-tall:][line] for i in part] for line in range(tall)]
         for line in [*lines, *([row[i] for i in part] for row in rows)]:
             cells = (c.ljust(sizes[i]) if i < left else c.rjust(sizes[i]) for i, c in zip(part, line, strict=True))
-            yield (" " * _GAP).join(cells).rstrip()
+            yield (" " * gap).join(cells).rstrip()
 
 
 def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
     return [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
 
 
-def _parts(sizes: Sequence[int], left: int, width: int) -> list[list[int]]:
+def _parts(sizes: Sequence[int], left: int, width: int, gap: int) -> list[list[int]]:
     """Columns that stand beside each other: all text columns, then as many others as fit, at least one."""
     text = list(range(min(left, len(sizes))))
     parts, used = [], 0
     for i in range(len(text), len(sizes)):
-        need = sizes[i] + _GAP
+        need = sizes[i] + gap
         if not parts or (used + need > width and len(parts[-1]) > len(text)):
             parts.append(list(text))
-            used = sum(sizes[j] + _GAP for j in text) - _GAP
+            used = sum(sizes[j] + gap for j in text) - gap
         parts[-1].append(i)
         used += need
     return parts or [text]

@@ -243,7 +243,19 @@ class Figures:
 
     def _finished(self, reports: list[Any]) -> list[Request]:
         found = [unpacked(r) for one in reports for r in one["finished"]]
-        return sorted(found, key=lambda r: r.finished_s or 0.0)
+        found.sort(key=lambda r: r.finished_s or 0.0)
+        self.parts["requests"] += [
+            {
+                "server": self.cluster.names[r.server],
+                "domain": r.label,
+                "arrival_s": r.arrival_s - self.zero,
+                "finished_s": r.finished_s - self.zero,
+                "tokens": len(r.output),
+            }
+            for r in found
+            if r.finished_s is not None
+        ]
+        return found
 
     def _pick(self, phase: str, domains: Sequence[str], served: list[Request]) -> None:
         """Requests of the phase to check: some, and all that ran across a migration; one of each server to show."""

@@ -91,7 +91,7 @@ def _latency(axes: Any, phases: list[Figures]) -> None:
 
 def _finish(axes: Any, title: str, names: list[str] | None) -> None:
     axes.set_yticklabels(names or [], color=INK, fontsize=9)
-    axes.invert_yaxis()
+    axes.set_ylim(len(axes.get_yticks()) - 0.5, -0.5)  # the first phase on top
     axes.set_title(title, fontsize=10, fontweight="bold", loc="left")
     _plain(axes)
 

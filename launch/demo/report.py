@@ -79,17 +79,17 @@ def _headline(result: Figures) -> str:
     load = result.get("load")
     arrivals = ""
     if load:
-        arrivals = f"{amount(load['requests_per_s'], 1)} requests a second"
+        arrivals = f"{amount(load['requests_per_s'], 1)} requests a second came"
         if load["holds_per_s"]:
             arrivals += f", of {amount(load['holds_per_s'], 1)} that this machine can answer"
-        arrivals += ". "
+        arrivals += "."
     return (
         '<header class="hero"><div class="kicker">DanceMoE demo</div>'
         f"<h1>{title}</h1><p>{escape(model['name'])}: {plural(model['layers'], 'layer')} of "
         f"{plural(model['experts'], 'expert')}, top {model['top_k']}, {amount(model.get('parameters'))} parameters, "
         f"served by {plural(len(result['cluster']['servers']), 'server')} with room for "
-        f"{amount(result['cluster'].get('copies'), 2)} copies of all experts between them. {arrivals}"
-        f"{against if same_calls else ''}</p>{_network_gain(result)}</header>{gains(result)}{_checks(result)}"
+        f"{amount(result['cluster'].get('copies'), 2)} copies of all experts between them. "
+        f"{against if same_calls else ''} {arrivals}</p>{_network_gain(result)}</header>{gains(result)}{_checks(result)}"
     )
 
 

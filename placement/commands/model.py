@@ -36,7 +36,10 @@ def run(arguments: argparse.Namespace) -> None:
         more = {"expert_parameters": shape.expert_parameters, "other_parameters": shape.other_parameters}
         print(json.dumps({**head, "layers": layers, "layer_indices": shape.layers, **more, **sizes}))
         return
-    print(f"{shape.name}: {shape.family}, {shape.parameters / 1e9:.1f} billion parameters")
+    count = (
+        f"{shape.parameters / 1e9:.1f} billion" if shape.parameters >= 1e9 else f"{shape.parameters / 1e6:.1f} million"
+    )
+    print(f"{shape.name}: {shape.family}, {count} parameters")
     print_text(
         f"{layers} of {shape.hidden_layers} layers have {shape.experts} experts, {shape.top_k} for each token; hidden size "
         f"{shape.hidden_size}; experts in {shape.dtype}"

@@ -1,5 +1,7 @@
 """Arrivals: the right rate, the right domain, the same again for the same seed."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -39,3 +41,10 @@ def test_same_seed_same_requests_and_nothing_is_due_twice():
     assert first == [(r.server, r.arrival_s, r.max_tokens) for r in b.due(10)]
     assert first != [(r.server, r.arrival_s, r.max_tokens) for r in other.due(10)]
     assert a.next_s > 10
+
+
+def test_no_request_comes_until_there_is_a_rate():
+    quiet = workload(rate=0.0)
+    assert quiet.due(1e6) == []
+    later = dataclasses.replace(quiet, rate=5.0)
+    assert [r.arrival_s for r in later.due(10)] == [r.arrival_s for r in workload(rate=5.0).due(10)]

@@ -46,6 +46,36 @@ def test_demo_passes_its_own_checks_and_prints_every_phase(demo):
         assert phase["requests"] > 0
     assert (folder / "report.html").read_text().lstrip().lower().startswith("<!doctype html>")
     assert sorted(p.name for p in folder.iterdir()) == ["figures.json", "report.html"]
+    assert max(map(len, printed.splitlines())) <= 80 + len(" report.html"), "a terminal of 80 columns"
+
+
+def test_demo_loads_its_machine_to_half_of_what_it_holds(demo):
+    result, printed, _ = demo
+    load = result["load"]
+    assert load["requests_per_s"] == pytest.approx(load["holds_per_s"] / 2)
+    assert f"this machine answers {load['holds_per_s']:.1f} requests a second" in printed
+    inside = [r for r in result["requests"] if 0 <= r["arrival_s"] <= result["phases"][-1]["end_s"]]
+    seconds = result["phases"][-1]["end_s"]
+    expected = load["requests_per_s"] * seconds
+    assert abs(len(inside) - expected) < 5 * expected**0.5 + 1, "Poisson arrivals at that rate"
+
+
+def test_demo_computes_less_network_time_where_fewer_calls_leave(demo):
+    result, *_ = demo
+    for phase in result["phases"]:
+        assert phase["network_request_s"] > 0
+        if phase["name"] in ("dance", "dance again"):
+            assert phase["network_request_s"] < 0.95 * phase["network_request_uniform_s"]
+    assert result["phases"][0]["network_request_s"] == result["phases"][0]["network_request_uniform_s"]
+    assert {r["server"] for r in result["requests"]} == {s["name"] for s in result["cluster"]["servers"]}
+    assert all(r["finished_s"] > r["arrival_s"] >= 0 for r in result["requests"])
+
+
+def test_demo_shows_text_of_the_workload_that_the_phase_has(demo):
+    result, *_ = demo
+    workload = {phase["name"]: phase["workload"] for phase in result["phases"]}
+    assert result["samples"]
+    assert all(s["domain"] == workload[s["phase"]][s["server"]] for s in result["samples"])
 
 
 def test_demo_cuts_remote_calls_by_two_fifths_both_times(demo):

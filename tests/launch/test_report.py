@@ -6,206 +6,17 @@ import re
 import struct
 import zlib
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
-from launch.demo import report, report_grids, timeline, words
+from launch.demo import console, picture, report, report_grids, timeline, words
+from tests.helpers.demo_figures import made_up
 
-DOMAINS = ("code", "prose", "arithmetic")
 HOSTILE = "</pre><script>alert('1')</script> & \"x\" \x00\x1b[31m \x85 \ud800 \ufffe <b onclick=x>\ttab\nline"
 VOID = {"meta", "br", "link", "input", "img", "hr"}
-
-
-def made_up(servers=3, layers=6, experts=32, *, migrations=2, seconds=80.0, seed=0):
-    """Plausible figures of the demo's format: every server has its own experts, which move with the workload."""
-    rng = np.random.default_rng(seed)
-    names = [f"edge-{chr(97 + s)}" for s in range(servers)]
-    devices = [(names[s], d) for s in range(servers) for d in range(1 + (s == servers - 1))]
-    taste = rng.dirichlet(np.full(experts, 0.4), (servers, layers))
-    phase_names = ["uniform", "dance", "dance, workloads swapped", "dance, planned again"][: 2 * migrations or 1]
-    start = np.linspace(0, seconds, len(phase_names) + 1)
-    turn = [0, 0, 1, 1]
-    base = [0.34, 0.7, 0.45, 0.68]
-    works = [{n: DOMAINS[(s + turn[p]) % 3] for s, n in enumerate(names)} for p in range(len(phase_names))]
-    ratios = [{n: base[p] + 0.04 * s / servers for s, n in enumerate(names)} for p in range(len(phase_names))]
-    expert_bytes = 98304
-
-    def placed(label, at, weights):
-        held = np.zeros((len(devices), layers, experts), bool)
-        for i, (name, _) in enumerate(devices):
-            score = weights[names.index(name)] * rng.uniform(0.8, 1.2, (layers, experts))
-            part = (1.3 + 0.5 * (i % 2)) / len(devices)
-            held[i] = score >= np.quantile(score, max(1 - part, 0), axis=1, keepdims=True)
-        alone = ~held.any(0)
-        held[rng.integers(len(devices), size=alone.shape), np.arange(layers)[:, None], np.arange(experts)] |= alone
-        return {
-            "label": label,
-            "at_s": at,
-            "devices": [
-                {
-                    "server": n,
-                    "device": d,
-                    "experts": [np.flatnonzero(h).tolist() for h in held[i]],
-                    "resident_bytes": int(held[i].sum()) * expert_bytes,
-                    "budget_bytes": (int(held[i].sum()) + 3) * expert_bytes,
-                }
-                for i, (n, d) in enumerate(devices)
-            ],
-        }
-
-    traded = np.roll(taste, -1, 0)
-    placements = [placed("uniform", 0.0, np.ones_like(taste))]
-    if migrations:
-        placements += [placed("dance", start[1], taste), placed("dance, after the swap", start[3], traded)]
-    by_server: dict[str, list] = {n: [] for n in names}
-    for name, device in devices:
-        mine = next(d for d in placements[-1]["devices"] if (d["server"], d["device"]) == (name, device))
-        reserved = 3_200_000
-        by_server[name].append(
-            {
-                "memory_bytes": mine["budget_bytes"] + reserved,
-                "reserved_bytes": reserved,
-                "budget_bytes": mine["budget_bytes"],
-                "slots": mine["budget_bytes"] // expert_bytes,
-                "resident_bytes": mine["resident_bytes"],
-            }
-        )
-    times = np.linspace(0.5, seconds, 160)
-    return {
-        "format": "dancemoe.demo/1",
-        "seed": seed,
-        "wall_s": 93.1,
-        "peak_memory_bytes": 1.2e9,
-        "model": {
-            "name": "tiny-moe",
-            "layers": layers,
-            "experts": experts,
-            "top_k": 4,
-            "hidden_size": 128,
-            "expert_bytes": expert_bytes,
-            "parameters": 5_073_024,
-        },
-        "cluster": {
-            "servers": [{"name": n, "devices": d} for n, d in by_server.items()],
-            "copies": 1.3,
-            "latency_s": 2e-4,
-            "bandwidth_bytes_per_s": 62.5e6,
-        },
-        "load": {"requests_per_s": 4.5, "holds_per_s": 9.0},
-        "phases": [
-            {
-                "name": name,
-                "placement": "dance" if p else "uniform",
-                "workload": works[p],
-                "start_s": start[p],
-                "end_s": start[p + 1],
-                "requests": 31 + p,
-                "tokens": 1400 + 17 * p,
-                "steps": 420,
-                "local_ratio": ratios[p],
-                "local_ratio_mean": base[p],
-                "network_layers": 0.98 - 0.1 * p,
-                "latency_p50_s": 0.82,
-                "latency_p95_s": 1.44,
-                "network_request_s": 0.114 - 0.03 * (p % 2),
-                "network_request_uniform_s": 0.114,
-                "remote_share": 1 - base[p],
-                "remote_share_uniform": 0.66,
-                "tokens_per_s": 210.4,
-                "bytes_exchanged": 1.2e7,
-                "bytes_needed": 9e6,
-            }
-            for p, name in enumerate(phase_names)
-        ],
-        "migrations": [
-            {
-                "at_s": start[2 * m + 1],
-                "phase": 2 * m + 1,
-                "from": ("uniform", "dance")[m],
-                "to": "dance",
-                "copies_added": 120 + m,
-                "copies_dropped": 90,
-                "bytes_moved": 1.1e7,
-                "stage_s": 0.13,
-                "seconds": 0.5,
-                "commit_s": 0.021,
-                "requests_in_flight": 5,
-                "remote_share_before": 0.66,
-                "remote_share_after": 0.30,
-            }
-            for m in range(migrations)
-        ],
-        "events": [{"at_s": start[2], "label": "workloads trade places"}] if migrations else [],
-        "timeline": [
-            {
-                "t_s": float(t),
-                "local_ratio": {
-                    n: None
-                    if rng.random() < 0.03
-                    else float(np.clip(ratios[int(np.searchsorted(start[1:-1], t))][n] + rng.normal(0, 0.035), 0, 1))
-                    for n in names
-                },
-            }
-            for t in times
-        ],
-        "requests": [
-            {
-                "server": names[i % servers],
-                "domain": DOMAINS[i % 3],
-                "arrival_s": float(t) - 0.8,
-                "finished_s": float(t),
-                "tokens": 40,
-            }
-            for i, t in enumerate(times[2::3])
-        ],
-        "activation": [
-            {
-                "label": label,
-                "workload": work,
-                "counts": np.stack([[rng.multinomial(9000, row) for row in server] for server in weights]).tolist(),
-            }
-            for label, work, weights in (
-                ("before the first migration", works[0], taste),
-                ("after the workloads traded places", works[-1], traded),
-            )
-        ],
-        "placements": placements,
-        "samples": [
-            {
-                "phase": name,
-                "server": n,
-                "domain": works[p][n],
-                "prompt": 'def area(radius):\n    """Area of a circle.',
-                "output": '"""\n    return radius * radius\n\n\ndef main():\n    print(area(3) < 5 & 6)\n',
-            }
-            for p, name in enumerate(phase_names[:2])
-            for n in names
-        ],
-        "checks": {
-            "requests_checked": 60,
-            "tokens_checked": 2900,
-            "mismatches": 0,
-            "compilations_after_warmup": 0,
-            "within_budget": True,
-        },
-        "headline": {
-            "remote_share_uniform": 0.66,
-            "remote_share_first": 0.31,
-            "remote_share_second": 0.33,
-            "reduction_first": 0.53,
-            "reduction_second": 0.5,
-        }
-        if migrations
-        else {
-            "remote_share_uniform": 0.66,
-            "remote_share_first": None,
-            "remote_share_second": None,
-            "reduction_first": None,
-            "reduction_second": None,
-        },
-    }
 
 
 class Page(HTMLParser):
@@ -287,7 +98,7 @@ def test_reduction_names_its_reference_where_the_phases_have_one():
 def test_gains_are_drawn_phase_by_phase_to_one_scale():
     page = report.render(made_up())
     text = check_page(page).text
-    for shown in ("500 Mbit/s and 0.20 ms", "114 ms → 84 ms (26 % less)", "4.5 requests a second, of 9.0"):
+    for shown in ("500 Mbit/s and 0.20 ms", "114 ms → 84 ms (26 % less)", "4.5 requests a second came, of 9.0 that"):
         assert shown in text
     share, network, latency = re.findall(r'<figure class="card gain">.*?</figure>', page, re.S)
     ghost, fill = (
@@ -479,3 +290,49 @@ def test_render_is_pure_and_write_is_all_or_nothing(tmp_path):
         report.write(figures, path)
     assert path.read_text(encoding="utf-8") == report.render(before | {"seed": 12345})
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_printed_fits_eighty_columns():
+    figures = made_up()
+    for number, phase in enumerate(figures["phases"]):
+        lines = console.phase_lines(phase, number == 0)
+        assert len(lines) == 1 + (number == 0)
+        assert len({len(line) for line in lines}) == 1
+        assert all(len(line) <= 80 for line in lines)
+    assert all(len(line) <= 80 for line in console.text_lines(figures["samples"]))
+    assert not any(line.endswith(" ") for line in console.text_lines(figures["samples"]))
+
+
+def test_the_result_is_said_in_ten_lines():
+    lines = console.summary_lines(made_up(), Path("report.html"))
+    assert len(lines) <= 10
+    assert all(len(line) <= 80 for line in lines)
+    text = " ".join(lines)
+    for shown in (
+        "66 %",
+        "30 %",
+        "84 ms",
+        "0.82 s",
+        "−53 %",
+        "−50 %",
+        "0 differ",
+        "0 compilations",
+        "within its budget",
+    ):
+        assert shown in text
+
+
+def test_the_result_says_what_went_wrong():
+    figures = made_up()
+    figures["checks"] |= {"mismatches": 2, "within_budget": False}
+    text = " ".join(console.summary_lines(figures, Path("report.html")))
+    assert "2 differ" in text
+    assert "NOT within" in text
+
+
+def test_picture_is_a_small_png(tmp_path):
+    picture.draw(made_up(), tmp_path / "demo.png")
+    data = (tmp_path / "demo.png").read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">II", data[16:24])[0] == 800
+    assert len(data) <= 200_000

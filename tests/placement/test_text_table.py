@@ -28,6 +28,12 @@ def test_heads_of_several_words_are_stacked_before_columns_move():
     ]
 
 
+def test_columns_move_together_before_some_move_below():
+    lines = list(table_lines(COLUMNS, ROWS, width=39))
+    assert lines[-1] == "dance     0.367 640 kB  9.1 ms    1.05"
+    assert "" not in lines
+
+
 def test_columns_that_do_not_fit_follow_below_beside_the_text():
     lines = list(table_lines(COLUMNS, ROWS, width=30))
     assert max(map(len, lines)) <= 30
