@@ -7,14 +7,19 @@ import ctypes
 import functools
 import gc
 import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax._src import compiler, distributed, xla_bridge
 from jax.extend.backend import clear_backends
 
 from launch.cluster.addresses import join_address, source_address, split_address
+from launch.cluster.coordination import CoordinationService
 
 log = logging.getLogger(__name__)
 
@@ -38,17 +43,30 @@ def start_program(
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
     coordinator = join_address(address, port)
-    jax.distributed.initialize(
-        coordinator,
-        count,
-        index,
-        local_device_ids=devices,
-        cluster_detection_method="deactivate",
-        coordinator_bind_address=coordinator,
-        initialization_timeout=max(1, round(timeout)),
-        heartbeat_timeout_seconds=_HEARTBEAT_S,
-        shutdown_timeout_seconds=_SHUTDOWN_S,
-    )
+    with _service_elsewhere():
+        jax.distributed.initialize(
+            coordinator,
+            count,
+            index,
+            local_device_ids=devices,
+            cluster_detection_method="deactivate",
+            coordinator_bind_address=coordinator,
+            initialization_timeout=max(1, round(timeout)),
+            heartbeat_timeout_seconds=_HEARTBEAT_S,
+            shutdown_timeout_seconds=_SHUTDOWN_S,
+        )
+
+
+@contextmanager
+def _service_elsewhere() -> Iterator[None]:
+    """Within the block JAX makes its service in a process of its own, which outlives this one by some seconds."""
+    library: Any = distributed._jax  # pyright: ignore[reportPrivateImportUsage]
+    make = library.get_distributed_runtime_service
+    library.get_distributed_runtime_service = CoordinationService
+    try:
+        yield
+    finally:
+        library.get_distributed_runtime_service = make
 
 
 def _exchange_at(own: str) -> None:
@@ -82,6 +100,15 @@ def abandon() -> None:
     for connection in (state.client, state.service):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))  # never destroyed
     state.client = state.service = state.preemption_sync_manager = None
+
+
+def leave_at_once() -> NoReturn:
+    """End this process with status 1: JAX may abort it while it cleans up behind itself, or wait for servers that have
+    gone."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(1)
 
 
 def leave_program() -> None:

@@ -39,22 +39,24 @@ class Sampler:
         layers, experts, top_k = shape
         size = max(1, min(_MOST_TOKENS, _MOST_IDS // (layers * top_k)))
         self._sample = empty_sample(size, layers, experts, top_k)
-        self._until = np.full(size, -np.inf)  # when each is forgotten
+        # Clocks that nobody sets: when each came, and when it is forgotten.
+        self._came, self._until = np.zeros(size), np.full(size, -np.inf)
         self._mean_s, self._rng = half_life / np.log(2), np.random.default_rng(seed)
 
     def add(self, server: int, ids: np.ndarray) -> None:
         """Offer tokens that entered at a server to the sample, int [tokens, layers, k]."""
-        now = time.time()
+        now = time.monotonic()
         for until, own in zip(now + self._rng.exponential(self._mean_s, len(ids)), ids, strict=True):
             index = int(self._until.argmin())
             if until > self._until[index]:
-                self._until[index] = until
-                sample = self._sample
-                sample.ids[index], sample.server[index], sample.at[index] = own, server, now
+                self._until[index], self._came[index] = until, now
+                self._sample.ids[index], self._sample.server[index] = own, server
 
     def take(self) -> Sample:
-        """A copy of the sample as it is now."""
-        return Sample(*(part[self._until > time.time()] for part in self._sample))
+        """A copy of the sample as it is now; its times are by the clock of this moment."""
+        now = time.monotonic()
+        kept = self._until > now
+        return Sample(self._sample.ids[kept], self._sample.server[kept], time.time() - (now - self._came[kept]))
 
 
 def sampled_shape(profile: Profile) -> tuple[int, int, int]:

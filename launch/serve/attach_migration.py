@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import logging
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import jax
 
+import placement
 from launch.cluster.channel import open_channel
 from launch.cluster.secret import load_secret
 from launch.elastic.grow import Growth
@@ -28,13 +30,15 @@ from placement.migration.decide import Policy
 
 log = logging.getLogger(__name__)
 
-_START_S = 120.0  # until the first server has said what is in force
+_STRATEGY = "latency"  # of the first placement
+_START_S = 600.0  # until the first server has said what is in force
 
 
 def resumed(
     record: Record | None, placed: Placement | None, profile: Profile, cluster: Cluster
-) -> tuple[Placement | None, int, bool]:
-    """What the cluster starts with: the first server's record where it has one. Every server calls it.
+) -> tuple[Placement, int, bool]:
+    """What the cluster starts with: the first server's record where it has one, the placement that was given, or a plan for
+    users who are all alike. Every server calls it.
 
     Returns:
         The placement, its epoch, and whether it has been fitted to the profile here.
@@ -45,7 +49,11 @@ def resumed(
         if record is not None:
             found, epoch = _fit(record.placement, profile, cluster), record.epoch
             log.info("placement: epoch %d resumed, %s, recorded for: %s", epoch, record.hash[:12], record.reason)
-        message = {"epoch": epoch, "placement": found.to_dict() if found is not None else None}
+        elif found is None:
+            begin = time.monotonic()
+            found = placement.plan(profile, cluster, _STRATEGY)
+            log.info("placement: planned for users who are all alike (%s, %.1f s)", _STRATEGY, time.monotonic() - begin)
+        message = {"epoch": epoch, "placement": found.to_dict()}
         channel.put("start", json.dumps(message).encode())
         return found, epoch, record is not None
     data = channel.get("start", _START_S)
@@ -54,8 +62,7 @@ def resumed(
             f"server {cluster.names[0]} has not said what is where within {_START_S:g} s; see what it says"
         )
     message = json.loads(data)
-    found = Placement.from_dict(message["placement"], NAME) if message["placement"] else None
-    return found, message["epoch"], False
+    return Placement.from_dict(message["placement"], NAME), message["epoch"], False
 
 
 def _fit(placement: Placement, profile: Profile, cluster: Cluster) -> Placement:

@@ -5,8 +5,6 @@ Who asks for answers is not known here, nor what a cluster grows for (`launch.el
 
 import contextlib
 import logging
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -21,7 +19,7 @@ from dancemoe_jax.checkpoint.reader import ExpertFile
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.model.experts import ExpertWeights
 from launch.cluster.channel import ChannelLost
-from launch.cluster.jax_runtime import leave_program
+from launch.cluster.jax_runtime import leave_at_once, leave_program
 from launch.cluster.join import join
 from launch.elastic.newcomer import report
 from launch.elastic.process_group import GroupChange, ProcessGroup
@@ -37,7 +35,8 @@ from placement.migration.decide import Policy
 
 log = logging.getLogger(__name__)
 
-_SETTLE_S = 2.0  # for what was taken to be answered, once nothing is served any more
+_LATER_S = 0.5  # than the server that has gone: whatever started all is to see that one end first
+_SETTLE_S = 1.5  # for what was taken to be answered, once nothing is served any more
 _LOSS_S = 3.0  # between a step that fails and the word that another server has ended
 _REFORM_S = 30.0  # for the others to come to the next program: all have said that they are ready
 
@@ -143,7 +142,7 @@ class Server:
             self._since = self._since or time.monotonic()
             profile = sizes(self.path, self.config, cluster, **self.options)
             placed, epoch, fits = group.placement, group.epoch, False
-            if self.policy is not None and first:
+            if first:
                 placed, epoch, fits = resumed(record, placed, profile, cluster)
             planned = {"placed": placed, "profile": profile, "fits": fits}
             loaded = load(
@@ -187,7 +186,8 @@ class Server:
         if self.host is not None:
             self.host.close()
             self.settle(_SETTLE_S)
-        _leave()
+        time.sleep(_LATER_S)
+        leave_at_once()
 
     def _failed(self, error: Exception) -> None:
         """End because a step has failed: mostly because another server has ended, which is then said elsewhere."""
@@ -199,14 +199,7 @@ class Server:
             " ".join(str(error).split())[:500],
         )
         self.settle(_SETTLE_S)
-        _leave()
-
-
-def _leave() -> None:
-    """End this process at once: JAX may abort it while it cleans up behind itself."""
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-    os._exit(1)
+        leave_at_once()
 
 
 class _NotTogether(Exception):

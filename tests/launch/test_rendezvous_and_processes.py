@@ -378,3 +378,20 @@ def test_sigterm_ends_a_joined_server(lines):
         assert soon(lambda: named <= {*lines}, 10)
         with pytest.raises(ServerFailed, match="server edge-c ended with signal SIGTERM"):
             processes.wait(20)
+
+
+def test_a_killed_first_server_is_named_and_aborts_nobody(lines):
+    """JAX's own service would end with it, and abort the others at once; here they have seconds to end by themselves."""
+    with servers("sleep", lines) as processes:
+        assert soon(lambda: sum(line.startswith("owners") for _, _, line in lines) == 3, 60)
+        os.kill(processes.pids["edge-a"], signal.SIGKILL)
+        gone = "server edge-a has ended or cannot be reached any more"
+        named = {(name, "stderr", f"server {name}: {gone}") for name in NAMES[1:]}
+        assert soon(lambda: named <= {*lines}, 10)
+        time.sleep(1.0)
+        assert all(alive(processes.pids[name]) for name in NAMES[1:])
+        assert not [
+            line for _, stream, line in lines if stream == "stderr" and "has ended" not in line and "meets" not in line
+        ]
+        with pytest.raises(ServerFailed, match="server edge-a ended with signal SIGKILL"):
+            processes.wait(20)
