@@ -1,7 +1,7 @@
 """Shared by all tests: eight virtual CPU devices, and compiled programs that are kept on disk between tests and runs.
 
-Most of the suite's time would go into compiling the same programs again: in every worker, in every process that a test
-starts, and in every run. They are kept in `.pytest_cache/jax`; a test that counts compilations counts them all the same.
+Most of the suite's time would go into compiling the same programs again: in every process that a test starts, and in
+every run. They are kept in `.pytest_cache/jax`; a test that counts compilations counts them all the same.
 """
 
 import os
@@ -13,13 +13,14 @@ import pytest
 
 from tests.helpers.paths import ROOT
 
+_WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")  # jax does not let several processes write at once
 for _name, _value in {
-    "jax_compilation_cache_dir": str(ROOT / ".pytest_cache/jax"),
-    "jax_compilation_cache_max_size": 2 * 10**9,  # with a limit jax takes a lock, so that workers may share it
+    "jax_compilation_cache_dir": str(ROOT / ".pytest_cache/jax" / _WORKER),
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": 0,
 }.items():
     jax.config.update(_name, type(_value)(os.environ.setdefault(_name.upper(), str(_value))))  # and in what tests start
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
