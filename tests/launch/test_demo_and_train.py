@@ -46,13 +46,13 @@ def test_demo_passes_its_own_checks_and_prints_every_phase(demo):
         assert phase["requests"] > 0
     assert (folder / "report.html").read_text().lstrip().lower().startswith("<!doctype html>")
     assert sorted(p.name for p in folder.iterdir()) == ["figures.json", "report.html"]
-    assert max(map(len, printed.splitlines())) <= 80 + len(" report.html"), "a terminal of 80 columns"
+    assert max(map(len, printed.splitlines())) <= 80, "a terminal of 80 columns"
 
 
 def test_demo_loads_its_machine_to_half_of_what_it_holds(demo):
     result, printed, _ = demo
     load = result["load"]
-    assert load["requests_per_s"] == pytest.approx(load["holds_per_s"] / 2)
+    assert load["requests_per_s"] == pytest.approx(max(load["holds_per_s"] / 2, 3 * 0.3))
     assert f"this machine answers {load['holds_per_s']:.1f} requests a second" in printed
     inside = [r for r in result["requests"] if 0 <= r["arrival_s"] <= result["phases"][-1]["end_s"]]
     seconds = result["phases"][-1]["end_s"]
