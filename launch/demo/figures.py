@@ -8,6 +8,7 @@ import numpy as np
 import placement
 from dancemoe_jax.model.config import ModelConfig
 from launch.demo.server import FULL, unpacked
+from launch.demo.words import plural
 from launch.engine.memory import model_profile
 from launch.engine.request import Request
 from placement import Cluster, Placement, Profile, Workload
@@ -16,6 +17,7 @@ CHECKED_PER_PHASE = 24
 ITEMSIZE = 4  # float32 throughout
 CHUNK = 64  # prompt tokens of one step
 LOAD = 0.5  # of what the machine holds
+LEAST_RATE = 0.3  # requests a second at each server, so that every phase has some
 
 
 class Figures:
@@ -71,7 +73,7 @@ class Figures:
         self.within_budget, self.compilations, self.peak_memory = True, 0, 0
 
     def load(self, given: float, full_s: Sequence[float | None]) -> float:
-        """Requests a second at each server: those given, else half of what the machine was seen to answer.
+        """Requests a second at each server: those given, else half of what the machine was seen to answer, 0.3 at least.
 
         Args:
             given: 0 where nothing was given.
@@ -81,10 +83,8 @@ class Figures:
         self.rate = given
         if not given:
             self.holds = FULL * servers / slowest
-            self.rate = LOAD * self.holds / servers
-            self._say(
-                f"this machine answers {self.holds:.1f} requests a second; half as many arrive: {self.rate:.2f} at each server"
-            )
+            self.rate = max(LOAD * self.holds / servers, LEAST_RATE)
+            self._say(f"this machine answers {self.holds:.1f} requests a second; {self.rate:.2f} arrive at each server")
         return self.rate
 
     def profile(self, counts: np.ndarray) -> Profile:
@@ -199,9 +199,9 @@ class Figures:
         # What finished meanwhile belongs to no phase's latency, but is checked all the same.
         self.to_check += self._finished(after)
         self._say(
-            f"   migration to {label!r} at {at:.1f} s while {m['requests_in_flight']} requests run: {added} copies, "
-            f"{m['bytes_moved'] / 1e6:.1f} MB,\n   in {m['seconds']:.2f} s (planned in {planned:.2f} s); longest stall "
-            f"between two steps {1e3 * m['commit_s']:.0f} ms"
+            f"   migration to {label!r} at {at:.1f} s: {added} copies, {m['bytes_moved'] / 1e6:.1f} MB "
+            f"in {m['seconds']:.2f} s;\n   planned in {planned:.2f} s, {plural(m['requests_in_flight'], 'request')} running, "
+            f"longest stall {1e3 * m['commit_s']:.0f} ms"
         )
 
     def take_rest(self, reports: list[Any]) -> None:

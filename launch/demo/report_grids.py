@@ -59,6 +59,7 @@ def _top_quarter(counts: np.ndarray) -> float | None:
 def placements(result: Figures, colours: dict[str, str], order: np.ndarray) -> str:
     if not result["placements"]:
         return ""
+    size = result["model"]["expert_bytes"]
     held = [_held(placement, order.shape) for placement in result["placements"]]
     by_cell = sum(int(h.sum()) for h in held) <= CELL_LIMIT
     parts = []
@@ -71,7 +72,9 @@ def placements(result: Figures, colours: dict[str, str], order: np.ndarray) -> s
             own = [i for i, d in enumerate(devices) if d["server"] == name]
             svg = copies_map(resident, own, labels, colours[name], order, by_cell)
             share = f"{int(resident[own].any(0).sum()):,} of {copies.size:,} experts"
-            panels.append(_panel(chip(name, colours, share), svg, "; ".join(_memory(devices[i]) for i in own)))
+            panels.append(
+                _panel(chip(name, colours, share), svg, "; ".join(_pool(devices[i], resident[i], size) for i in own))
+            )
         often = ", ".join(
             f"{int(n):,} with {k}{' or more' if k == 4 else ''}"
             for k, n in enumerate(np.bincount(np.minimum(copies, 4).ravel(), minlength=5))
@@ -100,10 +103,11 @@ def _held(placement: Figures, shape: Sequence[int]) -> np.ndarray:
     return held
 
 
-def _memory(device: Figures) -> str:
-    return (
-        f"device {device['device']}: {nbytes(device['resident_bytes'])} of {nbytes(device['budget_bytes'])} for experts"
-    )
+def _pool(device: Figures, held: np.ndarray, expert_bytes: int) -> str:
+    """How much of a device's expert pool is in use, and that the pool is within its budget."""
+    size = f"{nbytes(device['resident_bytes'])} of {nbytes(device['budget_bytes'])} for experts"
+    slots = device["resident_bytes"] // max(expert_bytes, 1)
+    return f'<span title="{size}">device {device["device"]}: {int(held.sum()):,} of {slots:,} slots in use</span>'
 
 
 def _panel(caption: str, svg: str, below: str) -> str:

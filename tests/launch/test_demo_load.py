@@ -34,7 +34,13 @@ def test_half_of_what_the_slowest_process_answers(figures):
     rate = found.load(0.0, [4.0, 5.0, 6.0])
     assert rate == pytest.approx(0.5 * FULL / 6)
     assert found.holds == pytest.approx(3 * FULL / 6)
-    assert lines == [f"this machine answers 4.0 requests a second; half as many arrive: {rate:.2f} at each server"]
+    assert lines == [f"this machine answers 4.0 requests a second; {rate:.2f} arrive at each server"]
+
+
+def test_a_machine_that_answers_next_to_nothing_still_gets_requests(figures):
+    found, _ = figures
+    assert found.load(0.0, [240.0]) == 0.3
+    assert found.holds == pytest.approx(0.1)
 
 
 def test_a_rate_that_was_given_is_kept(figures):

@@ -83,6 +83,9 @@ def test_page_is_whole_and_names_everything(shape):
         assert phase["name"] in text
     for server in figures["cluster"]["servers"]:
         assert server["name"] in text
+    device = figures["placements"][0]["devices"][0]
+    used = sum(map(len, device["experts"]))
+    assert f"device 0: {used} of {used} slots in use" in text
     for shown in ("53 % fewer remote expert calls", "50 % fewer after", "0 differences", "0 compilations", "1.2 GB"):
         assert shown in text
 

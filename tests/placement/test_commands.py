@@ -87,7 +87,8 @@ def test_json(folder, capsys):
     assert parsed["budget_bytes"] == [115, 75, 55]
 
 
-def test_compare(folder, capsys):
+def test_compare(folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     assert run("compare", "--profile", "profile.npz", "--eval", "later.npz", "--json") == 0
     parsed = json.loads(capsys.readouterr().out)
     assert list(parsed["strategies"]) == list(STRATEGIES)
@@ -98,14 +99,19 @@ def test_compare(folder, capsys):
     assert run("compare", "--profile", "profile.npz", "--strategies", "dance") == 0
     lines = capsys.readouterr().out.splitlines()
     assert {"strategy", "remote", "P(network)", "servers", "balance", "gap", "planned"} <= set(lines[0].split())
+    assert "bytes a token" in lines[0]
     assert lines[1].startswith("dance")
     assert not any("uniform" in line for line in lines)
 
 
-def test_tables_on_a_terminal(folder, capsys, monkeypatch):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+@pytest.mark.parametrize("width", [60, 80])
+def test_tables_fit_the_terminal(folder, capsys, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
     assert run("compare", "--profile", "profile.npz") == 0
-    assert "dance" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    shown = " ".join(lines).split()
+    assert {"strategy", "remote", "P(network)", "servers", "balance", "gap", "planned", *STRATEGIES} <= set(shown)
 
 
 @pytest.mark.parametrize(

@@ -398,7 +398,8 @@ def test_bad_numbers_are_one_line(folder, capsys, args):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_command(folder, capsys):
+def test_command(folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     args = ("--cluster", "cluster.toml", "--strategies", "uniform,dance")
     assert run(*args, "--arrivals", "a.csv", "--json") == 0
     parsed = json.loads(capsys.readouterr().out)

@@ -160,7 +160,7 @@ def folder(tmp_path, monkeypatch):
 def test_drift_command(folder, capsys, profile, against, says):
     args = ["drift", "--profile", f"{profile}.npz", *(["--against", f"{against}.npz"] if against else [])]
     assert main(args) == 0
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())  # sentences are wrapped at the terminal's width
     assert all(words in text for words in says)
     assert main([*args, "--json"]) == 0
     parsed = json.loads(capsys.readouterr().out)
