@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 import time
 import tracemalloc
 import zipfile
@@ -23,6 +26,7 @@ from placement.files import (
     read_toml,
     show,
 )
+from tests.helpers.paths import ROOT
 
 
 def refusal(call, *args):
@@ -278,3 +282,14 @@ def test_zip_files_of_many_or_double_members(tmp_path):
             with pytest.warns(UserWarning, match="Duplicate name") if archive.namelist() else io.BytesIO():
                 archive.writestr("counts.npy", saved(np.ones(3)))
     assert "two parts are named 'counts.npy'" in refusal(read_npz, buffer.getvalue(), "x", ["counts"], "save it again")
+
+
+@pytest.mark.parametrize("args", [[], ["deepseek.npz", "out"], ["unknown.npz", "out"]])
+def test_the_maker_of_profiles_says_where_its_traces_come_from(tmp_path, args):
+    script = ROOT / "tests/fixtures/make_trace_profiles.py"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(script), *args]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "github.com/deepseek-ai/ESFT" in done.stderr
+    assert "Traceback" not in done.stderr
