@@ -6,6 +6,7 @@ Arrays are read in placement/data/arrays.py.
 """
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -80,14 +81,18 @@ def read_bytes(path: str | os.PathLike[str], limit: int = MAX_FILE_BYTES) -> byt
 
     Args:
         path: the file.
-        limit: bytes; a larger file is refused before it is read.
+        limit: bytes; a larger file is refused before it is read. What is no file, such as a pipe, may have `MAX_JSON_BYTES`.
 
     Raises:
         InputError: there is no such file, it cannot be read, or it is larger than `limit`.
     """
     try:
         with open(path, "rb") as file:
-            data = file.read(limit + 1) if not os.path.isfile(path) or os.path.getsize(path) <= limit else None
+            if os.path.isfile(path):
+                data = file.read() if os.fstat(file.fileno()).st_size <= limit else None
+            else:
+                limit = min(limit, MAX_JSON_BYTES)
+                data = b"".join(itertools.islice(iter(lambda: file.read(2**16), b""), limit // 2**16 + 1))
     except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
         raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if data is None or len(data) > limit:
@@ -264,7 +269,7 @@ def read_csv(path: str | os.PathLike[str]) -> tuple[list[str], Iterator[tuple[in
 def _cells(path: Any, line: tuple[int, str], delimiter: str, count: int | None = None) -> list[str]:
     number, text = line
     try:
-        rows = list(csv.reader([text], delimiter=delimiter, strict=True, skipinitialspace=True))
+        rows = list(csv.reader([text.strip(" ")], delimiter=delimiter, strict=True, skipinitialspace=True))
     except csv.Error as error:
         raise InputError(f"{path}: line {number}: not valid CSV: {one_line(error)}") from None
     cells = [cell.strip() for cell in rows[0]]

@@ -18,7 +18,7 @@ from placement.engines.facts import Facts, reserved_bytes
 from placement.engines.maps import ExpertMap, read_content
 from placement.engines.recording import Recording
 from placement.engines.routed_experts import routed_experts
-from placement.files import InputError, parse_json, read_json, read_lines, show, write_bytes
+from placement.files import InputError, parse_json, read_bytes, read_json, read_lines, show, write_bytes
 
 SOURCES = ("sglang", "sglang-jax", "trtllm", "routed-experts", "vllm-ascend", "omni-infer", "placement")
 MAP_FACTS = ("servers", "name", "top_k", "expert_bytes")  # what a map lacks to be a placement
@@ -120,6 +120,7 @@ def read(paths: Sequence[str], kind: str, facts: Facts, target: str | None = Non
         return engine_maps.read_vllm_ascend(path, experts)
     if kind == "omni-infer":
         return engine_maps.read_omni_infer(path)
+    read_bytes(path)  # a file that is missing is not first asked facts for
     facts.require(MAP_FACTS if target in (None, "placement") else ("servers",), path)
     ranks = len(facts.devices(path))
     if kind == "trtllm":

@@ -257,12 +257,12 @@ def _zip(data: bytes, rng: random.Random) -> bytes:
     elif action == 5:
         members[at] = rng.choice(("x", "../x", name + "/", "a" * 60_000, "\u2028", "data.pkl", name.upper())), content
     elif action == 6:
-        members.append((rng.choice(("extra.npy", "counts.npy", "ids.npy")), bytes(2 ** rng.choice((10, 20, 25)))))
+        members.append((rng.choice(("extra.npy", "counts.npy", "ids.npy")), bytes(2 ** rng.choice((10, 10, 20, 24)))))
     else:
         members[at] = name, _npy_header(content, rng)
     buffer, packing = (
         io.BytesIO(),
-        rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA)),
+        rng.choice((zipfile.ZIP_STORED,) * 6 + (zipfile.ZIP_DEFLATED,) * 3 + (zipfile.ZIP_BZIP2,)),
     )
     with zipfile.ZipFile(buffer, "w", packing) as archive, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # two members of one name are meant

@@ -5,6 +5,7 @@ import contextlib
 import io
 import itertools
 import json
+import os
 import random
 import shutil
 import signal
@@ -259,12 +260,15 @@ def damaged(seed: int, corpus: Path, folder: Path) -> list[str]:
     """A command line with a file or a flag damaged; the file is written into `folder`, beside links to the others."""
     rng = random.Random(seed)
     recipe = rng.choice(recipes())
-    for name in folder.iterdir():
-        shutil.rmtree(name) if name.is_dir() and not name.is_symlink() else name.unlink()
-    shutil.copytree(corpus, folder, dirs_exist_ok=True)
+    for name in folder.rglob("*"):
+        if not name.is_dir():
+            name.unlink()
+    # Hard links: what writes a file anew, as ours do, leaves the original as it is.
+    shutil.copytree(corpus, folder, dirs_exist_ok=True, copy_function=os.link)
     arguments = list(recipe.arguments)
     if rng.random() < 0.75:
         name = rng.choice(recipe.files)
+        (folder / name).unlink()
         (folder / name).write_bytes(mutate((corpus / name).read_bytes(), rng))
     else:
         flags = [i for i, text in enumerate(arguments) if text.startswith("--") and i + 1 < len(arguments)]

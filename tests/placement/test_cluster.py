@@ -122,6 +122,20 @@ BAD_CLUSTERS = [
     (TWO + '[[link]]\nfrom = "a"\nto = "a"', "joins two different servers"),
     (TWO + '[[link]]\nfrom = "a"\nto = "b"\nboth = 1', "link[0].both = 1"),
     (TWO + '[[link]]\nfrom = "a"\nto = "b"\nboth = true\n[[link]]\nfrom = "b"\nto = "a"', "b to a is given twice"),
+    (ONE.replace("5", "0x" + "f" * 4500), "memory = an integer of 18000 bits: must fit into 64 bits"),
+    (
+        ONE.replace("5", f"5, speed = {10**18}"),
+        "speed = 1000000000000000000: must be a number greater than 0 and at most 1e+06",
+    ),
+    (ONE.replace("5", "5, speed = 1e-300"), "speed = 1e-300: must be at least 1e-06; 1.0 is the usual device"),
+    (ONE.replace("5", "'" + "9" * 5000 + "GB'"), "not a quantity >= 0"),
+    (TWO + '[network]\nbandwidth = "1e99Gbps"', "network.bandwidth = '1e99Gbps': no link or disk has this rate"),
+    (TWO + '[network]\nbandwidth = "1e-9bps"', "network.bandwidth = '1e-9bps': no link or disk has this rate"),
+    (TWO + '[network]\nlatency = "1e99s"', "network.latency = '1e99s': must be at most 1e+09 seconds"),
+    (
+        "".join(ONE.replace('"a"', f'"{i}"') for i in range(1025)),
+        "1025 servers with 1025 devices; at most 1024 and 4096",
+    ),
     ("servers = 3\n" + ONE, "unknown key 'servers'; known are link, network, server"),
     ("network = 3\n" + ONE, "network = 3: must be a table"),
 ]
@@ -232,6 +246,7 @@ def change(path, value):
         (["devices", 0, "experts", 1], [-1], "must list expert ids"),
         (["devices", 0, "experts", 1], ["0"], "must list expert ids"),
         (["devices", 0, "experts", 1], [1, 1], "lists an expert twice"),
+        (["devices", 0, "server"], "a\u2028b", "devices[0] = "),
     ],
 )
 def test_bad_placement_is_one_clear_line(tmp_path, placement, path, value, message):
@@ -260,3 +275,24 @@ def test_save_refuses_what_is_no_file(tmp_path, placement):
         placement.save(tmp_path)
     with pytest.raises(InputError, match="cannot be written: No such file"):
         placement.save(tmp_path / "absent" / "p.json")
+
+
+def test_a_placement_that_claims_a_grid_beyond_memory(tmp_path, placement):
+    file = tmp_path / "placement.json"
+    placement.save(file)
+    parsed = json.loads(file.read_text())
+    parsed["model"] |= {"layers": 10**5, "experts": 10**5, "expert_bytes": 1}
+    file.write_text(json.dumps(parsed))
+    with pytest.raises(InputError, match=r"devices\[0\].experts: 2 lists; must be 100000 lists"):
+        Placement.load(file)
+    parsed["model"]["layers"] = 100
+    parsed["devices"] = [{"server": "a", "device": i, "experts": [[]] * 100} for i in range(2)]
+    file.write_text(json.dumps(parsed))
+    with pytest.raises(InputError, match="2 x 100 x 100000 entries are more than 16777216"):
+        Placement.load(file)
+
+
+def test_figures_that_are_no_numbers_are_saved_as_null(tmp_path, placement):
+    placement.predicted["gap"] = {"a": float("nan"), "b": [float("inf"), 1.5]}
+    placement.save(tmp_path / "p.json")
+    assert Placement.load(tmp_path / "p.json").predicted["gap"] == {"a": None, "b": [None, 1.5]}

@@ -154,3 +154,134 @@ def test_refused_files(tmp_path, capsys):
     dense = QWEN3 | {"mlp_only_layers": list(range(48))}
     with pytest.raises(InputError, match="no layer has experts"):
         ModelShape.from_dict(dense)
+
+
+# ---- quantized checkpoints: the files as their tools write them, and the sizes of the published ones
+
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}
+WEIGHTS = {"num_bits": 4, "group_size": 32, "type": "int"}
+PACKED = {
+    **{"quant_method": "compressed-tensors", "format": "pack-quantized"},
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": WEIGHTS}},
+    "ignore": ["lm_head", "re:.*mlp.gate$"],
+}
+MLX = {"group_size": 64, "bits": 4}
+LINEAR = 28_991_029_248 + 905_969_664  # weights of Qwen3-30B-A3B in linear layers; the others stay in bfloat16
+
+
+@pytest.mark.parametrize(
+    ("changes", "size", "dtype"),
+    [
+        ({"quantization_config": AWQ}, LINEAR * (4 + 20 / 128) / 8, "awq 4 bits"),
+        ({"quantization_config": PACKED}, LINEAR * 4.5 / 8, "compressed-tensors 4 bits"),
+        ({"quantization_config": {"quant_method": "fp8", "activation_scheme": "static"}}, LINEAR, "fp8 per tensor"),
+        ({"quantization_config": AWQ | {"quant_method": "gptq"}}, LINEAR * 4.19 / 8, "gptq 4 bits"),
+    ],
+)
+def test_quantized_sizes(changes, size, dtype):
+    model = ModelShape.from_dict(QWEN3 | changes)
+    rest = 2 * (model.parameters - LINEAR)
+    assert model.dtype == dtype
+    assert model.bytes == pytest.approx(size + rest, rel=1e-3)
+    assert model.expert_bytes * 48 * 128 + model.other_bytes == model.bytes
+    assert ModelShape.from_dict(QWEN3 | changes, "bf16").bytes == 2 * model.parameters
+
+
+def test_mlx_quantizes_embeddings_too():
+    model = ModelShape.from_dict(QWEN3 | {"quantization": MLX, "quantization_config": MLX})
+    assert model.bytes == pytest.approx(17.2e9, rel=1e-3)
+    assert model.expert_bytes == 3 * 2048 * 768 * 9 // 16
+    gates = MLX | {"model.layers.0.mlp.gate": {"group_size": 64, "bits": 8}}
+    assert ModelShape.from_dict(QWEN3 | {"quantization": gates}).expert_bytes == model.expert_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "size"),
+    [
+        ("quantize_config.json", {"bits": 4, "group_size": 128, "desc_act": False, "sym": True}, 16.9e9),
+        (
+            "hf_quant_config.json",
+            {
+                "producer": {"name": "modelopt"},
+                "quantization": {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["lm_head"]},
+            },
+            18.1e9,
+        ),
+    ],
+)
+def test_quantization_in_a_file_beside(tmp_path, capsys, name, content, size):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3))
+    (tmp_path / name).write_text(json.dumps(content))
+    assert main(["model", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["total_bytes"] == pytest.approx(size, rel=0.01)
+    for damaged, message in (
+        ("[]", "must be an object"),
+        ("{", "not valid JSON"),
+        ('{"bits": "x"}', "quantization_config."),
+    ):
+        (tmp_path / name).write_text(damaged)
+        assert main(["model", str(tmp_path)]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("quantized", "message"),
+    [
+        ("awq", "quantization_config = 'awq': must be an object"),
+        ({"bits": 4}, "quant_method = None: its sizes are not known; give the experts' type with --dtype"),
+        (AWQ | {"bits": 0}, "bits = 0: must be an integer from 1 to 16"),
+        (AWQ | {"group_size": 0}, "group_size = 0: must be -1 or an integer from 1"),
+        (AWQ | {"modules_to_not_convert": ["model.layers.1.mlp.experts.3"]}, "leaves experts out"),
+        (AWQ | {"modules_to_not_convert": "gate"}, "modules_to_not_convert = 'gate': must be a list"),
+        ({"quant_method": "fp8", "weight_block_size": [0, 128]}, "weight_block_size = [0, 128]: must be two integers"),
+        (PACKED | {"config_groups": {}}, "config_groups = {}: must be one group with weights"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8"}, "quant_algo = 'W4A8': its sizes are not known"),
+        (MLX | {"model.layers.0.mlp.experts": {"bits": 8}}, "layers of different bits, whose sizes are not known"),
+    ],
+)
+def test_quantization_refused(quantized, message):
+    with pytest.raises(InputError) as caught:
+        ModelShape.from_dict(QWEN3 | {"quantization_config": quantized})
+    assert message in str(caught.value)
+    dtypes = str(caught.value).split("one of ")[1].split(", ")  # the remedy works
+    assert ModelShape.from_dict(QWEN3 | {"quantization_config": quantized}, dtypes[0]).bytes > 0
+
+
+KIMI_K2 = DEEPSEEK_V3 | {
+    **{"model_type": "kimi_k2", "num_attention_heads": 64, "num_key_value_heads": 64, "n_routed_experts": 384},
+    **{"first_k_dense_replace": 1, "vocab_size": 163840},
+}
+
+
+def test_kimi_k2_is_counted_as_deepseek_v3():
+    model = ModelShape.from_dict(KIMI_K2)
+    assert model.parameters == 1_026_408_232_448
+    assert model.parameters == ModelShape.from_dict(KIMI_K2 | {"model_type": "deepseek_v3"}).parameters
+    assert (len(model.layers), model.experts, model.top_k, model.dtype) == (60, 384, 8, "fp8")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": ["mixtral"]}, "model_type = ['mixtral']: must be one of"),
+        ({"num_hidden_layers": 2**31}, "num_hidden_layers = 2147483648: must be an integer from 1 to 10000"),
+        ({"hidden_size": 2**40}, "hidden_size = 1099511627776: must be an integer from 1 to 2147483648"),
+        ({"num_experts_per_tok": None, "experts_per_token": "2"}, "experts_per_token = '2': must be an integer"),
+    ],
+)
+def test_fields_of_other_types(changes, message):
+    with pytest.raises(InputError) as caught:
+        ModelShape.from_dict(MIXTRAL | changes)
+    assert message in str(caught.value)
+
+
+def test_another_family_is_told_the_other_way():
+    with pytest.raises(
+        InputError, match="for another model give convert --name, --top-k, --hidden-size and --expert-bytes"
+    ):
+        ModelShape.from_dict(MIXTRAL | {"model_type": "llama"})
+
+
+def test_names_that_cannot_be_printed(tmp_path):
+    assert ModelShape.from_dict(MIXTRAL | {"_name_or_path": "a\nb"}, source=str(tmp_path / "m/config.json")).name == "m"
+    assert ModelShape.from_dict(MIXTRAL | {"_name_or_path": "org/name/"}).name == "name"
