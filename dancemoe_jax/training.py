@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, Integer
 
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.model.decoder import Decoder, Experts, forward
@@ -83,7 +85,9 @@ def init_state(config: ModelConfig, train: TrainConfig) -> TrainState:
     return TrainState(decoder, experts, optimizer(train).init(cast(Any, (decoder, experts))), jnp.zeros((), jnp.int32))
 
 
-def batch_at(train: TrainConfig, domains: Sequence[np.ndarray], step: int) -> np.ndarray:
+def batch_at(
+    train: TrainConfig, domains: Sequence[Integer[np.ndarray, "_"]], step: int
+) -> Integer[np.ndarray, "batch tokens"]:
     """Tokens [batch, context + 1] of a step: random windows, the same number from each domain, domain by domain."""
     rng = np.random.default_rng([train.seed, step])
     width = train.context + 1
@@ -97,8 +101,11 @@ def _training_moe(h, weights, topk_weights, topk_ids, logits):
     return grouped_experts(h, weights.w_in, weights.w_out, topk_weights, topk_ids), router_losses(logits, topk_ids)
 
 
-def token_losses(config: ModelConfig, decoder: Decoder, experts: Experts, tokens: jax.Array):
+def token_losses(
+    config: ModelConfig, decoder: Decoder, experts: Experts, tokens: Int[ArrayLike, "batch tokens"]
+) -> tuple[Float[Array, "batch tokens-1"], Float[Array, ""], Float[Array, ""]]:
     """Cross-entropy [batch, tokens - 1] of each next token in nats, and the router losses averaged over layers."""
+    tokens = jnp.asarray(tokens)
     logits, (balance, z) = forward(config, decoder, experts, tokens[:, :-1], moe=_training_moe, remat=True)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
     return losses, balance.mean(), z.mean()
@@ -106,7 +113,12 @@ def token_losses(config: ModelConfig, decoder: Decoder, experts: Experts, tokens
 
 @functools.partial(jax.jit, static_argnames=("config", "train", "num_domains"), donate_argnames=("state",))
 def train_step(
-    state: TrainState, tokens: jax.Array, *, config: ModelConfig, train: TrainConfig, num_domains: int
+    state: TrainState,
+    tokens: Int[ArrayLike, "batch tokens"],
+    *,
+    config: ModelConfig,
+    train: TrainConfig,
+    num_domains: int,
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step on tokens [batch, context + 1] ordered by domain."""
 

@@ -19,7 +19,7 @@ class Arena:
         most: bytes from which on pieces that are free make room for those of another size.
     """
 
-    def __init__(self, most: float = math.inf) -> None:
+    def __init__(self, most: int | float = math.inf) -> None:
         self._most, self._held = most, 0
         self._lock = threading.Lock()
         self._free: dict[int, list[np.ndarray]] = {}

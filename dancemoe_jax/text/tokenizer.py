@@ -197,7 +197,7 @@ def _valid(text: str) -> str:
 def _token_text(value: Any) -> str:
     """A special token is written as its text or as an object with `content`."""
     text = value.get("content") if isinstance(value, dict) else value
-    return text if isinstance(text, str) else ""
+    return _valid(text) if isinstance(text, str) else ""
 
 
 def _eos_tokens(file: Path, vocab_size: int) -> set[int]:

@@ -22,6 +22,7 @@ from dancemoe_jax.text.tokenizer import TokenizerBundle, load_tokenizer_bundle
 from launch.engine.single_process import Local, load
 from launch.model_flags import read_shape
 from placement import InputError
+from placement.files import parse_json
 
 CHUNK = 64
 
@@ -165,19 +166,18 @@ def _read_prompts(args: argparse.Namespace) -> list[str | list]:
         text = _read("--prompt", "-") if args.prompt == "-" else args.prompt
         # Bytes of a command line that are no text arrive as lone surrogates, which no tokenizer and no terminal takes.
         return [text.encode(errors="replace").decode()]
-    lines = [line for line in _read("--prompt-file", args.prompt_file).splitlines() if line.strip()]
+    # A newline alone ends a line: U+2028, U+0085 and form feeds are characters of a prompt.
+    text = _read("--prompt-file", args.prompt_file).removeprefix("\ufeff")
+    lines = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise InputError(f"--prompt-file {args.prompt_file}: holds no prompt; write one a line")
-    return [_parse_line(args.prompt_file, number, line) for number, line in enumerate(lines, 1)]
+    return [_parse_line(args.prompt_file, number, line) for number, line in lines]
 
 
 def _parse_line(file: str, number: int, line: str) -> str | list:
     if not line.lstrip().startswith("{"):
         return line
-    try:
-        given = json.loads(line)
-    except ValueError:
-        return line  # a text that happens to begin with a brace
+    given = parse_json(line, f"--prompt-file {file}: line {number}")
     known = [given[key] for key in ("prompt", "messages") if key in given]
     if len(known) != 1 or not isinstance(known[0], str if "prompt" in given else list):
         raise InputError(f'--prompt-file {file}: line {number} must have either a text "prompt" or a list "messages"')

@@ -1,6 +1,7 @@
 """`python -m launch score`: logits of token ids through the serving path, to compare with any other implementation's."""
 
 import argparse
+import zipfile
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,10 @@ def score(local: Local, ids: np.ndarray) -> np.ndarray:
 
 def _read_ids(file: Path, config: ModelConfig) -> np.ndarray:
     try:
-        ids = np.load(file, allow_pickle=False)
+        ids = np.load(file, mmap_mode="r", allow_pickle=False)  # mapped: a header may claim any size
     except FileNotFoundError:
         raise InputError(f"--ids {file}: no such file") from None
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, OverflowError, zipfile.BadZipFile) as error:
         raise InputError(f"--ids {file}: not a .npy file of numbers ({error}); write it with numpy.save") from None
     if not isinstance(ids, np.ndarray) or ids.ndim != 2 or ids.dtype.kind not in "iu" or not ids.size:
         found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, np.ndarray) else "an archive"

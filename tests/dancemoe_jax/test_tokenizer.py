@@ -53,6 +53,12 @@ def test_a_prompt_that_brings_its_own_beginning_gets_no_other(model, add_bos):
     assert bundle.encode("hi") == ([3] if add_bos is False else [1, 3])
 
 
+def test_half_a_surrogate_pair_is_no_token(model):
+    bundle = model(named={"bos_token": "\ud800", "eos_token": "</s>"})
+    assert bundle.encode("hi") == [1, 3]
+    assert 2 in bundle.eos_tokens
+
+
 def test_tools_have_a_template_of_their_own(model):
     templates = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T{{ tools | length }}"}]
     bundle = model(chat_template=templates)

@@ -1,5 +1,6 @@
 """`python -m launch generate` and `score` as a user runs them."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from launch.__main__ import main
+from launch.commands import generate
 from tests.helpers.paths import CHECKPOINTS
 
 
@@ -95,6 +97,7 @@ def test_text_ends_before_a_stop_string_and_at_a_stop_token():
         (["generate", "--prompt-file", "absent.txt"], "absent.txt: cannot be read"),
         (["generate", "--prompt-file", "empty.txt"], "holds no prompt"),
         (["generate", "--prompt-file", "both.jsonl"], "line 2 must have"),
+        (["generate", "--prompt-file", "typo.jsonl"], "typo.jsonl: line 3: not valid JSON"),
         (["score", "--ids", "absent.npy", "--out", "o.npy"], "absent.npy: no such file"),
         (["score", "--ids", "empty.txt", "--out", "o.npy"], "not a .npy file"),
         (["score", "--ids", "objects.npy", "--out", "o.npy"], "not a .npy file"),
@@ -109,6 +112,7 @@ def test_unusable_input_is_one_line(tmp_path, monkeypatch, capsys, arguments, wo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "both.jsonl").write_text('{"prompt": "x"}\n{"prompt": "x", "messages": []}\n')
+    (tmp_path / "typo.jsonl").write_text('plain\n\n{"prompt": "x"\n')
     arrays = {
         "floats": np.ones((2, 2)),
         "large": np.full((1, 2), 257),
@@ -123,3 +127,10 @@ def test_unusable_input_is_one_line(tmp_path, monkeypatch, capsys, arguments, wo
     assert words in said.err
     assert said.err.count("\n") == 1
     assert not (tmp_path / "o.npy").exists()
+
+
+def test_a_newline_alone_ends_a_prompt(tmp_path):
+    lines = ["one\u2028still one", "two\x85\x0c", "{not JSON}"[1:], '{"prompt": "four"}']
+    (tmp_path / "prompts").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\n\n")
+    arguments = argparse.Namespace(prompt=None, prompt_file=str(tmp_path / "prompts"))
+    assert generate._read_prompts(arguments) == [*lines[:3], "four"]
