@@ -22,7 +22,7 @@ from launch.cluster.framing import Connection, MessageError, connect
 from launch.cluster.rendezvous import handshake
 from launch.cluster.secret import load_secret
 from launch.commands.serve import facts_of, policy_of
-from launch.elastic.grow import Growth
+from launch.elastic.grow import Growth, _wait_until_staged
 from launch.elastic.newcomer import PURPOSE, described, report
 from launch.engine.engine import Engine
 from launch.engine.host import Host
@@ -298,3 +298,15 @@ def test_a_client_that_is_no_server_is_sent_away():
         left.sendall(b"GET / HTTP/1.1\r\n")
         with pytest.raises(MessageError, match="not a line of JSON"):
             handshake(Connection(right))
+
+
+def test_a_server_that_is_stopped_while_it_stages_blocks_nobody_for_long(monkeypatch):
+    monkeypatch.setattr("launch.elastic.grow._SILENT_S", 0.3)
+    left, right = socket.socketpair()
+    with left, right:
+        Connection(left).send({"bytes": 1})  # still there
+        with pytest.raises(InputError, match=r"server edge-c has gone while it was staging .*no whole message within"):
+            _wait_until_staged("edge-c", Connection(right))
+        Connection(left).send({"problem": "layer 0 expert 1: absent"})
+        with pytest.raises(InputError, match="server edge-c: layer 0 expert 1: absent"):
+            _wait_until_staged("edge-c", Connection(right))
