@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser(argv).parse_args(argv)
     log.configure(arguments.log_level, arguments.log_json, getattr(arguments, "server", None))
     if from_shell:
+        log.explain_failed_threads()
         log.keep_output_clean()
     try:
         module = importlib.import_module(_MODULES.get(arguments.command, f"launch.commands.{arguments.command}"))

@@ -10,6 +10,8 @@ import threading
 from datetime import UTC, datetime
 from typing import TextIO
 
+log = logging.getLogger(__name__)
+
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -64,6 +66,19 @@ def configure(level: str = "info", as_json: bool = False, server: str | None = N
         logging.getLogger(package).setLevel(level.upper())
 
 
+def explain_failed_threads() -> None:
+    """A thread that fails says so in one line; its traceback is for those who look for details."""
+
+    def explain(failed: threading.ExceptHookArgs) -> None:
+        name = failed.thread.name if failed.thread else "a thread"
+        words = " ".join(str(failed.exc_value).split())
+        log.error("%s has ended: %s: %s", name, failed.exc_type.__name__, words)
+        if failed.exc_value is not None:
+            log.debug("%s", name, exc_info=failed.exc_value)
+
+    threading.excepthook = explain
+
+
 class _StandardError(logging.StreamHandler[TextIO]):
     """Writes to what `sys.stderr` is at the time."""
 
@@ -97,7 +112,7 @@ def discard_output() -> None:
 
 
 def _log_lines(descriptor: int) -> None:
-    log = logging.getLogger("launch.native")
+    native = logging.getLogger("launch.native")
     with open(descriptor, encoding="utf-8", errors="replace") as lines:
         for line in lines:
-            log.debug("%s", line.rstrip("\n"))
+            native.debug("%s", line.rstrip("\n"))

@@ -12,8 +12,8 @@ _HEAD_BYTES = 2**20
 
 def cluster_fingerprint(cluster: Cluster) -> str:
     """Hash of what a cluster file says, whatever its layout and comments; hosts are left out, as each may see its own."""
-    said = repr([(server.name, server.devices) for server in cluster.servers]).encode()
-    return hashlib.sha256(said + cluster.bandwidth.tobytes() + cluster.latency.tobytes()).hexdigest()
+    facts = repr([(server.name, server.devices) for server in cluster.servers]).encode()
+    return hashlib.sha256(facts + cluster.bandwidth.tobytes() + cluster.latency.tobytes()).hexdigest()
 
 
 def folder_fingerprint(path: str | os.PathLike[str]) -> str:

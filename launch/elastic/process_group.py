@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from launch.cluster.channel import ChannelLost
 from launch.engine.host import Host
 from placement import Cluster, InputError, Placement
 
@@ -92,7 +93,10 @@ class GroupChange:
     def _wait(self) -> None:
         engine, channel = self._host.engine, self._host.channel
         while not self._ended.is_set():
-            data = channel.get(_NAME, _LOOK_S)
+            try:
+                data = channel.get(_NAME, _LOOK_S)
+            except ChannelLost:  # the first server has gone, which others say
+                return
             if data is not None:
                 self.group, engine.reform = decode(json.loads(data), self._cluster), True
                 self._host.wake()

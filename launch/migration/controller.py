@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from launch.cluster.channel import Channel
+from launch.cluster.channel import Channel, ChannelLost
 from launch.engine.loading import Loaded
 from launch.migration.command import MigrationResult
 from launch.migration.decision import Decision, limited
@@ -84,6 +84,8 @@ class Controller:
                 try:
                     self.observations.observe()
                     self.decide(Decision(time.time(), "interval"))
+                except ChannelLost:  # serving ends
+                    return
                 except InputError as error:
                     if not self._ended.is_set():
                         self.journal.note(Decision(time.time(), "interval", why=str(error)))

@@ -90,11 +90,11 @@ def limited(cluster: Cluster, limits: Mapping[str, int]) -> Cluster:
 
 
 def with_limits(
-    profile: Profile, cluster: Cluster, limits: Mapping[str, int], asked: Mapping[str, int | None]
+    profile: Profile, cluster: Cluster, limits: Mapping[str, int], requested: Mapping[str, int | None]
 ) -> dict[str, int]:
     """Limits after a change: bytes for a device or all of a server, or None for as much as the cluster file says."""
     result, least = dict(limits), int(np.max(np.asarray(profile.reserved_bytes)))
-    for name, size in asked.items():
+    for name, size in requested.items():
         devices = [
             f"{server}/{index}" for server, index in cluster.device_names if name in (server, f"{server}/{index}")
         ]

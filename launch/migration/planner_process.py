@@ -28,7 +28,7 @@ class Planning:
         self._process: subprocess.Popen[bytes] | None = None
         self._lock, self._over = threading.Lock(), False
 
-    def weigh(self, asked: Revision) -> tuple[Placement, Figures]:
+    def weigh(self, revision: Revision) -> tuple[Placement, Figures]:
         """`launch.migration.revision.weigh`; the next call starts another process where this one's has gone.
 
         Raises:
@@ -41,15 +41,15 @@ class Planning:
             assert process.stdin is not None
             assert process.stdout is not None
             try:
-                pickle.dump(asked, process.stdin)
+                pickle.dump(revision, process.stdin)
                 process.stdin.flush()
-                found, told = pickle.load(process.stdout)
+                found, reply = pickle.load(process.stdout)
             except (OSError, EOFError, pickle.UnpicklingError):
                 self._close()
                 raise InputError(f"the process that plans has gone (status {process.returncode})") from None
         if not found:
-            raise InputError(told)
-        return told
+            raise InputError(reply)
+        return reply
 
     def end(self) -> None:
         """Weigh no more; a caller that waits for a plan gets none."""
@@ -83,9 +83,9 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     with suppress(EOFError, BrokenPipeError):
         while True:
-            asked = pickle.load(sys.stdin.buffer)
+            revision = pickle.load(sys.stdin.buffer)
             try:
-                answer = True, weigh(asked)
+                answer = True, weigh(revision)
             except InputError as error:
                 answer = False, str(error)
             pickle.dump(answer, answers)

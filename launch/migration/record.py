@@ -58,8 +58,8 @@ class Record:
 
 def placement_hash(placement: Placement) -> str:
     """SHA-256 of which device holds which experts."""
-    said = repr((placement.devices, placement.resident.shape)).encode()
-    return hashlib.sha256(said + np.packbits(placement.resident).tobytes()).hexdigest()
+    facts = repr((placement.devices, placement.resident.shape)).encode()
+    return hashlib.sha256(facts + np.packbits(placement.resident).tobytes()).hexdigest()
 
 
 def write_record(folder: Path, placement: Placement, epoch: int, reason: str, limits: dict[str, int]) -> Record:
@@ -110,5 +110,5 @@ def read_record(folder: Path) -> Record | None:
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, InputError):
             raise
-        said = " ".join(str(error).split())
-        raise InputError(f"{path}: not a record of a placement ({said}); move it away to start anew") from None
+        words = " ".join(str(error).split())
+        raise InputError(f"{path}: not a record of a placement ({words}); move it away to start anew") from None

@@ -36,25 +36,25 @@ class Revision:
     chunks: float = 0.0
 
 
-def weigh(asked: Revision) -> tuple[Placement, Figures]:
+def weigh(revision: Revision) -> tuple[Placement, Figures]:
     """The plan, or the given target, with the sizes of the model that is served, and the figures that speak for it.
 
     Raises:
         InputError: there is no plan, or the target is for another model or other devices, leaves out an expert, or needs
             more memory than is usable.
     """
-    seen, policy, target = asked.seen, asked.policy, asked.target
+    seen, policy, target = revision.seen, revision.policy, revision.target
     if target is None:
-        previous = None if asked.unfit else asked.present
+        previous = None if revision.unfit else revision.present
         target = placement.plan(
-            seen, asked.usable, policy.strategy, previous=previous, prior=DEFAULT_PRIOR, workload=asked.workload
+            seen, revision.usable, policy.strategy, previous=previous, prior=DEFAULT_PRIOR, workload=revision.workload
         )
-    target = fitted(target, seen, asked.usable)
-    moves = placement.diff(asked.present, target, asked.cluster, staging_bytes=policy.staging_bytes)
-    old, new = (_costs(asked, plan) for plan in (asked.present, target))
-    transfer = _transfer(moves, asked.cluster, policy)
+    target = fitted(target, seen, revision.usable)
+    moves = placement.diff(revision.present, target, revision.cluster, staging_bytes=policy.staging_bytes)
+    old, new = (_costs(revision, plan) for plan in (revision.present, target))
+    transfer = _transfer(moves, revision.cluster, policy)
     steps = (old["step_seconds"], new["step_seconds"])
-    verdict = decide.weigh(policy, *steps, asked.chunks, transfer, len(moves.rounds))
+    verdict = decide.weigh(policy, *steps, revision.chunks, transfer, len(moves.rounds))
     return target, Figures(
         step_s=old["step_seconds"],
         planned_step_s=new["step_seconds"],
@@ -69,8 +69,8 @@ def weigh(asked: Revision) -> tuple[Placement, Figures]:
     )
 
 
-def _costs(asked: Revision, plan: Placement) -> dict[str, Any]:
-    return placement.evaluate(asked.seen, asked.cluster, plan, workload=asked.workload)
+def _costs(revision: Revision, plan: Placement) -> dict[str, Any]:
+    return placement.evaluate(revision.seen, revision.cluster, plan, workload=revision.workload)
 
 
 def _transfer(moves: Diff, cluster: Cluster, policy: Policy) -> float:

@@ -3,12 +3,13 @@
 import io
 import threading
 import time
+from contextlib import suppress
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from launch.cluster.channel import Channel
+from launch.cluster.channel import Channel, ChannelLost
 from launch.engine.engine import Engine
 from launch.engine.token_sample import Sample, Sampler, empty_sample
 
@@ -74,6 +75,10 @@ class Reporter:
         self._thread.join()
 
     def _tell(self) -> None:
+        with suppress(ChannelLost):  # the first server has gone, which others say
+            self._tell_all()
+
+    def _tell_all(self) -> None:
         while self._news.wait() and not self._ended:
             self._news.clear()
             if self._found is not None:

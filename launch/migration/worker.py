@@ -15,12 +15,13 @@ from `launch.migration.controller`.
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import jax
 import numpy as np
 
 from dancemoe_jax.expert_parallel.migrate import rewrite
-from launch.cluster.channel import Channel
+from launch.cluster.channel import Channel, ChannelLost
 from launch.engine.loading import Loaded
 from launch.migration.command import MigrationCommand, MigrationResult
 from launch.migration.committing import Committer, calls
@@ -126,6 +127,10 @@ class MigrationWorker:
             return self.results[number - 1] if len(self.results) >= number else None
 
     def _follow(self) -> None:
+        with suppress(ChannelLost):  # the first server has gone, which others say
+            self._follow_commands()
+
+    def _follow_commands(self) -> None:
         while not self._ended:
             number = len(self.results) + 1
             data = self._channel.get(f"command/{number}", _LOOK_S)

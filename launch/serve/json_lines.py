@@ -32,18 +32,23 @@ class Feeder:
         problem: why not every line was read or answered, or "".
     """
 
+    host: Host
+
     def __init__(self, maker: RequestMaker, stream: BinaryIO, shared: bool, shares: bool = True) -> None:
         self.finished, self.problem = threading.Event(), ""
         self._maker, self._stream, self._shared, self._shares = maker, stream, shared, shares
         self._printing = threading.Lock()
         self._room = threading.Semaphore(_AT_ONCE)
-        self._count, self._open, self._closed = threading.Lock(), 0, False
+        self._count, self._open, self._started, self._closed = threading.Lock(), 0, False, False
         self._pool = ThreadPoolExecutor(_AT_ONCE, "answer")
 
     def start(self, host: Host, cluster: Cluster) -> None:
         """Feed a host from now on."""
-        self.host = host
+        self.host, self._started = host, True
         self.take_in(cluster)
+        if self._closed:
+            self._finish()
+            return
         threading.Thread(target=self._feed, args=(len(cluster.names),), name="requests", daemon=True).start()
 
     def take_in(self, cluster: Cluster) -> None:
@@ -77,8 +82,8 @@ class Feeder:
                 mine = not self._shared or self._is_mine(line, unnamed, servers)
                 unnamed += not names_one
                 if mine:
-                    self._room.acquire()
                     begin = time.monotonic()
+                    self._room.acquire()
                     with self._count:
                         self._open += 1
                     self._pool.submit(self._answer, line, begin)
@@ -155,7 +160,8 @@ class Feeder:
 
     def _finish(self) -> None:
         self.finished.set()
-        self.host.finish()
+        if self._started:
+            self.host.finish()
 
     def _fail(self, problem: str) -> None:
         if not self.problem:

@@ -122,23 +122,7 @@ class Server:
         """
         cluster, first = group.cluster, self.host is None and read is None
         with contextlib.ExitStack() as stack:
-            try:
-                timeout = self.timeout if self.host is None else _REFORM_S
-                facts = {**self.facts, **(also or {})}
-                joined = join(
-                    cluster,
-                    self.name,
-                    coordinator=group.coordinator,
-                    agree=facts,
-                    timeout=timeout,
-                    secret=self.secret,
-                    lost=self._lost,
-                )
-                devices = stack.enter_context(joined)
-            except InputError as error:
-                if self.host is None:
-                    raise
-                raise _NotTogether(str(error)) from None
+            devices = self._join(stack, group, also or {})
             self._since = self._since or time.monotonic()
             profile = sizes(self.path, self.config, cluster, **self.options)
             placed, epoch, fits = group.placement, group.epoch, False
@@ -169,6 +153,24 @@ class Server:
             self._since = time.monotonic()
             loaded.engine.release()
             return change.group
+
+    def _join(self, stack: contextlib.ExitStack, group: ProcessGroup, also: Mapping[str, str]) -> list[Any]:
+        """All devices of a program, which the stack leaves. Raises _NotTogether where others serve on without it."""
+        joined = join(
+            group.cluster,
+            self.name,
+            coordinator=group.coordinator,
+            agree={**self.facts, **also},
+            timeout=self.timeout if self.host is None else _REFORM_S,
+            secret=self.secret,
+            lost=self._lost,
+        )
+        try:
+            return stack.enter_context(joined)
+        except InputError as error:
+            if self.host is None:
+                raise
+            raise _NotTogether(str(error)) from None
 
     def _moved(self, loaded: Loaded, cluster: Cluster) -> Host:
         """The host of this process, with what has been loaded for this program."""

@@ -90,6 +90,21 @@ import time; time.sleep(0.3)
     assert "launch.native: of a child" in done.stderr
 
 
+def test_a_thread_that_fails_says_so_in_one_line():
+    code = """
+import threading
+from launch import log
+log.configure()
+log.explain_failed_threads()
+def fail():
+    raise ValueError("no\\nmore")
+thread = threading.Thread(target=fail, name="reporter")
+thread.start()
+thread.join()
+"""
+    assert shell("-c", code).stderr == "reporter has ended: ValueError: no more\n"
+
+
 def test_an_unknown_command_or_flag_is_one_line():
     for command in (
         ("bogus",),

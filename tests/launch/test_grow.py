@@ -22,7 +22,7 @@ from launch.cluster.framing import Connection, MessageError, connect
 from launch.cluster.rendezvous import handshake
 from launch.cluster.secret import load_secret
 from launch.commands.serve import facts_of, policy_of
-from launch.elastic.grow import Growth
+from launch.elastic.grow import Growth, _wait_until_staged
 from launch.elastic.newcomer import PURPOSE, described, report
 from launch.engine.engine import Engine
 from launch.engine.host import Host
@@ -198,6 +198,16 @@ def test_a_server_is_added_while_requests_run(files, tmp_path, capsys):
     check(answers, [*given, "0/c", "1/c"], prompts, capsys)
 
 
+def until_idle(state):
+    """Wait until no server is being added."""
+    while ask(state, {"what": "status"}, load_secret())["growth"]:
+        time.sleep(0.1)
+
+
+def lacking(layer, expert):
+    raise ModelError(f"layer {layer} expert {expert}: absent")
+
+
 @pytest.mark.slow
 def test_a_server_that_cannot_read_or_does_not_come_leaves_all_as_it_was(files, tmp_path, capsys):
     two, three, requests, prompts = files
@@ -223,8 +233,7 @@ def test_a_server_that_cannot_read_or_does_not_come_leaves_all_as_it_was(files, 
             return weights
 
         # One that is given up while it stages.
-        while ask(state, {"what": "status"}, load_secret())["growth"]:
-            time.sleep(0.1)
+        until_idle(state)
         weights, refused = Small.make().read(0, 0), []
         address = ask(state, question, load_secret())["address"]
 
@@ -243,17 +252,12 @@ def test_a_server_that_cannot_read_or_does_not_come_leaves_all_as_it_was(files, 
         client.join(60)
         assert "takes in nobody any more" in refused[0]
 
-        def lacking(layer, expert):
-            raise ModelError(f"layer {layer} expert {expert}: absent")
-
         # One whose checkpoint lacks an expert, and one that reads and then never comes to the next program.
-        while ask(state, {"what": "status"}, load_secret())["growth"]:
-            time.sleep(0.1)
+        until_idle(state)
         address = ask(state, question, load_secret())["address"]
         with pytest.raises(ModelError):
             report(address, cluster, "edge-c", facts, lacking, 0, 5.0, load_secret())
-        while ask(state, {"what": "status"}, load_secret())["growth"]:
-            time.sleep(0.1)
+        until_idle(state)
         address = ask(state, question, load_secret())["address"]
         group, _ = report(address, cluster, "edge-c", facts, lambda *_: weights, 0, 5.0, load_secret())
         assert group.epoch == 1
@@ -294,3 +298,15 @@ def test_a_client_that_is_no_server_is_sent_away():
         left.sendall(b"GET / HTTP/1.1\r\n")
         with pytest.raises(MessageError, match="not a line of JSON"):
             handshake(Connection(right))
+
+
+def test_a_server_that_is_stopped_while_it_stages_blocks_nobody_for_long(monkeypatch):
+    monkeypatch.setattr("launch.elastic.grow._SILENT_S", 0.3)
+    left, right = socket.socketpair()
+    with left, right:
+        Connection(left).send({"bytes": 1})  # still there
+        with pytest.raises(InputError, match=r"server edge-c has gone while it was staging .*no whole message within"):
+            _wait_until_staged("edge-c", Connection(right))
+        Connection(left).send({"problem": "layer 0 expert 1: absent"})
+        with pytest.raises(InputError, match="server edge-c: layer 0 expert 1: absent"):
+            _wait_until_staged("edge-c", Connection(right))

@@ -159,7 +159,7 @@ def test_a_cluster_serves_over_ipv6(tmp_path):
         f'[[server]]\nname = "{name}"\nhost = "[::1]:{port}"\ndevices = [{{ memory = "40MB" }}]\n' for name in NAMES[:2]
     )
     cluster.write_text(servers)
-    requests.write_text('{"id": 1, "server": "edge-b", "prompt": "hello", "max_tokens": 2}\n')
+    requests.write_text('{"id": 1, "server": "edge-b", "prompt": "import", "max_tokens": 2}\n')
     flags = ["--requests", str(requests), "--context", "96", "--sequences", "2", "--chunk", "16"]
     command = [sys.executable, "-m", "launch", "serve", "--cluster", str(cluster), *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)

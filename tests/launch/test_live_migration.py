@@ -370,6 +370,41 @@ def test_a_record_that_cannot_be_written_ends_migrations_not_serving(serving, rn
     assert list(stream) == one.small.reference_text(PROMPTS[2], 8)
 
 
+def test_migrations_go_on_once_the_record_can_be_written_again(serving, tmp_path, monkeypatch, rng):
+    one, full = serving(), [True]
+
+    def write(*given):
+        if full:
+            raise InputError("placement-in-force.json: cannot be written: No space left on device")
+        return write_record(*given)
+
+    monkeypatch.setattr("launch.migration.journal.write_record", write)
+    answer = Requests(one.controller).answer
+
+    def move():
+        target = placement_of(random_resident(rng))
+        return answer({"what": "to", "placement": target.to_dict(), "source": "x.json"})
+
+    assert move()["verdict"] == "adopted"
+    assert "No space left" in move()["why"]
+    assert "No space left" in answer({"what": "status"})["disabled"]
+    full.clear()
+    again = move()
+    assert (again["verdict"], again["epoch"]) == ("adopted", 2)
+    assert answer({"what": "status"})["disabled"] == ""
+    record = read_record(tmp_path)
+    assert record is not None
+    assert (record.epoch, record.hash) == (2, answer({"what": "status"})["hash"])
+
+
+def test_a_migration_that_failed_is_not_success(monkeypatch, tmp_path, capsys):
+    for verdict, status in (("failed", 1), ("adopted", 0), ("kept", 0)):
+        reply = dataclasses.asdict(Decision(0.0, "migrate to", verdict, "edge-a: not readable"))
+        monkeypatch.setattr("launch.commands.migrate.ask", lambda *_, reply=reply: reply)
+        assert main(["migrate", "--state", str(tmp_path), "--plan"]) == status
+        assert verdict in capsys.readouterr().out
+
+
 def test_control_drains_a_server_and_takes_it_back(serving, rng, tmp_path):
     one = serving()
     server = ControlServer(tmp_path, SECRET, Requests(one.controller).answer)

@@ -380,6 +380,26 @@ def test_sigterm_ends_a_joined_server(lines):
             processes.wait(20)
 
 
+def listening(port):
+    """Addresses at which this machine listens on a port, as the kernel writes them."""
+    found = []
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            address, state = line.split()[1], line.split()[3]
+            if state == "0A" and int(address.rpartition(":")[2], 16) == port:
+                found.append(address.rpartition(":")[0])
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the kernel's table of sockets")
+def test_the_store_listens_where_the_servers_meet_and_nowhere_else(lines):
+    with servers("sleep", lines) as processes:
+        assert soon(lambda: sum(line.startswith("owners") for _, _, line in lines) == 3, 90)
+        met = next(line for _, _, line in lines if "meets the others at 127.0.0.1 port" in line)
+        assert listening(int(met.split(" port ")[1].split(",")[0])) == ["0100007F"]
+        assert len(processes.pids) == 3
+
+
 def test_a_killed_first_server_is_named_and_aborts_nobody(lines):
     """JAX's own service would end with it, and abort the others at once; here they have seconds to end by themselves."""
     with servers("sleep", lines) as processes:
