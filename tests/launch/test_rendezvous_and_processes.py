@@ -254,7 +254,8 @@ def test_whatever_connects_without_being_a_server_is_ignored():
 
     thread = threading.Thread(target=first)
     thread.start()
-    for junk in (b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b"\xff\n", b"[" * 5000 + b"\n", b""):
+    stranger = b'{"server": "edge-b", "facts": {}}\n'  # says that it is a server, and does not know the secret
+    for junk in (b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b"\xff\n", b"[" * 5000 + b"\n", b"", stranger):
         assert soon(lambda: _send(port, junk))  # noqa: B023
     thread.join(20)
     assert "edge-b has not reported" in outcome[0]

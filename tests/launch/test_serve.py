@@ -73,6 +73,13 @@ def test_three_processes_answer_what_one_does(files, capsys):
     assert len(jax.devices()) >= 4  # before `generate` below makes fewer do
     done = subprocess.run(command(cluster, "--requests", requests), capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
+    assert "planned for users who are all alike (latency" in done.stderr
+    for name in NAMES:  # ready when it says so
+        own = [line for line in done.stderr.splitlines() if line.startswith(f"[{name}] ")]
+        steps = [
+            next(i for i, line in enumerate(own) if words in line) for words in ("compiled after", "serving after")
+        ]
+        assert steps == sorted(steps)
     answers = {answer["id"]: answer for answer in map(json.loads, done.stdout.splitlines())}
     assert len(answers) == len(REQUESTS) + 1
     for given in REQUESTS:
