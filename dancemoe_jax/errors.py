@@ -3,6 +3,7 @@
 import reprlib
 from typing import Any
 
+_LONGEST = 1000  # characters of a message
 _SHORT = reprlib.Repr()
 _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxlevel = 80, 80, 8, 8, 3
 
@@ -17,7 +18,20 @@ def show(value: Any) -> str:
 
 
 class DanceMoEError(ValueError):
-    """Input that cannot be used. The base of this package's errors; the message is one line with the remedy."""
+    """Input that cannot be used. The base of this package's errors.
+
+    The message is one line with the remedy. What it cites may come from a damaged file, so line breaks become spaces, and the
+    middle of a very long message is left out.
+
+    >>> DanceMoEError("config.json: " + "x" * 5000 + "\\n; download it again").args[0][-30:]
+    'xxxxxxxxxx ; download it again'
+    """
+
+    def __init__(self, message: str):
+        text = " ".join(message.splitlines())
+        if len(text) > _LONGEST:
+            text = f"{text[: _LONGEST // 2]} […] {text[-_LONGEST // 2 :]}"
+        super().__init__(text)
 
 
 class ModelError(DanceMoEError):

@@ -40,7 +40,7 @@ def is_spare(config: ModelConfig, name: str) -> bool:
     """
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     if layer is not None and len(layer[1]) < 10 and int(layer[1]) >= config.num_layers:
-        return config.family in ("deepseek_v3", "kimi_k2")
+        return config.family == "deepseek_v3"
     return bool(_SPARE.search(name)) or (name == "lm_head.weight" and config.tie_embeddings)
 
 

@@ -44,8 +44,10 @@ def read_config(path: str | Path) -> ModelConfig:
 def config_from_fields(fields: Any, where: str) -> ModelConfig:
     """The same from the parsed fields; `where` is named in errors."""
     kind = fields.get("model_type") if isinstance(fields, dict) else type(fields).__name__
-    if not isinstance(fields, dict) or not isinstance(kind, str) or kind not in FAMILIES:
+    if not isinstance(fields, dict) or not isinstance(kind, str) or kind not in FAMILIES | _OTHER_NAMES:
         raise ModelError(f"{where}: model_type = {show(kind)} is not supported; supported: {', '.join(FAMILIES)}")
+    kind = _OTHER_NAMES.get(kind, kind)
+    fields = fields | {"model_type": kind}
     try:
         check_counts(fields)
         only(fields, "hidden_act", "silu")
@@ -307,9 +309,9 @@ FAMILIES = {
     "mixtral": Family(_mixtral, moe="block_sparse_moe", expert=("w1", "w3", "w2")),
     "deepseek_v2": Family(_deepseek_v2),
     "deepseek_v3": Family(_deepseek_v3),
-    "kimi_k2": Family(_deepseek_v3),  # DeepSeek-V3 in all but its name
     "qwen2_moe": Family(_qwen2, shared="shared_expert"),
     "qwen3_moe": Family(_qwen3),
     "olmoe": Family(_olmoe),
     "gpt_oss": Family(_gpt_oss, router="router", fused=True),
 }
+_OTHER_NAMES = {"kimi_k2": "deepseek_v3"}  # the same in all but the name

@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dancemoe_jax import ModelError, bundled_model
+from dancemoe_jax.checkpoint.families import config_from_fields
 from dancemoe_jax.checkpoint.fingerprint import model_fingerprint
 from dancemoe_jax.checkpoint.reader import ExpertFile
 from dancemoe_jax.checkpoint.tensor_files import TensorFiles
@@ -166,3 +167,31 @@ def test_fingerprints_of_large_models_read_a_part_of_every_tensor(tmp_path, rng)
                 tensors | {name: spoilt(tensors[name], tensors[name][at] ^ 1, at)}, tmp_path / "model.safetensors"
             )
             assert model_fingerprint(tmp_path, whole=2**14) != before, (name, at)
+
+
+def test_kimi_k2_is_deepseek_v3_by_another_name():
+    fields = json.loads((FAMILIES / "deepseek_v3" / "config.json").read_text())
+    assert config_from_fields(fields | {"model_type": "kimi_k2"}, "x") == config_from_fields(fields, "x")
+
+
+def test_yarn_stretches_the_context_though_max_position_embeddings_stays():
+    fields = json.loads((FAMILIES / "qwen3_moe" / "config.json").read_text()) | {"max_position_embeddings": 40960}
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    assert config_from_fields(fields | {"rope_scaling": yarn}, "x").max_position == 131072
+    assert config_from_fields(fields, "x").max_position == 40960
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": ["mixtral"]},
+        {"num_hidden_layers": 2**31},
+        {"vocab_size": 10**400},
+        {"rope_scaling": {"rope_theta": "x" * 10**5}},
+    ],
+)
+def test_absurd_fields_are_one_line(change):
+    fields = json.loads((FAMILIES / "qwen3_moe" / "config.json").read_text())
+    with pytest.raises(ModelError) as error:
+        config_from_fields(fields | change, "x")
+    assert len(str(error.value)) < 1100
