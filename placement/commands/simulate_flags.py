@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -103,7 +104,11 @@ def read_arrivals(arguments: argparse.Namespace, cluster: Cluster) -> Arrivals:
     lengths = np.array([[arguments.prompt_tokens, arguments.output_tokens]])
     if arguments.arrivals:
         duration = math.inf if arguments.duration is None or arguments.gap else float(arguments.duration)
-        listed = Arrivals.load(arguments.arrivals, servers, stretch=arguments.stretch, duration=duration, seed=seed)
+        notes: list[str] = []
+        options = {"stretch": arguments.stretch, "duration": duration, "seed": seed, "notes": notes}
+        listed = Arrivals.load(arguments.arrivals, servers, **options)
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
         if arguments.gap is None:
             return listed
         lengths = np.stack([listed.prompt, listed.output], 1)

@@ -54,6 +54,7 @@ class Arrivals:
         stretch: float = 1.0,
         duration: float = math.inf,
         seed: int = 0,
+        notes: list[str] | None = None,
     ) -> "Arrivals":
         """Read requests: our own CSV, or a trace as it was published.
 
@@ -69,6 +70,7 @@ class Arrivals:
             stretch: factor on all times: 10 turns one request per second into one in ten seconds.
             duration: requests later than this, after stretching, are left out.
             seed: of the assignment.
+            notes: a list that gets what a reader of the result should know, such as how many requests had failed.
 
         Raises:
             InputError: no such file, other columns, a value that is no number or out of range, times out of order, or no
@@ -78,7 +80,10 @@ class Arrivals:
         table = [_row(trace, row, where, servers) for where, row in itertools.islice(rows, _MOST + 1)]
         if len(table) > _MOST:
             raise InputError(f"{path}: more than {_MOST} requests; cut the file")
-        table = [row for row in table if row[2]] if trace.failures else table
+        answered = [row for row in table if row[2] or not trace.failures]
+        if notes is not None and len(answered) < len(table):
+            notes.append(f"{len(table) - len(answered)} requests without a response are left out")
+        table = answered
         if not table:
             raise InputError(f"{path}: no request; add a row of {','.join(trace.columns)}")
         seconds = np.array([row[0] for row in table])

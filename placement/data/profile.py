@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -180,10 +181,10 @@ def _texts(array: np.ndarray, rank: int, where: str) -> tuple[str, ...]:
     if array.dtype.kind != "U" or array.ndim != rank:
         must = "names, [servers]" if rank else "a text"
         raise InputError(f"{where} has type {array.dtype} and shape {array.shape}; must be {must}")
-    try:
-        return tuple(np.atleast_1d(array).tolist())
-    except ValueError:  # a number that is no character
-        raise InputError(f"{where} has characters that do not exist; write it again with Profile.save") from None
+    codes = np.frombuffer(array.tobytes(), np.dtype("u4").newbyteorder(array.dtype.byteorder))
+    if (codes > sys.maxunicode).any():
+        raise InputError(f"{where} has characters that do not exist; write it again with Profile.save")
+    return tuple(np.atleast_1d(array).tolist())
 
 
 def _plain(value: Any) -> Any:

@@ -65,8 +65,8 @@ def _tokens(block: str, line: int, path: str) -> list[int | str]:
     while place < end:
         match = _TOKEN.match(block, place)
         if match is None:
-            at = line + block.count("\n", 0, place)
-            found = show(block[place:].lstrip()[:40].split("\n")[0], 40)
+            rest = block[place:].lstrip()
+            at, found = line + block.count("\n", 0, len(block) - len(rest)), show(rest[:40].split("\n")[0], 40)
             raise InputError(f"{path}: line {at}: {found}: must be lists of experts from 0 to {MAX_ID} by layer")
         tokens.append(int(match[2]) if match[2] else match[3])
         place = match.end()

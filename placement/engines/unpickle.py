@@ -1,15 +1,15 @@
 """Pickles of strangers, read as data: nothing in a file can name code that then runs.
 
-A pickle is a small programme. This module runs it on a machine of its own that knows plain data (dict, list, tuple, str,
-bytes, numbers, None, bool), numpy arrays and the storages of PyTorch's zip files, and stops at anything else. Neither
-`pickle` nor torch is involved. What it builds is bounded by the size of the file: references are counted as if each were a
-copy, nesting ends at a fixed depth, and keys of dicts are texts and numbers, whose hash needs no recursion. Holds no engine's
-layout.
+A pickle is a small program. This module runs it on a machine of its own that knows plain data, numpy arrays and the storages of
+PyTorch's zip files, and stops at anything else. Neither `pickle` nor torch is involved. What it builds is bounded by the size of
+the file: references are counted as if each were a copy, nesting ends at a fixed depth, and keys of dicts are texts and numbers,
+whose hash needs no recursion. Holds no engine's layout.
 """
 
 import math
 import pickletools
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -189,7 +189,7 @@ class _Machine:
             return _Pending("dtype", _dtype(arguments[0]))
         if name in _SCALAR:
             dtype, data = arguments
-            return np.frombuffer(_bytes(data), self.numeric(dtype), 1)[0].item()
+            return np.frombuffer(data, self.numeric(dtype), 1)[0].item()
         if name in _BUFFER:
             data, dtype, shape, order = arguments
             return self.array(data, self.numeric(dtype), shape, order == "F")
@@ -287,12 +287,6 @@ def _sides(shape: Any) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _bytes(data: Any) -> bytes | bytearray:
-    if not isinstance(data, bytes | bytearray):
-        raise TypeError("a number without its bytes")
-    return data
-
-
 def _settled(value: Any) -> Any:
     return value.value if isinstance(value, _Pending) else value
 
@@ -336,7 +330,11 @@ def load_pickle(
         InputError: it is damaged, or holds anything else.
     """
     try:
-        return _Machine(storage).run(data, len(data) if file_bytes is None else file_bytes)
+        with (
+            warnings.catch_warnings()
+        ):  # pickletools reads a text with its escapes, right or wrong, before it is refused
+            warnings.simplefilter("ignore")
+            return _Machine(storage).run(data, len(data) if file_bytes is None else file_bytes)
     except Refusal as refusal:
         raise InputError(
             f"{path}: its pickle holds {one_line(refusal, 100)}; only arrays, tensors, dicts, lists, tuples, texts and "

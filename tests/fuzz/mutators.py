@@ -182,7 +182,7 @@ def _json(data: bytes, rng: random.Random) -> bytes:
     """One field, deep or not, deleted, doubled, renamed, or of another type."""
     try:
         value = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return _number(data, rng)
     nodes, waiting = [], [value]
     while waiting and len(nodes) < 2000:

@@ -55,7 +55,9 @@ def test_one_reading_however_it_is_written(tmp_path, text):
     ],
 )
 def test_published_traces(tmp_path, text, seconds, prompt, output):
-    found = load(tmp_path, text)
+    notes = []
+    found = load(tmp_path, text, notes=notes)
+    assert notes == ["1 requests without a response are left out"] * (text == BURST)
     assert np.allclose(found.seconds, seconds, rtol=0, atol=1e-6)
     assert (found.prompt.tolist(), found.output.tolist()) == (prompt, output)
     assert np.allclose(load(tmp_path, text, stretch=10.0).seconds, 10 * np.array(seconds), rtol=0, atol=1e-5)

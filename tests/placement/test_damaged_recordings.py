@@ -92,6 +92,11 @@ def test_damaged_yaml(capsys, change, message):
     assert message in refused(capsys, "m.yaml", *EIGHT, "--to", "vllm-ascend")
 
 
+def test_yaml_of_blank_lines_ends(capsys):
+    Path("m.yaml").write_text("num_slots: 8\ninitial_global_assignments:\n" + "\n" * 100_000 + "x")
+    assert "line 100003: 'x': must be lists of experts" in refused(capsys, "m.yaml", *EIGHT, "--to", "vllm-ascend")
+
+
 # ---- layers
 
 
