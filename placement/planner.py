@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from placement.costs import summary as cost
+from placement.costs.bound import network_bound as least_network_need
 from placement.costs.step_time import predict
 from placement.data.cluster import Cluster
 from placement.data.placement import Placement
@@ -72,8 +73,7 @@ def plan(
     together = _groups(planning, chosen, groups)
     resident = _resident(planning, chosen, strategy, in_force, seed, slots, together)
     resident.setflags(write=False)
-    model, source = _model(problem, profile), f"plan by {strategy}"
-    placement = Placement(resident, cluster.device_names, strategy, model, source=source)
+    placement = Placement(resident, cluster.device_names, strategy, _model(problem, profile), source=strategy)
     placement.validate(cluster)
     predicted = _costs(problem, resident)
     if len(together) > 1:
@@ -81,8 +81,7 @@ def plan(
     if optimum is not None:
         predicted["gap"] = gap(planning, resident, optimum)
     if slots:
-        free = _remote_share(problem, chosen, planning, in_force, seed, strategy)
-        predicted["equal_slots"] = {"slots_per_layer": slots, "remote_share_without": free}
+        predicted["equal_slots"] = _slots_cost(slots, problem, chosen, planning, in_force, seed, strategy)
     return replace(placement, predicted=predicted, source="placement")
 
 
@@ -105,6 +104,15 @@ def _in_force(previous: Placement | None, profile: Profile, cluster: Cluster) ->
     return previous.resident
 
 
+def _slots_cost(slots: int, problem: Problem, chosen: Strategy, planning: Problem, *options: Any) -> dict[str, Any]:
+    """Slots of each layer, and the remote share of a strategy's own plan, where it has one."""
+    try:
+        free = cost.summary(problem, _run(chosen, planning, *options))["remote_share"]
+    except InputError:  # experts of unequal sizes that pack into equal slots, but not into the strategy's own
+        free = None
+    return {"slots_per_layer": slots, "remote_share_without": free}
+
+
 def _resident(
     problem: Problem,
     chosen: Strategy,
@@ -122,14 +130,6 @@ def _resident(
     if slots:
         return project(problem, _run(chosen, restricted(problem, slots), previous, seed, name), slots)
     return _run(chosen, problem, previous, seed, name)
-
-
-def _remote_share(problem: Problem, chosen: Strategy, planning: Problem, *options: Any) -> float | None:
-    """That of a strategy's own plan, where it has one."""
-    try:
-        return cost.summary(problem, _run(chosen, planning, *options))["remote_share"]
-    except InputError:  # experts of unequal sizes that pack into equal slots, but not into the strategy's own
-        return None
 
 
 def _run(chosen: Strategy, problem: Problem, previous: np.ndarray | None, seed: int, name: str) -> np.ndarray:
@@ -208,6 +208,31 @@ def optimum(profile: Profile, cluster: Cluster, *, prior: float = 0.0) -> float:
     problem = Problem.build(profile, cluster)
     problem.require_capacity()
     return least_remote(with_prior(problem, prior))
+
+
+def network_bound(profile: Profile, cluster: Cluster, known: float) -> float:
+    """Least P(a token's layer needs the network) that any plan has on a profile, certified: `costs.bound.network_bound`.
+
+    Args:
+        profile: what is activated; cluster: the servers, with experts of any sizes.
+        known: what the best plan known reaches, `evaluate(...)["network_probability"]`: it makes the bound tight.
+
+    Returns:
+        Mean over the servers that have users, and over layers.
+
+    Raises:
+        InputError: inputs that disagree, or too little memory for one copy of every expert.
+
+    >>> import numpy as np
+    >>> from placement import Cluster, Profile
+    >>> cluster = Cluster.from_dict({"server": [{"name": name, "devices": [{"memory": 1}]} for name in "ab"]})
+    >>> profile = Profile(np.array([[[8, 2]], [[2, 8]]]), ("a", "b"), "toy", top_k=1, hidden_size=64, expert_bytes=1)
+    >>> round(network_bound(profile, cluster, known=0.2), 3)  # each server has room for one expert of two
+    0.2
+    """
+    problem = Problem.build(profile, cluster)
+    problem.require_capacity()
+    return least_network_need(problem, known)
 
 
 def _check_model(placement: Placement, profile: Profile) -> None:
