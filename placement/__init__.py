@@ -10,7 +10,7 @@ from placement.data.workload import Workload
 from placement.files import InputError
 from placement.migration.decide import Verdict, should_migrate
 from placement.migration.diff import Diff, Move, Round, diff
-from placement.planner import evaluate, optimum, plan
+from placement.planner import evaluate, network_bound, optimum, plan
 from placement.registry import STRATEGIES, register
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "diff",
     "drift",
     "evaluate",
+    "network_bound",
     "optimum",
     "plan",
     "register",

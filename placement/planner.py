@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from placement.costs import summary as cost
+from placement.costs.bound import network_bound as least_network_need
 from placement.costs.step_time import predict
 from placement.data.cluster import Cluster
 from placement.data.placement import Placement
@@ -18,6 +19,7 @@ from placement.registry import Strategy, strategy_named
 from placement.strategies.equal_slots import project, restricted, slots_per_device
 from placement.strategies.exact.optimum import gap, least_remote
 from placement.strategies.latency.equal_slots import equal_latency
+from placement.strategies.latency.groups import choose_groups, named_groups
 from placement.strategies.latency.plan import latency
 
 
@@ -30,6 +32,7 @@ def plan(
     *,
     equal_slots: bool = False,
     prior: float = 0.0,
+    groups: list[list[str]] | None = None,
     optimum: float | None = None,
     workload: Workload | None = None,
 ) -> Placement:
@@ -44,6 +47,7 @@ def plan(
         equal_slots: the same number of slots per layer on every device (strategies/equal_slots.py), for engines that need
             it; `predicted["equal_slots"]` says what that costs.
         prior: pseudo-tokens of each server that thin statistics are planned with (`data.prior.with_prior`).
+        groups: names of the servers that `latency` plans together; None lets it choose (strategies/latency/groups.py).
         optimum: what `placement.optimum` found for these inputs and prior; `predicted["gap"]` is then the plan's.
         workload: what the servers do at once, for `latency` and for predicted seconds; None is the usual one.
 
@@ -55,8 +59,7 @@ def plan(
 
     >>> import numpy as np
     >>> from placement import Cluster, Profile
-    >>> device = {"memory": 3}
-    >>> servers = [{"name": "a", "devices": [device]}, {"name": "b", "devices": [device]}]
+    >>> servers = [{"name": name, "devices": [{"memory": 3}]} for name in "ab"]
     >>> counts = np.array([[[9, 5, 1, 0]], [[0, 2, 5, 9]]])
     >>> profile = Profile(counts, ("a", "b"), "toy", top_k=1, hidden_size=64, expert_bytes=1)
     >>> plan(profile, Cluster.from_dict({"server": servers}), "exact").resident.astype(int)[:, 0].tolist()
@@ -67,23 +70,28 @@ def plan(
     problem.require_capacity()
     planning, in_force = with_prior(problem, prior), _in_force(previous, profile, cluster)
     slots = slots_per_device(problem) if equal_slots else 0
-    if not slots:
-        resident = _run(chosen, planning, in_force, seed, strategy)
-    elif chosen is latency:
-        resident = equal_latency(planning, slots, in_force, seed)
-    else:
-        resident = project(planning, _run(chosen, restricted(planning, slots), in_force, seed, strategy), slots)
+    together = _groups(planning, chosen, groups)
+    resident = _resident(planning, chosen, strategy, in_force, seed, slots, together)
     resident.setflags(write=False)
-    names, model = cluster.device_names, _model(problem, profile)
-    placement = Placement(resident, names, strategy, model, source=f"plan by {strategy}")
+    placement = Placement(resident, cluster.device_names, strategy, _model(problem, profile), source=strategy)
     placement.validate(cluster)
     predicted = _costs(problem, resident)
+    if len(together) > 1:
+        predicted["groups"] = [[problem.names[n] for n in group] for group in together]
     if optimum is not None:
         predicted["gap"] = gap(planning, resident, optimum)
     if slots:
-        free = _remote_share(problem, chosen, planning, in_force, seed, strategy)
-        predicted["equal_slots"] = {"slots_per_layer": slots, "remote_share_without": free}
+        predicted["equal_slots"] = _slots_cost(slots, problem, chosen, planning, in_force, seed, strategy)
     return replace(placement, predicted=predicted, source="placement")
+
+
+def _groups(problem: Problem, chosen: Strategy, names: list[list[str]] | None) -> list[np.ndarray]:
+    """The servers that plan together: as named, or as `latency` chooses; none for a strategy without groups."""
+    if chosen is latency:
+        return choose_groups(problem) if names is None else named_groups(problem, names)
+    if names is not None:
+        raise InputError("groups: only strategy latency plans in groups; leave them out")
+    return []
 
 
 def _in_force(previous: Placement | None, profile: Profile, cluster: Cluster) -> np.ndarray | None:
@@ -96,12 +104,32 @@ def _in_force(previous: Placement | None, profile: Profile, cluster: Cluster) ->
     return previous.resident
 
 
-def _remote_share(problem: Problem, chosen: Strategy, planning: Problem, *options: Any) -> float | None:
-    """That of a strategy's own plan, where it has one."""
+def _slots_cost(slots: int, problem: Problem, chosen: Strategy, planning: Problem, *options: Any) -> dict[str, Any]:
+    """Slots of each layer, and the remote share of a strategy's own plan, where it has one."""
     try:
-        return cost.summary(problem, _run(chosen, planning, *options))["remote_share"]
+        free = cost.summary(problem, _run(chosen, planning, *options))["remote_share"]
     except InputError:  # experts of unequal sizes that pack into equal slots, but not into the strategy's own
-        return None
+        free = None
+    return {"slots_per_layer": slots, "remote_share_without": free}
+
+
+def _resident(
+    problem: Problem,
+    chosen: Strategy,
+    name: str,
+    previous: np.ndarray | None,
+    seed: int,
+    slots: int,
+    groups: list[np.ndarray],
+) -> np.ndarray:
+    """The plan, bool [D, L, E], with equal slots of each layer on every device where `slots` is not 0."""
+    if chosen is latency:
+        if slots:
+            return equal_latency(problem, slots, previous, seed)
+        return latency(problem, previous=previous, seed=seed, groups=groups)
+    if slots:
+        return project(problem, _run(chosen, restricted(problem, slots), previous, seed, name), slots)
+    return _run(chosen, problem, previous, seed, name)
 
 
 def _run(chosen: Strategy, problem: Problem, previous: np.ndarray | None, seed: int, name: str) -> np.ndarray:
@@ -180,6 +208,31 @@ def optimum(profile: Profile, cluster: Cluster, *, prior: float = 0.0) -> float:
     problem = Problem.build(profile, cluster)
     problem.require_capacity()
     return least_remote(with_prior(problem, prior))
+
+
+def network_bound(profile: Profile, cluster: Cluster, known: float) -> float:
+    """Least P(a token's layer needs the network) that any plan has on a profile, certified: `costs.bound.network_bound`.
+
+    Args:
+        profile: what is activated; cluster: the servers, with experts of any sizes.
+        known: what the best plan known reaches, `evaluate(...)["network_probability"]`: it makes the bound tight.
+
+    Returns:
+        Mean over the servers that have users, and over layers.
+
+    Raises:
+        InputError: inputs that disagree, or too little memory for one copy of every expert.
+
+    >>> import numpy as np
+    >>> from placement import Cluster, Profile
+    >>> cluster = Cluster.from_dict({"server": [{"name": name, "devices": [{"memory": 1}]} for name in "ab"]})
+    >>> profile = Profile(np.array([[[8, 2]], [[2, 8]]]), ("a", "b"), "toy", top_k=1, hidden_size=64, expert_bytes=1)
+    >>> round(network_bound(profile, cluster, known=0.2), 3)  # each server has room for one expert of two
+    0.2
+    """
+    problem = Problem.build(profile, cluster)
+    problem.require_capacity()
+    return least_network_need(problem, known)
 
 
 def _check_model(placement: Placement, profile: Profile) -> None:

@@ -13,10 +13,10 @@ from placement.commands.inputs import (
     check_plot,
     read_workload,
 )
-from placement.commands.output import print_costs
+from placement.commands.output import print_costs, print_text
 from placement.data.cluster import Cluster
 from placement.data.profile import Profile
-from placement.planner import evaluate, optimum, plan
+from placement.planner import evaluate, network_bound, optimum, plan
 from placement.registry import STRATEGIES, strategy_names
 
 
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--strategies", default=",".join(STRATEGIES), metavar="A,B", help=STRATEGIES_HELP)
     add("--seed", type=int, default=0, help="for strategies that draw at random (default: 0)")
     add("--plot", metavar="FILE.png", help="draw remote share against P(network), with the frontier")
+    add("--bound", action="store_true", help="certify how low P(network) could be at best; takes about a minute")
     add_prior(parser)
     add_workload(parser)
     add_json(parser)
@@ -52,12 +53,23 @@ def run(arguments: argparse.Namespace) -> None:
         seconds = time.perf_counter() - start
         found = {"gap": placement.predicted["gap"], "planning_seconds": seconds}
         costs[name] = {**evaluate(evaluation, cluster, placement, workload=workload), **found}
+    bound = None
+    if arguments.bound:
+        known = min(cost["network_probability"] for cost in costs.values())
+        bound = network_bound(evaluation, cluster, known)
     if arguments.plot:
         from placement.commands.plots import plot_costs
 
         plot_costs(costs, f"{profile.model} on {len(cluster.names)} servers", arguments.plot)
     if arguments.json:
         inputs = {"cluster": cluster.source, "profile": profile.source, "eval": evaluation.source}
-        print(json.dumps({**inputs, "model": profile.model, "strategies": costs}))
+        print(json.dumps({**inputs, "model": profile.model, "bound": bound, "strategies": costs}))
         return
     print_costs(costs, cluster)
+    if bound is not None:
+        above = (f"{name} {cost['network_probability'] / max(bound, 1e-9) - 1:.1%}" for name, cost in costs.items())
+        print()
+        print_text(
+            f"bound: no plan has P(network) below {bound:.3f} on {evaluation.source}, whatever it was planned on.",
+            f"Above it: {', '.join(above)}.",
+        )

@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--plot", metavar="FILE.png", help="draw where copies live")
     add("--equal-slots", action="store_true", help="equally many experts on every device in each layer")
     add("--model", metavar="CONFIG", help="config.json for what the profile does not say")
+    add("--groups", metavar="A+B,C+D", help="servers that latency plans together (default: it chooses)")
     add_prior(parser)
     add_workload(parser)
     add_json(parser)
@@ -55,7 +56,14 @@ def run(arguments: argparse.Namespace) -> None:
     workload = read_workload(arguments)
     best = optimum(profile, cluster, prior=arguments.prior)
     start = time.perf_counter()
-    options = {"equal_slots": arguments.equal_slots, "prior": arguments.prior, "optimum": best, "workload": workload}
+    groups = [group.split("+") for group in arguments.groups.split(",")] if arguments.groups else None
+    options = {
+        "groups": groups,
+        "equal_slots": arguments.equal_slots,
+        "prior": arguments.prior,
+        "optimum": best,
+        "workload": workload,
+    }
     placement = plan(profile, cluster, arguments.strategy, previous, arguments.seed, **options)
     seconds = time.perf_counter() - start
     placement.save(arguments.out)
@@ -71,6 +79,9 @@ def run(arguments: argparse.Namespace) -> None:
     print_devices(title, placement, placement.predicted["budget_bytes"])
     print()
     print_costs({placement.strategy: {**placement.predicted, "planning_seconds": seconds}}, cluster)
+    if "groups" in placement.predicted:
+        together = (" + ".join(group) for group in placement.predicted["groups"])
+        print(f"\nplanned in groups of servers that each hold every expert: {'; '.join(together)}")
     if arguments.equal_slots:
         equal, remote = placement.predicted["equal_slots"], placement.predicted["remote_share"]
         free = equal["remote_share_without"]

@@ -37,8 +37,8 @@ def predict(problem: Problem, resident: np.ndarray) -> dict[str, Any]:
     share = problem.active / problem.active.sum()
     load = device_load(problem, resident)
     total = load.sum(0)
-    busiest = ((load / problem.speed[:, None]).max(0) / np.where(total > 0, total, 1.0)).sum()
-    compute = problem.top_k * work.assignment_seconds * busiest
+    busiest = problem.top_k * (load / problem.speed[:, None]).max(0) / np.where(total > 0, total, 1.0)
+    prefill_compute, decode_compute = (float(busiest @ seconds) for seconds in problem.assignment_seconds)
 
     rows = _rows(problem, use.pairs, share, work.active).sum()
     decode_network = use.waiting(share, work.active).sum() + rows
@@ -48,7 +48,8 @@ def predict(problem: Problem, resident: np.ndarray) -> dict[str, Any]:
         seconds + _rows(problem, use.pairs, own, 1).sum()
         for seconds, own in zip(use.waiting().sum(-1), np.eye(len(share)), strict=True)
     ]
-    decode, prefill = decode_network + work.active * compute, prefill_network + work.prefill_tokens * compute
+    decode = decode_network + work.active * decode_compute
+    prefill = prefill_network + work.prefill_tokens * prefill_compute
     crossings = np.einsum("n,nlm->", share, use.pairs)
     return {
         "decode_network_seconds": float(decode_network),

@@ -13,6 +13,7 @@ from placement.files import InputError, show
 from placement.units import format_bytes
 
 VALUE_BYTES = 2  # activations travel as bfloat16
+READ_BANDWIDTH, OPERATIONS = 500e9, 50e12  # bytes of weights and operations a second of a device of speed 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,6 +158,20 @@ class Problem:
     def row_seconds(self) -> np.ndarray:
         """beta: seconds one token's activations take from row to column, float64 [N, N]; 0 on the diagonal."""
         return self.hidden_size * VALUE_BYTES / self.bandwidth
+
+    @cached_property
+    def assignment_seconds(self) -> tuple[np.ndarray, np.ndarray]:
+        """Seconds of one token in one expert on a device of speed 1, in a prompt and in a decode step: float64 [L] each.
+
+        Unless the workload says it, a roofline: a decoded token reads an expert's weights from memory for itself alone, the
+        tokens of a chunk that choose one expert share the reading and compute two operations a weight of two bytes.
+        """
+        given = self.workload.assignment_seconds
+        if given is not None:
+            return np.full(len(self.expert_bytes), given), np.full(len(self.expert_bytes), given)
+        sharing = max(1.0, self.workload.prefill_tokens * self.top_k / self.shape[2])
+        read, compute = self.expert_bytes / READ_BANDWIDTH, self.expert_bytes / OPERATIONS
+        return np.maximum(read / sharing, compute), np.maximum(read, compute)
 
     def held(self, resident: np.ndarray) -> np.ndarray:
         """Which server holds which expert: bool [N, L, E] from bool [D, L, E]."""

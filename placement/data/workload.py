@@ -17,7 +17,8 @@ class Workload:
         prefill_tokens: tokens of one prompt chunk; 0 leaves prefill out.
         decode_steps: decode steps for each such chunk; 0 leaves decode out.
         exchange_seconds: what an exchange with another server costs, there and back, beyond link latency and bytes.
-        assignment_seconds: computing one token in one expert on a device of speed 1.
+        assignment_seconds: computing one token in one expert on a device of speed 1; None takes it from the size of the
+            experts (`Problem.assignment_seconds`).
 
     Raises:
         InputError: on construction, for numbers below 0, no active sequence, or neither prefill nor decode.
@@ -27,7 +28,7 @@ class Workload:
     prefill_tokens: int = 256
     decode_steps: int = 128
     exchange_seconds: float = 3e-3
-    assignment_seconds: float = 2e-6
+    assignment_seconds: float | None = None
 
     def __post_init__(self) -> None:
         for key, least in (("active", 1), ("prefill_tokens", 0), ("decode_steps", 0)):
@@ -36,6 +37,8 @@ class Workload:
                 raise InputError(f"workload.{key} = {show(value)}: must be a whole number from {least}")
         for key in ("exchange_seconds", "assignment_seconds"):
             value = getattr(self, key)
+            if value is None and key == "assignment_seconds":
+                continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise InputError(f"workload.{key} = {show(value)}: must be a number of seconds from 0")
         if not self.prefill_tokens and not self.decode_steps:

@@ -14,18 +14,20 @@ from placement.costs.token_sets import TokenSets
 from placement.data.problem import Problem
 from placement.strategies.latency.moves import Effects, Move, Offer, across_layers, within_one_layer
 
-_WORK = 5 * 10**8  # comparisons spent in all, whatever the size
+WORK = 5 * 10**8  # comparisons spent in all, whatever the size
 _ALL_PARTNERS = 8  # up to so many servers, the use that others make of a new copy is counted too
+_BUSY = 0.9  # of the busiest server's load: what goes to such a server makes the layer longer
 _LEAST = 1e-7  # of the time at the start: smaller improvements are not worth a move
 
 
 @dataclass(frozen=True, eq=False)
 class _Prices:
-    """Seconds of one token in one layer: exchange [N, N], rows [N, N] per server met, computing [N] per assignment."""
+    """Seconds in one layer: exchange [N, N] and rows [N, N] of a token per server met, computing [L] of an assignment."""
 
     exchange: np.ndarray
     rows: np.ndarray
     computing: np.ndarray
+    speed: np.ndarray
 
 
 def local_search(
@@ -35,7 +37,7 @@ def local_search(
     previous: np.ndarray | None = None,
     *,
     within_layers: bool = False,
-    work: int = _WORK,
+    work: int = WORK,
 ) -> np.ndarray:
     """Swap copies while the expected time of `problem.workload` falls: bool [N, L, E], covered and as full as `held`.
 
@@ -100,7 +102,9 @@ def _prices(problem: Problem) -> _Prices:
     tokens = work.prefill_tokens + work.decode_steps * work.active
     rows = problem.row_seconds + problem.row_seconds.T
     speed = np.bincount(problem.device_server, problem.speed)
-    return _Prices(problem.exchange_seconds, tokens * rows, tokens * work.assignment_seconds / speed)
+    prompt, decoded = problem.assignment_seconds
+    computing = work.prefill_tokens * prompt + work.decode_steps * work.active * decoded
+    return _Prices(problem.exchange_seconds, tokens * rows, computing, speed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +117,7 @@ class _Calls:
         distance: rank of each holder, N where it has no copy, int64 [source, holder, E].
         first: whose copy a source uses, int64 [N, E]; target: of each assignment, int64 [T, k].
         waits: seconds of its exchange, float64 [T, k]; longest: of the token's, float64 [T].
-        rows: seconds of its row, float64 [T, k]; computing: of the assignment, float64 [T, k].
+        rows: seconds of its row, float64 [T, k]; computing: of an assignment at each server, float64 [N].
         slow: weight of a token's exchange in a chunk and its steps.
         prices: of the problem.
     """
@@ -138,7 +142,7 @@ class _Calls:
         met = np.zeros(self.ids.shape, bool)
         for i in range(self.ids.shape[1]):
             met |= new == self.target[:, i : i + 1]
-        after = np.where(met, 0.0, self.prices.rows[self.row, new]) + self.prices.computing[new]
+        after = np.where(met, 0.0, self.prices.rows[self.row, new]) + self.computing[new]
         after += self.slow * np.maximum(self._others, self.prices.exchange[self.row, new])
         return (after - self._saved) * self.weight
 
@@ -155,7 +159,7 @@ class _Calls:
         repeated = np.zeros(self.ids.shape, np.int64)  # other experts of the token at the same server
         for i in range(self.ids.shape[1]):
             repeated[:, i] = (self.target == self.target[:, i : i + 1]).sum(-1) - 1
-        return np.where(repeated == 0, self.rows, 0.0) + self.computing + self.slow * self.longest[:, None]
+        return np.where(repeated == 0, self.rows, 0.0) + self.computing[self.target] + self.slow * self.longest[:, None]
 
 
 def _follow(problem: Problem, sets: TokenSets, prices: _Prices, held: np.ndarray, layer: int) -> tuple[_Calls, float]:
@@ -166,7 +170,11 @@ def _follow(problem: Problem, sets: TokenSets, prices: _Prices, held: np.ndarray
     distance = np.where(held[:, layer], rank[:, :, None], len(problem.names))
     first = distance.argmin(1)
     target = first[row, ids]
-    waits, rows, computing = prices.exchange[row, target], prices.rows[row, target], prices.computing[target]
+    waits, rows = prices.exchange[row, target], prices.rows[row, target]
+    # A layer waits for its busiest server: only what goes there costs time to compute.
+    spent = np.bincount(target.ravel(), np.repeat(sets.weight, ids.shape[1]), len(prices.speed)) / prices.speed
+    busiest = prices.computing[layer] * float(spent.max())
+    computing = np.where(spent >= _BUSY * spent.max(), prices.computing[layer] / prices.speed, 0.0)
     longest = waits.max(-1)
     # Of a sequences at once the slowest counts: a token's exchange matters as far as the others need none.
     need = float(sets.weight @ (longest > 0))
@@ -175,7 +183,7 @@ def _follow(problem: Problem, sets: TokenSets, prices: _Prices, held: np.ndarray
     earlier = np.zeros(ids.shape, bool)  # an expert of the token before this one goes to the same server
     for i in range(ids.shape[1]):
         earlier[:, i] = (target == target[:, i : i + 1])[:, :i].any(-1)
-    time = float(sets.weight @ (np.where(earlier, 0.0, rows) + computing).sum(-1))
+    time = float(sets.weight @ (np.where(earlier, 0.0, rows).sum(-1))) + busiest
     together = (1 - (1 - need) ** work.active) / need if need > 0 else 0.0
     weight = sets.weight[:, None]
     calls = _Calls(ids, row, weight, rank, distance, first, target, waits, longest, rows, computing, slow, prices)

@@ -16,22 +16,29 @@ from placement.data.problem import Problem
 from placement.strategies.dance import dance
 from placement.strategies.device_assignment import repair, spread
 from placement.strategies.exact.optimum import exact
-from placement.strategies.latency.local_search import local_search
+from placement.strategies.latency.groups import choose_groups, part
+from placement.strategies.latency.local_search import WORK, local_search
 from placement.strategies.latency.whole_layers import Hull, host_layers, layer_worth, room_left
 
 _EQUAL = 1e-9  # relative difference of seconds below which plans are equally fast
+_GROUPS = 8  # groups that are searched as long as one alone; more share that time
 _RARE = 1e-6  # chance that a layer outside the shared ones is worth keeping free of exchanges
 
 
-def latency(problem: Problem, *, previous: np.ndarray | None = None, seed: int = 0) -> np.ndarray:
+def latency(
+    problem: Problem, *, previous: np.ndarray | None = None, seed: int = 0, groups: list[np.ndarray] | None = None
+) -> np.ndarray:
     """Least predicted `step_seconds` that whole layers, the fewest remote calls or the plan in force lead to.
 
     minimise over placements  prefill(workload) + decode_steps x decode(workload), see `step_time.predict`
+
+    A cluster with room for the model several times over is planned as groups of servers (`groups.choose_groups`).
 
     Args:
         problem: has room for one copy of every expert; its `workload` weighs exchanges against bytes.
         previous: bool [D, L, E], the placement in force; among equally fast plans the one that moves fewest bytes wins.
         seed: for sets drawn where only counts are known.
+        groups: indices of the servers of each group; None chooses them.
 
     Returns:
         bool [D, L, E], every expert covered, every device within its budget, no duplicate within a server.
@@ -41,6 +48,19 @@ def latency(problem: Problem, *, previous: np.ndarray | None = None, seed: int =
     """
     if previous is not None and not problem.frequency.any() and _fits(problem, previous):
         return previous.copy()  # nothing was seen that speaks for another
+    groups = choose_groups(problem) if groups is None else groups
+    if len(groups) == 1:
+        return _plan(problem, previous, seed, WORK)
+    resident = np.zeros((len(problem.budget), *problem.shape[1:]), bool)
+    work = min(WORK, _GROUPS * WORK // len(groups))
+    for group in groups:
+        mine = np.isin(problem.device_server, group)
+        resident[mine] = _plan(part(problem, group), None if previous is None else previous[mine], seed, work)
+    return resident
+
+
+def _plan(problem: Problem, previous: np.ndarray | None, seed: int, work: int) -> np.ndarray:
+    """The plan of one group."""
     sets = token_sets(problem, seed)
     plans = [dance(problem, previous=previous)]
     if (problem.expert_bytes == problem.expert_bytes[0]).all():  # with unequal sizes the optimum takes a solver
@@ -50,7 +70,7 @@ def latency(problem: Problem, *, previous: np.ndarray | None = None, seed: int =
     plans += [_to_devices(problem, held, previous) for held in _whole_layers(problem, sets)]
     best = _fastest(problem, plans, previous)
     held = problem.held(best)
-    improved = local_search(problem, sets, held, previous)
+    improved = local_search(problem, sets, held, previous, work=work)
     if (improved == held).all():
         return best
     return _fastest(problem, [best, _to_devices(problem, improved, previous)], previous)
