@@ -47,9 +47,12 @@ def is_spare(config: ModelConfig, name: str) -> bool:
 def _stored_shapes(
     source: Source, shape: tuple[int, ...], config: ModelConfig
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
-    width = source.span[2] if source.span else shape[-1] // len(source.names)
-    shape = (*shape[:-1], width)
-    if source.inputs is not None:
+    if source.inputs is None:
+        shape = (shape[0] // len(source.names), *shape[1:])
+        shape = (*shape[:-2], shape[-1], shape[-2]) if source.transposed else shape
+    else:
+        width = source.span[2] if source.span else shape[-1] // len(source.names)
+        shape = (*shape[:-1], width)
         outputs, inputs = math.prod(shape[source.inputs :]), math.prod(shape[: source.inputs])
         shape = (outputs, inputs) if source.inputs else (outputs,)
     if source.row is not None:
@@ -60,7 +63,7 @@ def _stored_shapes(
 
 def expert_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     hidden, inner = config.hidden_size, config.expert_size
-    return {"w_in": (hidden, 2 * inner), "w_out": (inner, hidden), "b_in": (2 * inner,), "b_out": (hidden,)}
+    return {"w_in": (2 * inner, hidden), "w_out": (hidden, inner), "b_in": (2 * inner,), "b_out": (hidden,)}
 
 
 def abstract_decoder(config: ModelConfig) -> Decoder:

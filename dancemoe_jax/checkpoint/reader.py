@@ -152,10 +152,23 @@ class ExpertFile:
                 bad = next((number for number, part in enumerate(parts) if not is_finite(part)), 0)
                 check_finite(array, parts[bad], f"{self._path}: tensor {source.names[bad]!r}")
             return array.reshape(shape)
+        parts = [
+            cast(part, dtype, f"{self._path}: tensor {name!r}") for name, part in zip(source.names, parts, strict=True)
+        ]
+        if len(parts) > 1:
+            array, end = np.empty(shape, dtype), 0
+            for part in parts:
+                end += len(part)
+                _bits(array)[end - len(part) : end] = _bits(np.ascontiguousarray(part))
+            return array
         array = parts[0]
         if source.interleaved:
             array = np.concatenate([array[..., ::2], array[..., 1::2]], axis=-1)
-        return np.ascontiguousarray(cast(array, dtype, f"{self._path}: tensor {source.names[0]!r}").reshape(shape))
+        if source.transposed:
+            transposed = np.empty(array.shape[::-1], dtype)
+            _transpose_into(transposed, array)
+            array = transposed
+        return np.ascontiguousarray(array.reshape(shape))
 
 
 def _transpose_into(out: np.ndarray, matrix: np.ndarray) -> None:

@@ -12,12 +12,13 @@ class Source(NamedTuple):
     """Where a parameter's numbers are stored.
 
     Attributes:
-        names: tensors; several stand side by side on the parameter's last axis.
+        names: tensors; several follow one another on the parameter's outputs: its first axis, or its last with `inputs`.
         inputs: leading axes of the parameter that a product sums over, where it is stored as torch does: a matrix
             [outputs, inputs] with heads flattened into either side, or a vector for 0. None = stored as it is.
         span: (start, stop, width) where the parameter is part of a stored last axis.
         row: index on the stored tensor's leading axis, where one tensor holds many experts.
         interleaved: the stored last axis alternates between the parameter's first half and its second.
+        transposed: stored as [inputs, outputs], unlike the parameter.
     """
 
     names: tuple[str, ...]
@@ -25,6 +26,7 @@ class Source(NamedTuple):
     span: tuple[int, int, int] | None = None
     row: int | None = None
     interleaved: bool = False
+    transposed: bool = False
 
 
 def whole_sources(config: ModelConfig) -> dict[str, Source]:
@@ -51,8 +53,8 @@ def layer_sources(config: ModelConfig, index: int) -> dict[str, Source]:
         "router": Source((f"{moe}.{family.router}.weight",), 1),
         "router_bias": Source((f"{moe}.{family.router}.bias",)),
         "router_correction": Source((f"{moe}.{family.router}.e_score_correction_bias",)),
-        "shared_in": Source((f"{shared}.gate_proj.weight", f"{shared}.up_proj.weight"), 1),
-        "shared_out": Source((f"{shared}.down_proj.weight",), 1),
+        "shared_in": Source((f"{shared}.gate_proj.weight", f"{shared}.up_proj.weight")),
+        "shared_out": Source((f"{shared}.down_proj.weight",)),
         "shared_gate": Source((f"{moe}.shared_expert_gate.weight",), 1),
     }
     if (latent := config.latent) is None:
@@ -85,10 +87,10 @@ def expert_sources(config: ModelConfig, layer: int, expert: int) -> dict[str, So
     experts = f"model.layers.{config.moe_layers[layer]}.{family.moe}.experts"
     if family.fused:
         return {
-            "w_in": Source((f"{experts}.gate_up_proj",), row=expert, interleaved=True),
-            "w_out": Source((f"{experts}.down_proj",), row=expert),
+            "w_in": Source((f"{experts}.gate_up_proj",), row=expert, interleaved=True, transposed=True),
+            "w_out": Source((f"{experts}.down_proj",), row=expert, transposed=True),
             "b_in": Source((f"{experts}.gate_up_proj_bias",), row=expert, interleaved=True),
             "b_out": Source((f"{experts}.down_proj_bias",), row=expert),
         }
     gate, up, down = (f"{experts}.{expert}.{name}.weight" for name in family.expert)
-    return {"w_in": Source((gate, up), 1), "w_out": Source((down,), 1)}
+    return {"w_in": Source((gate, up)), "w_out": Source((down,))}

@@ -129,9 +129,11 @@ def check_replaceable(out: Path) -> None:
 
 def _to_stored(source: Source, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """The inverse of ExpertFile's reading: a whole parameter as its tensors."""
+    if source.transposed:
+        array = np.swapaxes(array, -1, -2)
     if source.interleaved:
         array = np.stack(np.split(array, 2, axis=-1), axis=-1).reshape(array.shape)
-    for name, part in zip(source.names, np.split(array, len(source.names), axis=-1), strict=True):
+    for name, part in zip(source.names, np.split(array, len(source.names), axis=0 if source.inputs is None else -1), strict=True):
         if source.inputs:
             part = part.reshape(math.prod(part.shape[: source.inputs]), -1).T
         yield name, part.reshape(-1) if source.inputs == 0 else part

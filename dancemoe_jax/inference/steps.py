@@ -23,6 +23,7 @@ from dancemoe_jax.expert_parallel.pool import ExpertPool, PoolLayout
 from dancemoe_jax.expert_parallel.slot_experts import slot_experts
 from dancemoe_jax.expert_parallel.tables import Tables
 from dancemoe_jax.inference.step_arguments import check_model, check_rest
+from dancemoe_jax.kernels.library import Kernels, use_native
 from dancemoe_jax.mesh import AXIS, put, replicated, sharded
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.model.decoder import Decoder, decoder_layer, head_logits, scan_layers
@@ -120,7 +121,7 @@ def place_tables(tables: Tables, mesh: Mesh) -> Tables:
     return put(tables, Tables(by_source, by_source, everywhere, everywhere))
 
 
-_SHAPES = ("config", "layout", "mesh", "transport", "wire_dtype")
+_SHAPES = ("config", "layout", "mesh", "transport", "wire_dtype", "kernels")
 
 
 @functools.partial(jax.jit, static_argnames=_SHAPES, donate_argnames=("state",))
@@ -138,6 +139,7 @@ def decode_step(
     mesh: Mesh,
     transport: Transport | None = None,
     wire_dtype: Any = None,
+    kernels: Kernels = "auto",
 ) -> tuple[State, StepResult]:
     """One token for every active sequence: token and its position in, the next token out.
 
@@ -151,6 +153,7 @@ def decode_step(
         config, layout, mesh: what the model, pool and tables were made with; the step is compiled for them.
         transport: how rows travel; default: as fits the mesh (dispatch.default_transport).
         wire_dtype: what rows between servers are rounded to, for less traffic than the activations' own type makes.
+        kernels: native CPU calls where they can be had, or always XLA (kernels.library).
 
     Returns:
         The new state, and of each row the token that follows.
@@ -164,10 +167,11 @@ def decode_step(
     check_array("positions", positions, "integers", rows)
     check_array("active", active, "booleans", rows)
     check_rest(control, routing, config, mesh, sequences)
+    native = use_native(kernels, mesh.devices.flat[0].platform)
 
     def local(weights, state, tokens, positions, active, *rest):
         rows = jnp.where(active[0], positions[0], config.max_position)[:, None]
-        step = _Step(config, layout, transport or default_transport(mesh), wire_dtype, DECODE_TILE, *rest)
+        step = _Step(config, layout, transport or default_transport(mesh), wire_dtype, native, DECODE_TILE, *rest)
         return _run(step, weights, state, tokens[0][:, None], rows, None)
 
     return _over_devices(local, mesh)(weights, state, tokens, positions, active, control, routing)
@@ -189,6 +193,7 @@ def prefill(
     mesh: Mesh,
     transport: Transport | None = None,
     wire_dtype: Any = None,
+    kernels: Kernels = "auto",
     all_logits: bool = False,
 ) -> tuple[State, StepResult]:
     """A chunk of prompt for `rows` sequences of each device.
@@ -199,7 +204,7 @@ def prefill(
         sequences: which of the device's sequences each row belongs to; rows of one step belong to different ones.
         starts: position of each chunk's first token.
         lengths: tokens of the chunk that count; 0 for a row without work.
-        control, routing, config, layout, mesh, transport, wire_dtype: as in `decode_step`.
+        control, routing, config, layout, mesh, transport, wire_dtype, kernels: as in `decode_step`.
         all_logits: give the logits at every position of the chunk, not only at its last token.
 
     Returns:
@@ -214,11 +219,12 @@ def prefill(
     for name, array in (("sequences", sequences), ("starts", starts), ("lengths", lengths)):
         check_array(name, array, "integers", {"devices": mesh.size, "rows": rows})
     check_rest(control, routing, config, mesh, rows * chunk)
+    native = use_native(kernels, mesh.devices.flat[0].platform)
 
     def local(weights, state, tokens, sequences, starts, lengths, *rest):
         index = jnp.arange(tokens.shape[2])[None]
         positions = jnp.where(index < lengths[0][:, None], starts[0][:, None] + index, config.max_position)
-        step = _Step(config, layout, transport or default_transport(mesh), wire_dtype, PREFILL_TILE, *rest)
+        step = _Step(config, layout, transport or default_transport(mesh), wire_dtype, native, PREFILL_TILE, *rest)
         return _run(step, weights, state, tokens[0], positions, sequences[0], all_logits)
 
     return _over_devices(local, mesh)(weights, state, tokens, sequences, starts, lengths, control, routing)
@@ -247,6 +253,7 @@ class _Step(NamedTuple):
     layout: PoolLayout
     transport: Transport
     wire_dtype: Any
+    native: bool
     tile: int
     control: jax.Array | None
     routing: GivenRouting | None
@@ -261,7 +268,9 @@ def _run(step, weights, state, tokens, positions, sequences, all_logits=False):
     cache_positions = jnp.broadcast_to(jnp.arange(config.max_position), (rows, config.max_position))
     tables = weights.tables._replace(device=weights.tables.device[0], slot=weights.tables.slot[0])
     busy, control = _share(valid.any(), step.control)
-    compute = functools.partial(slot_experts, layout, weights.pool, tile=step.tile, limit=config.swiglu_limit)
+    compute = functools.partial(
+        slot_experts, weights.pool, native=step.native, tile=step.tile, limit=config.swiglu_limit
+    )
     moe = functools.partial(_routed_experts, step, compute, valid, busy)
 
     def body(carry, layer_inputs):

@@ -66,8 +66,8 @@ class Layers(nnx.Module):
         self.router_bias = init.zeros(c.num_experts) if routed and c.routing.bias else None
         self.router_correction = init.zeros(c.num_experts) if routed and c.routing.correction else None
         shared = c.dense_size if dense else c.shared_expert_size
-        self.shared_in = init.normal(h, 2 * shared, fan_in=h) if shared else None
-        self.shared_out = init.normal(shared, h, fan_in=shared) if shared else None
+        self.shared_in = init.normal(2 * shared, h, fan_in=h) if shared else None
+        self.shared_out = init.normal(h, shared, fan_in=shared) if shared else None
         self.shared_gate = init.normal(h, 1, fan_in=h) if routed and c.shared_expert_gate else None
 
     def _init_grouped(self, c: ModelConfig, init: _Init) -> None:
@@ -99,13 +99,13 @@ class Layers(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """All routed experts in logical order. `w_in` holds gate, then up, side by side; leading axes: MoE layer, expert."""
+    """All routed experts in logical order, arrays as in ExpertWeights; leading axes: MoE layer, expert."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype=jnp.float32):
         c = config
         grid = (c.num_moe_layers, c.num_experts)
-        self.w_in = _normal(rngs, (*grid, c.hidden_size, 2 * c.expert_size), c.hidden_size, dtype)
-        self.w_out = _normal(rngs, (*grid, c.expert_size, c.hidden_size), c.expert_size, dtype)
+        self.w_in = _normal(rngs, (*grid, 2 * c.expert_size, c.hidden_size), c.hidden_size, dtype)
+        self.w_out = _normal(rngs, (*grid, c.hidden_size, c.expert_size), c.expert_size, dtype)
         self.b_in = nnx.Param(jnp.zeros((*grid, 2 * c.expert_size), dtype)) if c.expert_bias else None
         self.b_out = nnx.Param(jnp.zeros((*grid, c.hidden_size), dtype)) if c.expert_bias else None
 
