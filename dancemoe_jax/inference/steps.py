@@ -167,7 +167,7 @@ def decode_step(
     check_array("positions", positions, "integers", rows)
     check_array("active", active, "booleans", rows)
     check_rest(control, routing, config, mesh, sequences)
-    native = use_native(kernels, mesh.devices.flat[0].platform)
+    native = _native(kernels, mesh, weights)
 
     def local(weights, state, tokens, positions, active, *rest):
         rows = jnp.where(active[0], positions[0], config.max_position)[:, None]
@@ -219,7 +219,7 @@ def prefill(
     for name, array in (("sequences", sequences), ("starts", starts), ("lengths", lengths)):
         check_array(name, array, "integers", {"devices": mesh.size, "rows": rows})
     check_rest(control, routing, config, mesh, rows * chunk)
-    native = use_native(kernels, mesh.devices.flat[0].platform)
+    native = _native(kernels, mesh, weights)
 
     def local(weights, state, tokens, sequences, starts, lengths, *rest):
         index = jnp.arange(tokens.shape[2])[None]
@@ -228,6 +228,10 @@ def prefill(
         return _run(step, weights, state, tokens[0], positions, sequences[0], all_logits)
 
     return _over_devices(local, mesh)(weights, state, tokens, sequences, starts, lengths, control, routing)
+
+
+def _native(kernels: Kernels, mesh: Mesh, weights: Weights) -> bool:
+    return use_native(kernels, mesh.devices.flat[0].platform, weights.decoder.embedding[...].dtype)
 
 
 def _over_devices(local, mesh):
