@@ -47,14 +47,11 @@ def is_spare(config: ModelConfig, name: str) -> bool:
 def _stored_shapes(
     source: Source, shape: tuple[int, ...], config: ModelConfig
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
-    if source.inputs is None:
-        shape = (shape[0] // len(source.names), *shape[1:])
-        shape = (*shape[:-2], shape[-1], shape[-2]) if source.transposed else shape
-    else:
-        width = source.span[2] if source.span else shape[-1] // len(source.names)
-        shape = (*shape[:-1], width)
-        outputs, inputs = math.prod(shape[source.inputs :]), math.prod(shape[: source.inputs])
-        shape = (outputs, inputs) if source.inputs else (outputs,)
+    shape = (shape[0] // len(source.names), *shape[1:])
+    if source.transposed:
+        shape = shape[::-1]
+    if source.span is not None:
+        shape = (shape[0] * source.span[2], shape[2])
     if source.row is not None:
         shape = (config.num_experts, *shape)
     for name in source.names:

@@ -140,18 +140,7 @@ class ExpertFile:
         if source.span is not None:
             start, stop, width = source.span
             inputs = parts[0].shape[-1]
-            parts = [parts[0].reshape(-1, width, inputs)[:, start:stop].reshape(-1, inputs)]
-        if source.inputs:
-            array = np.empty((parts[0].shape[1], sum(len(part) for part in parts)), dtype)
-            end = 0
-            for part in parts:
-                end += len(part)
-                with np.errstate(over="ignore", invalid="ignore"):
-                    _transpose_into(array[:, end - len(part) : end], part)
-            if not is_finite(array):
-                bad = next((number for number, part in enumerate(parts) if not is_finite(part)), 0)
-                check_finite(array, parts[bad], f"{self._path}: tensor {source.names[bad]!r}")
-            return array.reshape(shape)
+            parts = [parts[0].reshape(-1, width, inputs)[:, start:stop]]
         parts = [
             cast(part, dtype, f"{self._path}: tensor {name!r}") for name, part in zip(source.names, parts, strict=True)
         ]

@@ -298,13 +298,17 @@ def _run(step, weights, state, tokens, positions, sequences, all_logits=False):
 
     per_layer = (tables, jax.tree.map(lambda a: jnp.swapaxes(a[0], 0, 1), step.routing))
     carry = (weights.decoder.embedding[...][tokens], state.k, state.v)
-    (x, k, v), (traffic, counts, routed) = scan_layers(config, weights.decoder, body, carry, per_layer)
+    (x, k, v), (traffic, counts, routed) = scan_layers(
+        config, weights.decoder, body, carry, per_layer, native=step.native
+    )
     last = jnp.maximum(valid.sum(1) - 1, 0)[:, None]
     if all_logits:
-        logits = head_logits(config, weights.decoder, x)
+        logits = head_logits(config, weights.decoder, x, step.native)
         final = jnp.take_along_axis(logits, last[:, :, None], axis=1)[:, 0]
     else:
-        final = logits = head_logits(config, weights.decoder, jnp.take_along_axis(x, last[:, :, None], axis=1)[:, 0])
+        final = logits = head_logits(
+            config, weights.decoder, jnp.take_along_axis(x, last[:, :, None], axis=1)[:, 0], step.native
+        )
     result = StepResult(
         jnp.argmax(final, -1).astype(jnp.int32)[None],
         logits[None],

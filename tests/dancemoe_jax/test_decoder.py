@@ -197,7 +197,7 @@ def test_dense_experts_are_the_weighted_sum():
 
 
 def test_router_weights():
-    h, router = jax.random.normal(jax.random.key(0), (50, 32)), jax.random.normal(jax.random.key(1), (32, 6))
+    h, router = jax.random.normal(jax.random.key(0), (50, 32)), jax.random.normal(jax.random.key(1), (6, 32))
     weights, ids, logits = route(CONFIG, router, h)
     raw, raw_ids, _ = route(dataclasses.replace(CONFIG, routing=Routing(normalize=False)), router, h)
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
@@ -269,7 +269,7 @@ def test_tied_head_is_the_embedding_and_untied_is_not():
     assert tied.head is None
     assert untied.head is not None
     other = forward(config, untied, experts, tokens)[0]
-    untied.head = nnx.Param(untied.embedding[...].T)
+    untied.head = nnx.Param(untied.embedding[...])
     expected = forward(CONFIG, tied, experts, tokens)[0]
     np.testing.assert_array_equal(forward(config, untied, experts, tokens)[0], expected)
     assert np.abs(other - expected).max() > 0.1
