@@ -1,6 +1,5 @@
 """Which tensors a model directory must hold for a configuration, and their shapes. Reads no file."""
 
-import math
 import re
 from collections.abc import Iterator
 

@@ -26,7 +26,7 @@ from dancemoe_jax.checkpoint.expected_tensors import (
     present,
 )
 from dancemoe_jax.checkpoint.families import read_config
-from dancemoe_jax.checkpoint.finite import cast, check_finite, is_finite
+from dancemoe_jax.checkpoint.finite import cast
 from dancemoe_jax.checkpoint.orbax_store import DecoderTensors, ExpertStore, is_store
 from dancemoe_jax.checkpoint.sources import Source, expert_sources, layer_sources, stored_dtype, whole_sources
 from dancemoe_jax.checkpoint.tensor_files import TensorFiles

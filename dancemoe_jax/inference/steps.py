@@ -22,6 +22,7 @@ from dancemoe_jax.expert_parallel.dispatch import Traffic, Transport, default_tr
 from dancemoe_jax.expert_parallel.pool import ExpertPool, PoolLayout
 from dancemoe_jax.expert_parallel.slot_experts import slot_experts
 from dancemoe_jax.expert_parallel.tables import Tables
+from dancemoe_jax.inference.cache import CacheRows, attend_cached, empty_cache
 from dancemoe_jax.inference.step_arguments import check_model, check_rest
 from dancemoe_jax.kernels.library import Kernels, use_native
 from dancemoe_jax.mesh import AXIS, put, replicated, sharded
@@ -100,13 +101,12 @@ def init_state(config: ModelConfig, mesh: Mesh, sequences: int, dtype=jnp.float3
         raise ArgumentError(f"sequences: {sequences}, must be at least 1 on each device")
     heads = config.num_kv_heads if config.latent is None else 1
     shape = (config.num_layers, mesh.size * sequences, config.max_position, heads)
-
-    def cache(width: int) -> jax.Array:
-        return jnp.zeros((*shape, width // heads), dtype, device=sharded(mesh, 1))
-
     counts = jnp.zeros((mesh.size, config.num_moe_layers, config.num_experts), jnp.int32, device=sharded(mesh))
     key_width, value_width = config.cache_widths
-    return State(cache(key_width), cache(value_width) if value_width else None, counts)
+    keys, values = (
+        empty_cache(mesh, (*shape, width // heads), dtype) if width else None for width in (key_width, value_width)
+    )
+    return State(keys, values, counts)
 
 
 def place_decoder(decoder: Decoder, mesh: Mesh) -> Decoder:
@@ -265,11 +265,8 @@ class _Step(NamedTuple):
 
 def _run(step, weights, state, tokens, positions, sequences, all_logits=False):
     """One step of one device. tokens, positions [rows, chunk]; a position of max_position marks a row as empty."""
-    config, layout = step.config, step.layout
-    rows = len(tokens)
-    valid = positions < config.max_position
-    sequence = jnp.arange(rows) if sequences is None else sequences
-    cache_positions = jnp.broadcast_to(jnp.arange(config.max_position), (rows, config.max_position))
+    config, valid = step.config, positions < step.config.max_position
+    rows = CacheRows(sequences, positions, valid, step.native)
     tables = weights.tables._replace(device=weights.tables.device[0], slot=weights.tables.slot[0])
     busy, control = _share(valid.any(), step.control)
     compute = functools.partial(
@@ -281,33 +278,22 @@ def _run(step, weights, state, tokens, positions, sequences, all_logits=False):
         x, *caches = carry
         layer, index, window, own = layer_inputs
 
-        def attention(how, *qkv):
-            at = (index, sequence[:, None], positions)
-            mine = (index,) if sequences is None else (index, sequence)
-
-            def cached(cache, new):
-                return None if cache is None else cache.at[at].set(new.astype(cache.dtype), mode="drop")
-
-            q, *new = qkv
-            kept = [cached(cache, part) for cache, part in zip(caches, new, strict=True)]
-            k, v = (None if cache is None else cache[mine] for cache in kept)
-            return how(q, k, v, jnp.where(valid, positions, 0), cache_positions), kept
-
+        attention = functools.partial(attend_cached, rows, index, caches)
         x, caches, aux = decoder_layer(config, layer, x, positions, attention, functools.partial(moe, own), window)
         return (x, *caches), aux
 
     per_layer = (tables, jax.tree.map(lambda a: jnp.swapaxes(a[0], 0, 1), step.routing))
     carry = (weights.decoder.embedding[...][tokens], state.k, state.v)
     (x, k, v), (traffic, counts, routed) = scan_layers(
-        config, weights.decoder, body, carry, per_layer, native=step.native
+        config, weights.decoder, body, carry, per_layer, native=step.native, active=valid.reshape(-1)
     )
     last = jnp.maximum(valid.sum(1) - 1, 0)[:, None]
     if all_logits:
-        logits = head_logits(config, weights.decoder, x, step.native)
+        logits = head_logits(config, weights.decoder, x, step.native, valid.reshape(-1))
         final = jnp.take_along_axis(logits, last[:, :, None], axis=1)[:, 0]
     else:
         final = logits = head_logits(
-            config, weights.decoder, jnp.take_along_axis(x, last[:, :, None], axis=1)[:, 0], step.native
+            config, weights.decoder, jnp.take_along_axis(x, last[:, :, None], axis=1)[:, 0], step.native, valid.any(1)
         )
     result = StepResult(
         jnp.argmax(final, -1).astype(jnp.int32)[None],

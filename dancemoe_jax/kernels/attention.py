@@ -30,8 +30,15 @@ def cached_attention_native(
     integers = (layer, slot, start, length, 0 if window is None else window)
     width = value_width if values is None else values.shape[-1]
     return native_call(
-        "dancemoe_attention", (*q.shape[:3], width), q.dtype, q, keys, keys if values is None else values,
-        *(jnp.asarray(i, jnp.int32) for i in integers), *extra, scale=np.float32(scale),
+        "dancemoe_attention",
+        (*q.shape[:3], width),
+        q.dtype,
+        q,
+        keys,
+        keys if values is None else values,
+        *(jnp.asarray(i, jnp.int32) for i in integers),
+        *extra,
+        scale=np.float32(scale),
     )
 
 

@@ -63,7 +63,8 @@ def build(out: Path, include: str, compiler: str) -> None:
         running = [
             subprocess.Popen(
                 [compiler, *_FLAGS, f"-I{include}", *flags, "-c", str(path), "-o", made],
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
             )
             for (path, _, flags), made in zip(units, objects, strict=True)
         ]

@@ -29,8 +29,16 @@ def slot_experts_native(
     """
     parts = [part for bank in banks for part in bank if part is not None]
     return native_call(
-        "dancemoe_experts", x.shape, x.dtype, x, slots.astype(jnp.int32), weights.astype(jnp.float32), *parts,
-        limit=np.float32(limit), biased=banks[0].b_in is not None, scaled=banks[0].s_in is not None,
+        "dancemoe_experts",
+        x.shape,
+        x.dtype,
+        x,
+        slots.astype(jnp.int32),
+        weights.astype(jnp.float32),
+        *parts,
+        limit=np.float32(limit),
+        biased=banks[0].b_in is not None,
+        scaled=banks[0].s_in is not None,
     )
 
 

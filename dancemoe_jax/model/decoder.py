@@ -5,21 +5,21 @@ plain pytrees and go through `jax.jit` and `jax.grad` as they are. How a layer's
 (`moe`): dense for the reference, grouped for training, dispatched over devices for serving (dispatch.py).
 """
 
-import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dancemoe_jax.kernels.linear import StackedWeight, linear, linear_of_heads
 from dancemoe_jax.model.attention import along_last, attend, rms_norm, rotate
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.model.experts import ExpertWeights, dense_experts, swiglu
+from dancemoe_jax.model.layer_weights import LayerWeights, scan_run
 from dancemoe_jax.model.router import route
 
 # Latent attention's inner norms have an epsilon of their own, whatever the configuration says of the others.
@@ -50,7 +50,8 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype) -> nnx.P
 class Layers(nnx.Module):
     """Everything of a run of layers that is not a routed expert; leading axis: layer. Absent parts are None.
 
-    Weights are [outputs, inputs], as checkpoints have them, those of several heads one after another. A dense layer has a plain SwiGLU in the place of the shared expert, and no router.
+    Weights are [outputs, inputs], as checkpoints have them, those of several heads one after another. A dense layer has a
+    plain SwiGLU in the place of the shared expert, and no router.
     """
 
     def __init__(self, config: ModelConfig, count: int, dense: bool, rngs: nnx.Rngs, dtype=jnp.float32):
@@ -136,20 +137,6 @@ class Decoder(nnx.Module):
         """`run_0`, `run_1`, …: attributes, because Orbax takes no tree that has lists among names."""
         names = itertools.takewhile(lambda name: hasattr(self, name), (f"run_{i}" for i in itertools.count()))
         return [getattr(self, name) for name in names]
-
-
-class LayerWeights:
-    """One layer's part of each parameter of `Layers`, by the same names: arrays, or for products a StackedWeight."""
-
-    def __init__(self, names: Iterable[str], parts: dict[str, Any]):
-        for name in names:
-            setattr(self, name, parts.get(name))
-
-
-# Parameters of products, which may be taken where they lie in the stack of all layers.
-_PRODUCTS = frozenset(
-    ("q", "k", "v", "o", "q_down", "kv_down", "k_up", "v_up", "router", "shared_in", "shared_out", "shared_gate")
-)
 
 
 def _grouped_qkv(config: ModelConfig, layer: LayerWeights, h, positions):
@@ -256,6 +243,7 @@ def scan_layers(
     per_moe_layer,
     remat: bool = False,
     native: bool = False,
+    active: Bool[Array, " rows"] | None = None,
 ):
     """Go through all layers, run by run.
 
@@ -265,15 +253,11 @@ def scan_layers(
         per_moe_layer: pytree with a leading axis over MoE layers.
         native: products go through native calls, which take weights where they lie; else each layer's are copied out of
             the stack first. Only the latter can be differentiated.
+        active: rows that count, which the others' products need not be computed for.
 
     Returns:
         carry, and `aux` of the MoE layers stacked in order.
     """
-
-    def run_body(names, stacks, start, carry, inputs):
-        parts, index, window, own = inputs
-        lying = {name: StackedWeight(stack, index - start) for name, stack in stacks.items()}
-        return body(carry, (LayerWeights(names, parts | lying), index, window, own))
 
     windows = jnp.array(config.windows, jnp.int32) if any(config.windows) else None
     collected: list[Any] = []
@@ -286,11 +270,9 @@ def scan_layers(
         if not dense:
             own = per_moe_layer if whole else jax.tree.map(lambda a, i=done, n=count: a[i : i + n], per_moe_layer)
         window = None if windows is None else windows[start:stop]
-        parts = {name: value[...] for name, value in vars(layers).items() if isinstance(value, nnx.Variable)}
-        stacks = {name: parts.pop(name) for name in (_PRODUCTS & parts.keys() if native else ())}
-        one = functools.partial(run_body, vars(layers).keys(), stacks, start)
-        inputs = (parts, jnp.arange(start, stop, dtype=jnp.int32), window, own)
-        carry, aux = jax.lax.scan(jax.checkpoint(one) if remat else one, carry, inputs)
+        carry, aux = scan_run(
+            body, layers, range(start, stop), carry, (window, own), remat=remat, native=native, active=active
+        )
         done += count
         collected += [] if dense else [aux]
     if len(collected) == 1:
@@ -299,11 +281,15 @@ def scan_layers(
 
 
 def head_logits(
-    config: ModelConfig, decoder: Decoder, x: Float[Array, "*shape hidden"], native: bool = False
+    config: ModelConfig,
+    decoder: Decoder,
+    x: Float[Array, "*shape hidden"],
+    native: bool = False,
+    active: Bool[Array, " rows"] | None = None,
 ) -> Float[Array, "*shape vocab"]:
     x = rms_norm(x, decoder.final_norm[...], config.rms_eps)
     head = decoder.embedding[...] if decoder.head is None else decoder.head[...]
-    return linear(x, StackedWeight(head[None], 0) if native else head, jnp.float32)
+    return linear(x, StackedWeight(head[None], 0, active) if native else head, jnp.float32)
 
 
 def forward(

@@ -147,17 +147,9 @@ class Server:
             placed, epoch, fits = group.placement, group.epoch, False
             if first:
                 placed, epoch, fits = resumed(record, placed, profile, cluster)
-            planned = {"placed": placed, "profile": profile, "fits": fits}
+            planned = {"placed": placed, "profile": profile, "fits": fits, "kernels": self.kernels}
             loaded = load(
-                self.path,
-                self.config,
-                cluster,
-                devices,
-                chunk=self.chunk,
-                kernels=self.kernels,
-                read=read,
-                **planned,
-                **self.options,
+                self.path, self.config, cluster, devices, chunk=self.chunk, read=read, **planned, **self.options
             )
             warm_up(loaded.engine, self.name)
             host = self._moved(loaded, cluster)
