@@ -23,8 +23,8 @@ struct Partial {
 void join(const VectorCode& code, Partial* total, float* values, const Partial& part, const float* part_values, size_t width) {
   if (part.maximum == -INFINITY) return;
   const float maximum = std::max(total->maximum, part.maximum);
-  const float before = total->maximum == -INFINITY ? 0.0f : std::exp(total->maximum - maximum);
-  const float now = std::exp(part.maximum - maximum);
+  const float before = total->maximum == -INFINITY ? 0.0f : code.exponential(total->maximum - maximum);
+  const float now = code.exponential(part.maximum - maximum);
   for (size_t i = 0; i < width; i++) values[i] *= before;
   code.add(values, part_values, width, now);
   total->sum = total->sum * before + part.sum * now;
@@ -126,8 +126,8 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys
       if (sink != nullptr) {
         // The sink joins the sum and carries no value.
         const float s = number(*sink, head), maximum = std::max(totals[i].maximum, s);
-        const float before = std::exp(totals[i].maximum - maximum);
-        sum = sum * before + std::exp(s - maximum);
+        const float before = code.exponential(totals[i].maximum - maximum);
+        sum = sum * before + code.exponential(s - maximum);
         for (size_t j = 0; j < value_width; j++) own[j] *= before;
       }
       for (size_t j = 0; j < value_width; j++) own[j] /= sum;

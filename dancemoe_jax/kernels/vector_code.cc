@@ -194,6 +194,12 @@ float exponentials(float* numbers, size_t begin, size_t end, size_t count, float
   return sum(total);
 }
 
+float exponential(float x) {
+  float lanes[kLanes];
+  store(lanes, exp(all(x)));
+  return lanes[0];
+}
+
 // out[r][0 .. N * 16] of R rows: the rows of v are added one after another, and fetched some rows ahead.
 template <class T, int R, int N>
 INLINE void mix_block(const T* v, const Matrix& m, const float* p, size_t p_stride, bool ahead, float* out, size_t out_stride) {
@@ -289,6 +295,6 @@ void narrow(const float* from, uint16_t* to, size_t count) {
 namespace dancemoe {
 
 extern const VectorCode INSTRUCTION_SET;
-const VectorCode INSTRUCTION_SET = {NAME_OF(INSTRUCTION_SET), products_of, gate, add, exponentials, mix_of, widen, narrow};
+const VectorCode INSTRUCTION_SET = {NAME_OF(INSTRUCTION_SET), products_of, gate, add, exponentials, exponential, mix_of, widen, narrow};
 
 }  // namespace dancemoe

@@ -54,6 +54,9 @@ struct VectorCode {
   // sum, and the maximum through `maximum`.
   float (*exponentials)(float* numbers, size_t begin, size_t end, size_t count, float* maximum);
 
+  // e^x of one number, as `exponentials` computes it: the C library's differs between machines.
+  float (*exponential)(float x);
+
   // out[r * out_stride + j] = sum over s of p[r * p_stride + s] * v row s [j], for r < count.
   void (*mix)(const Matrix& v, const float* p, size_t p_stride, size_t count, float* out, size_t out_stride);
 
