@@ -38,8 +38,14 @@ _TRAINING_HELP = {
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and activations (float32)")
     parser.add_argument("--int8", action="store_true", help="hold routed experts as int8, a scale per output channel")
+    _add_kernels(parser)
     parser.add_argument("--devices", type=int, default=1, help="devices to shard the experts over (1)")
     parser.add_argument("--context", type=int, help=f"longest sequence (the model's, at most {LONGEST_CONTEXT})")
+
+
+def _add_kernels(parser: argparse.ArgumentParser) -> None:
+    text = "native calls on CPUs where they can be had, or XLA alone (auto)"
+    parser.add_argument("--kernels", choices=("auto", "xla"), default="auto", help=text)
 
 
 def _add_domain(parser: argparse.ArgumentParser) -> None:
@@ -78,6 +84,7 @@ def serve(parser: argparse.ArgumentParser) -> None:
     add("--chunk", type=int, default=64, metavar="N", help="prompt tokens of a step (64)")
     add("--dtype", choices=DTYPES, default="float32", help="of weights and activations (float32)")
     add("--int8", action="store_true", help="hold routed experts as int8")
+    _add_kernels(parser)
     add(
         "--state",
         type=Path,

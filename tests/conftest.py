@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from dancemoe_jax.kernels import library
 from tests.helpers.paths import ROOT
 
 _WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")  # jax does not let several processes write at once
@@ -35,3 +36,11 @@ def programs_of_one_module() -> Iterator[None]:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture(params=["xla", "native"])
+def native(request: pytest.FixtureRequest) -> bool:
+    """Both ways to compute on CPUs; the native one only where there is a compiler for it."""
+    if request.param == "native" and library.load() is None:
+        pytest.skip("no C++ compiler")
+    return request.param == "native"

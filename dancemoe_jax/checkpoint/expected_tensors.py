@@ -1,6 +1,5 @@
 """Which tensors a model directory must hold for a configuration, and their shapes. Reads no file."""
 
-import math
 import re
 from collections.abc import Iterator
 
@@ -47,11 +46,11 @@ def is_spare(config: ModelConfig, name: str) -> bool:
 def _stored_shapes(
     source: Source, shape: tuple[int, ...], config: ModelConfig
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
-    width = source.span[2] if source.span else shape[-1] // len(source.names)
-    shape = (*shape[:-1], width)
-    if source.inputs is not None:
-        outputs, inputs = math.prod(shape[source.inputs :]), math.prod(shape[: source.inputs])
-        shape = (outputs, inputs) if source.inputs else (outputs,)
+    shape = (shape[0] // len(source.names), *shape[1:])
+    if source.transposed:
+        shape = shape[::-1]
+    if source.span is not None:
+        shape = (shape[0] * source.span[2], shape[2])
     if source.row is not None:
         shape = (config.num_experts, *shape)
     for name in source.names:
@@ -60,7 +59,7 @@ def _stored_shapes(
 
 def expert_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     hidden, inner = config.hidden_size, config.expert_size
-    return {"w_in": (hidden, 2 * inner), "w_out": (inner, hidden), "b_in": (2 * inner,), "b_out": (hidden,)}
+    return {"w_in": (2 * inner, hidden), "w_out": (hidden, inner), "b_in": (2 * inner,), "b_out": (hidden,)}
 
 
 def abstract_decoder(config: ModelConfig) -> Decoder:

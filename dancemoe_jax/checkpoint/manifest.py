@@ -10,7 +10,7 @@ import numpy as np
 
 from dancemoe_jax.errors import ModelError, show
 
-FORMAT = "dancemoe.model/1"
+FORMAT = "dancemoe.model/2"
 _DTYPES = {np.dtype(kind).name: np.dtype(kind) for kind in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)} | {
     np.dtype(kind).name: np.dtype(kind)
     for kind in (np.int64, np.int32, np.int16, np.int8, np.uint64, np.uint32, np.uint16, np.uint8, np.bool_)

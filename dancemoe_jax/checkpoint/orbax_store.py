@@ -74,7 +74,7 @@ class ExpertStore:
             arena: where large arrays go if they can, see `extents.read_extent`.
 
         Returns:
-            `w_in` [hidden, 2 * inner] (gate, then up) and `w_out` [inner, hidden]; where the model has them biases `b_in`
+            `w_in` [2 * inner, hidden] (gate, then up) and `w_out` [hidden, inner]; where the model has them biases `b_in`
             and `b_out`, and for int8 weights scales `s_in` and `s_out`.
 
         Raises:

@@ -26,7 +26,7 @@ from dancemoe_jax.checkpoint.expected_tensors import (
     present,
 )
 from dancemoe_jax.checkpoint.families import read_config
-from dancemoe_jax.checkpoint.finite import cast, check_finite, is_finite
+from dancemoe_jax.checkpoint.finite import cast
 from dancemoe_jax.checkpoint.orbax_store import DecoderTensors, ExpertStore, is_store
 from dancemoe_jax.checkpoint.sources import Source, expert_sources, layer_sources, stored_dtype, whole_sources
 from dancemoe_jax.checkpoint.tensor_files import TensorFiles
@@ -140,22 +140,24 @@ class ExpertFile:
         if source.span is not None:
             start, stop, width = source.span
             inputs = parts[0].shape[-1]
-            parts = [parts[0].reshape(-1, width, inputs)[:, start:stop].reshape(-1, inputs)]
-        if source.inputs:
-            array = np.empty((parts[0].shape[1], sum(len(part) for part in parts)), dtype)
-            end = 0
+            parts = [parts[0].reshape(-1, width, inputs)[:, start:stop]]
+        parts = [
+            cast(part, dtype, f"{self._path}: tensor {name!r}") for name, part in zip(source.names, parts, strict=True)
+        ]
+        if len(parts) > 1:
+            array, end = np.empty(shape, dtype), 0
             for part in parts:
                 end += len(part)
-                with np.errstate(over="ignore", invalid="ignore"):
-                    _transpose_into(array[:, end - len(part) : end], part)
-            if not is_finite(array):
-                bad = next((number for number, part in enumerate(parts) if not is_finite(part)), 0)
-                check_finite(array, parts[bad], f"{self._path}: tensor {source.names[bad]!r}")
-            return array.reshape(shape)
+                _bits(array)[end - len(part) : end] = _bits(np.ascontiguousarray(part))
+            return array
         array = parts[0]
         if source.interleaved:
             array = np.concatenate([array[..., ::2], array[..., 1::2]], axis=-1)
-        return np.ascontiguousarray(cast(array, dtype, f"{self._path}: tensor {source.names[0]!r}").reshape(shape))
+        if source.transposed:
+            transposed = np.empty(array.shape[::-1], dtype)
+            _transpose_into(transposed, array)
+            array = transposed
+        return np.ascontiguousarray(array.reshape(shape))
 
 
 def _transpose_into(out: np.ndarray, matrix: np.ndarray) -> None:

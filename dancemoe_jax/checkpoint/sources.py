@@ -12,19 +12,18 @@ class Source(NamedTuple):
     """Where a parameter's numbers are stored.
 
     Attributes:
-        names: tensors; several stand side by side on the parameter's last axis.
-        inputs: leading axes of the parameter that a product sums over, where it is stored as torch does: a matrix
-            [outputs, inputs] with heads flattened into either side, or a vector for 0. None = stored as it is.
-        span: (start, stop, width) where the parameter is part of a stored last axis.
+        names: tensors; several follow one another on the parameter's first axis.
+        span: (start, stop, width) where the parameter [heads, rows, inputs] is part of each head's `width` stored rows.
         row: index on the stored tensor's leading axis, where one tensor holds many experts.
         interleaved: the stored last axis alternates between the parameter's first half and its second.
+        transposed: stored as [inputs, outputs], unlike the parameter.
     """
 
     names: tuple[str, ...]
-    inputs: int | None = None
     span: tuple[int, int, int] | None = None
     row: int | None = None
     interleaved: bool = False
+    transposed: bool = False
 
 
 def whole_sources(config: ModelConfig) -> dict[str, Source]:
@@ -32,7 +31,7 @@ def whole_sources(config: ModelConfig) -> dict[str, Source]:
     sources = {
         "embedding": Source(("model.embed_tokens.weight",)),
         "final_norm": Source(("model.norm.weight",)),
-        "head": Source(("lm_head.weight",), 1),
+        "head": Source(("lm_head.weight",)),
     }
     return {field: s for field, s in sources.items() if field != "head" or not config.tie_embeddings}
 
@@ -45,32 +44,32 @@ def layer_sources(config: ModelConfig, index: int) -> dict[str, Source]:
     sources = {
         "attention_norm": Source((f"{layer}.input_layernorm.weight",)),
         "moe_norm": Source((f"{layer}.post_attention_layernorm.weight",)),
-        "o": Source((f"{attention}.o_proj.weight",), 2),
+        "o": Source((f"{attention}.o_proj.weight",)),
         "o_bias": Source((f"{attention}.o_proj.bias",)),
         "sinks": Source((f"{attention}.sinks",)),
-        "router": Source((f"{moe}.{family.router}.weight",), 1),
+        "router": Source((f"{moe}.{family.router}.weight",)),
         "router_bias": Source((f"{moe}.{family.router}.bias",)),
         "router_correction": Source((f"{moe}.{family.router}.e_score_correction_bias",)),
-        "shared_in": Source((f"{shared}.gate_proj.weight", f"{shared}.up_proj.weight"), 1),
-        "shared_out": Source((f"{shared}.down_proj.weight",), 1),
-        "shared_gate": Source((f"{moe}.shared_expert_gate.weight",), 1),
+        "shared_in": Source((f"{shared}.gate_proj.weight", f"{shared}.up_proj.weight")),
+        "shared_out": Source((f"{shared}.down_proj.weight",)),
+        "shared_gate": Source((f"{moe}.shared_expert_gate.weight",)),
     }
     if (latent := config.latent) is None:
         for part in "qkv":
-            sources[part] = Source((f"{attention}.{part}_proj.weight",), 1)
-            sources[f"{part}_bias"] = Source((f"{attention}.{part}_proj.bias",), 0)
+            sources[part] = Source((f"{attention}.{part}_proj.weight",))
+            sources[f"{part}_bias"] = Source((f"{attention}.{part}_proj.bias",))
             sources[f"{part}_norm"] = Source((f"{attention}.{part}_norm.weight",))
         return sources
     both = latent.nope_dim + latent.value_dim
     kv_up = (f"{attention}.kv_b_proj.weight",)
     return sources | {
-        "q": Source((f"{attention}.{'q_b_proj' if latent.q_rank else 'q_proj'}.weight",), 1),
-        "q_down": Source((f"{attention}.q_a_proj.weight",), 1),
+        "q": Source((f"{attention}.{'q_b_proj' if latent.q_rank else 'q_proj'}.weight",)),
+        "q_down": Source((f"{attention}.q_a_proj.weight",)),
         "q_down_norm": Source((f"{attention}.q_a_layernorm.weight",)),
-        "kv_down": Source((f"{attention}.kv_a_proj_with_mqa.weight",), 1),
+        "kv_down": Source((f"{attention}.kv_a_proj_with_mqa.weight",)),
         "kv_norm": Source((f"{attention}.kv_a_layernorm.weight",)),
-        "k_up": Source(kv_up, 1, span=(0, latent.nope_dim, both)),
-        "v_up": Source(kv_up, 1, span=(latent.nope_dim, both, both)),
+        "k_up": Source(kv_up, span=(0, latent.nope_dim, both)),
+        "v_up": Source(kv_up, span=(latent.nope_dim, both, both)),
     }
 
 
@@ -85,10 +84,10 @@ def expert_sources(config: ModelConfig, layer: int, expert: int) -> dict[str, So
     experts = f"model.layers.{config.moe_layers[layer]}.{family.moe}.experts"
     if family.fused:
         return {
-            "w_in": Source((f"{experts}.gate_up_proj",), row=expert, interleaved=True),
-            "w_out": Source((f"{experts}.down_proj",), row=expert),
+            "w_in": Source((f"{experts}.gate_up_proj",), row=expert, interleaved=True, transposed=True),
+            "w_out": Source((f"{experts}.down_proj",), row=expert, transposed=True),
             "b_in": Source((f"{experts}.gate_up_proj_bias",), row=expert, interleaved=True),
             "b_out": Source((f"{experts}.down_proj_bias",), row=expert),
         }
     gate, up, down = (f"{experts}.{expert}.{name}.weight" for name in family.expert)
-    return {"w_in": Source((gate, up), 1), "w_out": Source((down,), 1)}
+    return {"w_in": Source((gate, up)), "w_out": Source((down,))}

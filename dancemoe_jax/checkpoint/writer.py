@@ -1,6 +1,5 @@
 """Writing a model as a Hugging Face directory: config.json, model.safetensors, tokenizer files, replaced as a whole."""
 
-import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,7 +48,8 @@ def stored_tensors(
             sharing = sorted((f for f in fields if sources[f].names == names), key=lambda f: sources[f].span or ())
             if names not in done:  # parameters that are parts of one tensor go into it together
                 done.add(names)
-                yield from _to_stored(sources[field], np.concatenate([arrays[f] for f in sharing], axis=-1))
+                whole = [arrays[f] for f in sharing]
+                yield from _to_stored(sources[field], whole[0] if len(whole) == 1 else np.concatenate(whole, axis=-2))
 
     def all_parts():
         yield from of_module(decoder, whole_sources(config))
@@ -129,9 +129,10 @@ def check_replaceable(out: Path) -> None:
 
 def _to_stored(source: Source, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """The inverse of ExpertFile's reading: a whole parameter as its tensors."""
+    if source.transposed:
+        array = np.swapaxes(array, -1, -2)
     if source.interleaved:
         array = np.stack(np.split(array, 2, axis=-1), axis=-1).reshape(array.shape)
-    for name, part in zip(source.names, np.split(array, len(source.names), axis=-1), strict=True):
-        if source.inputs:
-            part = part.reshape(math.prod(part.shape[: source.inputs]), -1).T
-        yield name, part.reshape(-1) if source.inputs == 0 else part
+    if source.span is not None:
+        array = array.reshape(-1, array.shape[-1])
+    yield from zip(source.names, np.split(array, len(source.names)), strict=True)

@@ -62,7 +62,7 @@ def dispatch(
     """Sum of each token's routed experts, wherever they are (inside shard_map).
 
     Args:
-        compute: (x, slots, topk_weights) -> weighted sum of the slots' experts on this device (pool.slot_experts).
+        compute: (x, slots, topk_weights) -> weighted sum of the slots' experts on this device (slot_experts.slot_experts).
         tables: this source's and one layer's: `device` and `slot` [experts], `needs` and `eager` without a layer axis.
         valid: rows that hold a token; the others are not sent anywhere and give zeros.
         busy: devices that hold a token in this step, the same on all devices.

@@ -22,7 +22,9 @@ from dancemoe_jax.expert_parallel.dispatch import Traffic, Transport, default_tr
 from dancemoe_jax.expert_parallel.pool import ExpertPool, PoolLayout
 from dancemoe_jax.expert_parallel.slot_experts import slot_experts
 from dancemoe_jax.expert_parallel.tables import Tables
+from dancemoe_jax.inference.cache import CacheRows, attend_cached, empty_cache
 from dancemoe_jax.inference.step_arguments import check_model, check_rest
+from dancemoe_jax.kernels.library import Kernels, use_native
 from dancemoe_jax.mesh import AXIS, put, replicated, sharded
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.model.decoder import Decoder, decoder_layer, head_logits, scan_layers
@@ -99,13 +101,12 @@ def init_state(config: ModelConfig, mesh: Mesh, sequences: int, dtype=jnp.float3
         raise ArgumentError(f"sequences: {sequences}, must be at least 1 on each device")
     heads = config.num_kv_heads if config.latent is None else 1
     shape = (config.num_layers, mesh.size * sequences, config.max_position, heads)
-
-    def cache(width: int) -> jax.Array:
-        return jnp.zeros((*shape, width // heads), dtype, device=sharded(mesh, 1))
-
     counts = jnp.zeros((mesh.size, config.num_moe_layers, config.num_experts), jnp.int32, device=sharded(mesh))
     key_width, value_width = config.cache_widths
-    return State(cache(key_width), cache(value_width) if value_width else None, counts)
+    keys, values = (
+        empty_cache(mesh, (*shape, width // heads), dtype) if width else None for width in (key_width, value_width)
+    )
+    return State(keys, values, counts)
 
 
 def place_decoder(decoder: Decoder, mesh: Mesh) -> Decoder:
@@ -120,7 +121,7 @@ def place_tables(tables: Tables, mesh: Mesh) -> Tables:
     return put(tables, Tables(by_source, by_source, everywhere, everywhere))
 
 
-_SHAPES = ("config", "layout", "mesh", "transport", "wire_dtype")
+_SHAPES = ("config", "layout", "mesh", "transport", "wire_dtype", "kernels")
 
 
 @functools.partial(jax.jit, static_argnames=_SHAPES, donate_argnames=("state",))
@@ -138,6 +139,7 @@ def decode_step(
     mesh: Mesh,
     transport: Transport | None = None,
     wire_dtype: Any = None,
+    kernels: Kernels = "auto",
 ) -> tuple[State, StepResult]:
     """One token for every active sequence: token and its position in, the next token out.
 
@@ -151,6 +153,7 @@ def decode_step(
         config, layout, mesh: what the model, pool and tables were made with; the step is compiled for them.
         transport: how rows travel; default: as fits the mesh (dispatch.default_transport).
         wire_dtype: what rows between servers are rounded to, for less traffic than the activations' own type makes.
+        kernels: native CPU calls where they can be had, or always XLA (kernels.library).
 
     Returns:
         The new state, and of each row the token that follows.
@@ -164,10 +167,11 @@ def decode_step(
     check_array("positions", positions, "integers", rows)
     check_array("active", active, "booleans", rows)
     check_rest(control, routing, config, mesh, sequences)
+    native = _native(kernels, mesh, weights)
 
     def local(weights, state, tokens, positions, active, *rest):
         rows = jnp.where(active[0], positions[0], config.max_position)[:, None]
-        step = _Step(config, layout, transport or default_transport(mesh), wire_dtype, DECODE_TILE, *rest)
+        step = _Step(config, layout, transport or default_transport(mesh), wire_dtype, native, DECODE_TILE, *rest)
         return _run(step, weights, state, tokens[0][:, None], rows, None)
 
     return _over_devices(local, mesh)(weights, state, tokens, positions, active, control, routing)
@@ -189,6 +193,7 @@ def prefill(
     mesh: Mesh,
     transport: Transport | None = None,
     wire_dtype: Any = None,
+    kernels: Kernels = "auto",
     all_logits: bool = False,
 ) -> tuple[State, StepResult]:
     """A chunk of prompt for `rows` sequences of each device.
@@ -199,7 +204,7 @@ def prefill(
         sequences: which of the device's sequences each row belongs to; rows of one step belong to different ones.
         starts: position of each chunk's first token.
         lengths: tokens of the chunk that count; 0 for a row without work.
-        control, routing, config, layout, mesh, transport, wire_dtype: as in `decode_step`.
+        control, routing, config, layout, mesh, transport, wire_dtype, kernels: as in `decode_step`.
         all_logits: give the logits at every position of the chunk, not only at its last token.
 
     Returns:
@@ -214,14 +219,19 @@ def prefill(
     for name, array in (("sequences", sequences), ("starts", starts), ("lengths", lengths)):
         check_array(name, array, "integers", {"devices": mesh.size, "rows": rows})
     check_rest(control, routing, config, mesh, rows * chunk)
+    native = _native(kernels, mesh, weights)
 
     def local(weights, state, tokens, sequences, starts, lengths, *rest):
         index = jnp.arange(tokens.shape[2])[None]
         positions = jnp.where(index < lengths[0][:, None], starts[0][:, None] + index, config.max_position)
-        step = _Step(config, layout, transport or default_transport(mesh), wire_dtype, PREFILL_TILE, *rest)
+        step = _Step(config, layout, transport or default_transport(mesh), wire_dtype, native, PREFILL_TILE, *rest)
         return _run(step, weights, state, tokens[0], positions, sequences[0], all_logits)
 
     return _over_devices(local, mesh)(weights, state, tokens, sequences, starts, lengths, control, routing)
+
+
+def _native(kernels: Kernels, mesh: Mesh, weights: Weights) -> bool:
+    return use_native(kernels, mesh.devices.flat[0].platform, weights.decoder.embedding[...].dtype)
 
 
 def _over_devices(local, mesh):
@@ -247,6 +257,7 @@ class _Step(NamedTuple):
     layout: PoolLayout
     transport: Transport
     wire_dtype: Any
+    native: bool
     tile: int
     control: jax.Array | None
     routing: GivenRouting | None
@@ -254,44 +265,36 @@ class _Step(NamedTuple):
 
 def _run(step, weights, state, tokens, positions, sequences, all_logits=False):
     """One step of one device. tokens, positions [rows, chunk]; a position of max_position marks a row as empty."""
-    config, layout = step.config, step.layout
-    rows = len(tokens)
-    valid = positions < config.max_position
-    sequence = jnp.arange(rows) if sequences is None else sequences
-    cache_positions = jnp.broadcast_to(jnp.arange(config.max_position), (rows, config.max_position))
+    config, valid = step.config, positions < step.config.max_position
+    rows = CacheRows(sequences, positions, valid, step.native)
     tables = weights.tables._replace(device=weights.tables.device[0], slot=weights.tables.slot[0])
     busy, control = _share(valid.any(), step.control)
-    compute = functools.partial(slot_experts, layout, weights.pool, tile=step.tile, limit=config.swiglu_limit)
+    compute = functools.partial(
+        slot_experts, weights.pool, native=step.native, tile=step.tile, limit=config.swiglu_limit
+    )
     moe = functools.partial(_routed_experts, step, compute, valid, busy)
 
     def body(carry, layer_inputs):
         x, *caches = carry
         layer, index, window, own = layer_inputs
 
-        def attention(how, *qkv):
-            at = (index, sequence[:, None], positions)
-            mine = (index,) if sequences is None else (index, sequence)
-
-            def cached(cache, new):
-                return None if cache is None else cache.at[at].set(new.astype(cache.dtype), mode="drop")
-
-            q, *new = qkv
-            kept = [cached(cache, part) for cache, part in zip(caches, new, strict=True)]
-            k, v = (None if cache is None else cache[mine] for cache in kept)
-            return how(q, k, v, jnp.where(valid, positions, 0), cache_positions), kept
-
+        attention = functools.partial(attend_cached, rows, index, caches)
         x, caches, aux = decoder_layer(config, layer, x, positions, attention, functools.partial(moe, own), window)
         return (x, *caches), aux
 
     per_layer = (tables, jax.tree.map(lambda a: jnp.swapaxes(a[0], 0, 1), step.routing))
     carry = (weights.decoder.embedding[...][tokens], state.k, state.v)
-    (x, k, v), (traffic, counts, routed) = scan_layers(config, weights.decoder, body, carry, per_layer)
+    (x, k, v), (traffic, counts, routed) = scan_layers(
+        config, weights.decoder, body, carry, per_layer, native=step.native, active=valid.reshape(-1)
+    )
     last = jnp.maximum(valid.sum(1) - 1, 0)[:, None]
     if all_logits:
-        logits = head_logits(config, weights.decoder, x)
+        logits = head_logits(config, weights.decoder, x, step.native, valid.reshape(-1))
         final = jnp.take_along_axis(logits, last[:, :, None], axis=1)[:, 0]
     else:
-        final = logits = head_logits(config, weights.decoder, jnp.take_along_axis(x, last[:, :, None], axis=1)[:, 0])
+        final = logits = head_logits(
+            config, weights.decoder, jnp.take_along_axis(x, last[:, :, None], axis=1)[:, 0], step.native, valid.any(1)
+        )
     result = StepResult(
         jnp.argmax(final, -1).astype(jnp.int32)[None],
         logits[None],

@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from dancemoe_jax.kernels.linear import StackedWeight, linear, linear_of_heads
 from dancemoe_jax.model.attention import along_last, attend, rms_norm, rotate
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.model.experts import ExpertWeights, dense_experts, swiglu
+from dancemoe_jax.model.layer_weights import LayerWeights, scan_run
 from dancemoe_jax.model.router import route
 
 # Latent attention's inner norms have an epsilon of their own, whatever the configuration says of the others.
@@ -48,7 +50,8 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype) -> nnx.P
 class Layers(nnx.Module):
     """Everything of a run of layers that is not a routed expert; leading axis: layer. Absent parts are None.
 
-    A dense layer has a plain SwiGLU in the place of the shared expert, and no router.
+    Weights are [outputs, inputs], as checkpoints have them, those of several heads one after another. A dense layer has a
+    plain SwiGLU in the place of the shared expert, and no router.
     """
 
     def __init__(self, config: ModelConfig, count: int, dense: bool, rngs: nnx.Rngs, dtype=jnp.float32):
@@ -62,23 +65,23 @@ class Layers(nnx.Module):
         self.sinks = init.zeros(c.num_heads) if c.sinks else None
         self.moe_norm = init.ones(h)
         routed = not dense
-        self.router = init.normal(h, c.num_experts, fan_in=h) if routed else None
+        self.router = init.normal(c.num_experts, h, fan_in=h) if routed else None
         self.router_bias = init.zeros(c.num_experts) if routed and c.routing.bias else None
         self.router_correction = init.zeros(c.num_experts) if routed and c.routing.correction else None
         shared = c.dense_size if dense else c.shared_expert_size
-        self.shared_in = init.normal(h, 2 * shared, fan_in=h) if shared else None
-        self.shared_out = init.normal(shared, h, fan_in=shared) if shared else None
-        self.shared_gate = init.normal(h, 1, fan_in=h) if routed and c.shared_expert_gate else None
+        self.shared_in = init.normal(2 * shared, h, fan_in=h) if shared else None
+        self.shared_out = init.normal(h, shared, fan_in=shared) if shared else None
+        self.shared_gate = init.normal(1, h, fan_in=h) if routed and c.shared_expert_gate else None
 
     def _init_grouped(self, c: ModelConfig, init: _Init) -> None:
-        h, queries, keys = c.hidden_size, (c.num_heads, c.head_dim), (c.num_kv_heads, c.head_dim)
-        self.q = init.normal(h, *queries, fan_in=h)
-        self.k = init.normal(h, *keys, fan_in=h)
-        self.v = init.normal(h, *keys, fan_in=h)
-        self.o = init.normal(*queries, h, fan_in=c.num_heads * c.head_dim)
-        self.q_bias = init.zeros(*queries) if c.qkv_bias else None
-        self.k_bias = init.zeros(*keys) if c.qkv_bias else None
-        self.v_bias = init.zeros(*keys) if c.qkv_bias else None
+        h, queries, keys = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        self.q = init.normal(queries, h, fan_in=h)
+        self.k = init.normal(keys, h, fan_in=h)
+        self.v = init.normal(keys, h, fan_in=h)
+        self.o = init.normal(h, queries, fan_in=queries)
+        self.q_bias = init.zeros(queries) if c.qkv_bias else None
+        self.k_bias = init.zeros(keys) if c.qkv_bias else None
+        self.v_bias = init.zeros(keys) if c.qkv_bias else None
         widths = {"": (0, 0), "head": (c.head_dim, c.head_dim)}
         q_norm, k_norm = widths.get(c.qk_norm, (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim))
         self.q_norm = init.ones(q_norm) if q_norm else None
@@ -88,24 +91,24 @@ class Layers(nnx.Module):
         part, h, heads = c.latent, c.hidden_size, c.num_heads
         assert part is not None
         rank = part.q_rank
-        self.q_down = init.normal(h, rank, fan_in=h) if rank else None
+        self.q_down = init.normal(rank, h, fan_in=h) if rank else None
         self.q_down_norm = init.ones(rank) if rank else None
-        self.q = init.normal(rank or h, heads, part.nope_dim + part.rope_dim, fan_in=rank or h)
-        self.kv_down = init.normal(h, part.kv_rank + part.rope_dim, fan_in=h)
+        self.q = init.normal(heads * (part.nope_dim + part.rope_dim), rank or h, fan_in=rank or h)
+        self.kv_down = init.normal(part.kv_rank + part.rope_dim, h, fan_in=h)
         self.kv_norm = init.ones(part.kv_rank)
-        self.k_up = init.normal(part.kv_rank, heads, part.nope_dim, fan_in=part.kv_rank)
-        self.v_up = init.normal(part.kv_rank, heads, part.value_dim, fan_in=part.kv_rank)
-        self.o = init.normal(heads, part.value_dim, h, fan_in=heads * part.value_dim)
+        self.k_up = init.normal(heads, part.nope_dim, part.kv_rank, fan_in=part.kv_rank)
+        self.v_up = init.normal(heads, part.value_dim, part.kv_rank, fan_in=part.kv_rank)
+        self.o = init.normal(h, heads * part.value_dim, fan_in=heads * part.value_dim)
 
 
 class Experts(nnx.Module):
-    """All routed experts in logical order. `w_in` holds gate, then up, side by side; leading axes: MoE layer, expert."""
+    """All routed experts in logical order, arrays as in ExpertWeights; leading axes: MoE layer, expert."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype=jnp.float32):
         c = config
         grid = (c.num_moe_layers, c.num_experts)
-        self.w_in = _normal(rngs, (*grid, c.hidden_size, 2 * c.expert_size), c.hidden_size, dtype)
-        self.w_out = _normal(rngs, (*grid, c.expert_size, c.hidden_size), c.expert_size, dtype)
+        self.w_in = _normal(rngs, (*grid, 2 * c.expert_size, c.hidden_size), c.hidden_size, dtype)
+        self.w_out = _normal(rngs, (*grid, c.hidden_size, c.expert_size), c.expert_size, dtype)
         self.b_in = nnx.Param(jnp.zeros((*grid, 2 * c.expert_size), dtype)) if c.expert_bias else None
         self.b_out = nnx.Param(jnp.zeros((*grid, c.hidden_size), dtype)) if c.expert_bias else None
 
@@ -126,7 +129,7 @@ class Decoder(nnx.Module):
         for number, (a, b) in enumerate(config.runs):
             setattr(self, f"run_{number}", Layers(config, b - a, a in config.dense_layers, rngs, dtype))
         self.final_norm = nnx.Param(jnp.ones((config.hidden_size,), dtype))
-        shape = (config.hidden_size, config.vocab_size)
+        shape = (config.vocab_size, config.hidden_size)
         self.head = None if config.tie_embeddings else _normal(rngs, shape, config.hidden_size, dtype)
 
     @property
@@ -136,15 +139,15 @@ class Decoder(nnx.Module):
         return [getattr(self, name) for name in names]
 
 
-def _grouped_qkv(config: ModelConfig, layer: Layers, h, positions):
+def _grouped_qkv(config: ModelConfig, layer: LayerWeights, h, positions):
     """Queries, keys and values of one layer's (normed) input; queries and keys normed and rotated."""
 
     def project(weight, bias, norm):
-        y = jnp.einsum("btd,dhk->bthk", h, weight[...])
-        y = y if bias is None else y + bias[...][None, None]
+        y = linear(h, weight)
+        y = y if bias is None else y + along_last(bias, y)
         if norm is not None:
-            wide = y.reshape(*y.shape[:2], -1, norm.shape[-1])
-            y = rms_norm(wide, norm[...], config.rms_eps).reshape(y.shape)
+            y = rms_norm(y.reshape(*y.shape[:2], -1, norm.shape[-1]), norm, config.rms_eps)
+        y = y.reshape(*y.shape[:2], -1, config.head_dim)
         return jnp.clip(y, -config.clip_qkv, config.clip_qkv) if config.clip_qkv else y
 
     q = rotate(project(layer.q, layer.q_bias, layer.q_norm), positions, config.rope)
@@ -152,7 +155,7 @@ def _grouped_qkv(config: ModelConfig, layer: Layers, h, positions):
     return q, k, project(layer.v, layer.v_bias, None)
 
 
-def _latent_qkv(config: ModelConfig, layer: Layers, h, positions):
+def _latent_qkv(config: ModelConfig, layer: LayerWeights, h, positions):
     """Queries and keys of latent attention in the narrow space: one key for all heads, which is also the value.
 
     A head's key is `k_up` times the narrow vector; multiplying the query by `k_up` instead gives the same product and
@@ -161,14 +164,15 @@ def _latent_qkv(config: ModelConfig, layer: Layers, h, positions):
     part = config.latent
     assert part is not None
     if layer.q_down is not None and layer.q_down_norm is not None:
-        h_q = rms_norm(h @ layer.q_down[...], layer.q_down_norm[...], _LATENT_EPS)
+        h_q = rms_norm(linear(h, layer.q_down), layer.q_down_norm, _LATENT_EPS)
     else:
         h_q = h
-    q_nope, q_rope = jnp.split(jnp.einsum("btd,dhk->bthk", h_q, layer.q[...]), [part.nope_dim], axis=-1)
-    narrow, k_rope = jnp.split(h @ layer.kv_down[...], [part.kv_rank], axis=-1)
-    narrow = rms_norm(narrow, layer.kv_norm[...], _LATENT_EPS)[:, :, None]
+    queries = linear(h_q, layer.q).reshape(*h.shape[:2], config.num_heads, -1)
+    q_nope, q_rope = jnp.split(queries, [part.nope_dim], axis=-1)
+    narrow, k_rope = jnp.split(linear(h, layer.kv_down), [part.kv_rank], axis=-1)
+    narrow = rms_norm(narrow, layer.kv_norm, _LATENT_EPS)[:, :, None]
     k_rope = rotate(k_rope[:, :, None], positions, config.rope)
-    q_narrow = jnp.einsum("bthk,rhk->bthr", q_nope, layer.k_up[...])
+    q_narrow = linear_of_heads(q_nope, layer.k_up, transposed=True)
     q = jnp.concatenate([q_narrow, rotate(q_rope, positions, config.rope)], axis=-1)
     return q, jnp.concatenate([narrow, k_rope], axis=-1), None
 
@@ -188,7 +192,7 @@ class Attention(NamedTuple):
 
 def decoder_layer(
     config: ModelConfig,
-    layer: Layers,
+    layer: LayerWeights,
     x: Float[Array, "batch tokens hidden"],
     positions: Int[Array, "batch tokens"],
     attention: Callable,
@@ -209,42 +213,52 @@ def decoder_layer(
     latent = config.latent
     width = config.head_dim if latent is None else latent.nope_dim + latent.rope_dim
     with jax.named_scope("attention"):
-        h = rms_norm(x, layer.attention_norm[...], config.rms_eps)
+        h = rms_norm(x, layer.attention_norm, config.rms_eps)
         q, k, v = (_grouped_qkv if latent is None else _latent_qkv)(config, layer, h, positions)
-        sinks = None if layer.sinks is None else layer.sinks[...]
-        how = Attention(config.attention_scale or width**-0.5, window, sinks, latent and latent.kv_rank)
+        how = Attention(config.attention_scale or width**-0.5, window, layer.sinks, latent and latent.kv_rank)
         heads, kept = attention(how, q, k, v)
         if latent is not None:
-            heads = jnp.einsum("bthr,rhv->bthv", heads, layer.v_up[...])
-        x = x + jnp.einsum("bthk,hkd->btd", heads, layer.o[...])
+            heads = linear_of_heads(heads, layer.v_up)
+        x = x + linear(heads.reshape(*heads.shape[:2], -1), layer.o)
         if layer.o_bias is not None:
-            x = x + along_last(layer.o_bias[...], x)
+            x = x + along_last(layer.o_bias, x)
     with jax.named_scope("moe"):
-        h = rms_norm(x, layer.moe_norm[...], config.rms_eps).reshape(-1, config.hidden_size)
+        h = rms_norm(x, layer.moe_norm, config.rms_eps).reshape(-1, config.hidden_size)
         out, aux = jnp.zeros_like(h), None
         if layer.router is not None:
-            extra = [None if part is None else part[...] for part in (layer.router_bias, layer.router_correction)]
-            out, aux = moe(h, *route(config, layer.router[...], h, *extra))
+            out, aux = moe(h, *route(config, layer.router, h, layer.router_bias, layer.router_correction))
         if layer.shared_in is not None and layer.shared_out is not None:
-            shared = swiglu(h, layer.shared_in[...], layer.shared_out[...])
+            shared = swiglu(h, layer.shared_in, layer.shared_out)
             if layer.shared_gate is not None:
-                shared = jax.nn.sigmoid(h @ layer.shared_gate[...]) * shared
+                shared = jax.nn.sigmoid(linear(h, layer.shared_gate)) * shared
             out = out + shared
         return x + out.reshape(x.shape).astype(x.dtype), kept, aux
 
 
-def scan_layers(config: ModelConfig, decoder: Decoder, body: Callable, carry, per_moe_layer, remat: bool = False):
+def scan_layers(
+    config: ModelConfig,
+    decoder: Decoder,
+    body: Callable,
+    carry,
+    per_moe_layer,
+    remat: bool = False,
+    native: bool = False,
+    active: Bool[Array, " rows"] | None = None,
+):
     """Go through all layers, run by run.
 
     Args:
-        body: (carry, (layer, index, window, own)) -> (carry, aux); `index` counts all layers, `own` is the layer's part
-            of `per_moe_layer`, None in a dense layer.
+        body: (carry, (layer: LayerWeights, index, window, own)) -> (carry, aux); `index` counts all layers, `own` is the
+            layer's part of `per_moe_layer`, None in a dense layer.
         per_moe_layer: pytree with a leading axis over MoE layers.
+        native: products go through native calls, which take weights where they lie; else each layer's are copied out of
+            the stack first. Only the latter can be differentiated.
+        active: rows that count, which the others' products need not be computed for.
 
     Returns:
         carry, and `aux` of the MoE layers stacked in order.
     """
-    body = jax.checkpoint(body) if remat else body
+
     windows = jnp.array(config.windows, jnp.int32) if any(config.windows) else None
     collected: list[Any] = []
     done = 0
@@ -256,7 +270,9 @@ def scan_layers(config: ModelConfig, decoder: Decoder, body: Callable, carry, pe
         if not dense:
             own = per_moe_layer if whole else jax.tree.map(lambda a, i=done, n=count: a[i : i + n], per_moe_layer)
         window = None if windows is None else windows[start:stop]
-        carry, aux = jax.lax.scan(body, carry, (layers, jnp.arange(start, stop), window, own))
+        carry, aux = scan_run(
+            body, layers, range(start, stop), carry, (window, own), remat=remat, native=native, active=active
+        )
         done += count
         collected += [] if dense else [aux]
     if len(collected) == 1:
@@ -265,11 +281,15 @@ def scan_layers(config: ModelConfig, decoder: Decoder, body: Callable, carry, pe
 
 
 def head_logits(
-    config: ModelConfig, decoder: Decoder, x: Float[Array, "*shape hidden"]
+    config: ModelConfig,
+    decoder: Decoder,
+    x: Float[Array, "*shape hidden"],
+    native: bool = False,
+    active: Bool[Array, " rows"] | None = None,
 ) -> Float[Array, "*shape vocab"]:
     x = rms_norm(x, decoder.final_norm[...], config.rms_eps)
-    head = decoder.embedding[...].T if decoder.head is None else decoder.head[...]
-    return (x @ head).astype(jnp.float32)
+    head = decoder.embedding[...] if decoder.head is None else decoder.head[...]
+    return linear(x, StackedWeight(head[None], 0, active) if native else head, jnp.float32)
 
 
 def forward(

@@ -4,23 +4,28 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dancemoe_jax.kernels.linear import StackedWeight, linear
 from dancemoe_jax.model.config import ModelConfig
 
 
 def route(
     config: ModelConfig,
-    router: Float[Array, "hidden experts"],
+    router: Array | StackedWeight,
     h: Float[Array, "tokens hidden"],
     bias: Float[Array, " experts"] | None = None,
     correction: Float[Array, " experts"] | None = None,
 ) -> tuple[Float[Array, "tokens k"], Int[Array, "tokens k"], Float[Array, "tokens experts"]]:
     """Choose `top_k` experts for each token (config.Routing says how).
 
+    Args:
+        router: weight [experts, hidden].
+        bias: of the logits; correction: of the choice alone.
+
     Returns:
         topk_weights, topk_ids and the logits they come from, all float32 or int32.
     """
     routing = config.routing
-    logits = h.astype(jnp.float32) @ router.astype(jnp.float32)
+    logits = linear(h.astype(jnp.float32), router)
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)[None]
     scores = jax.nn.sigmoid(logits) if routing.score == "sigmoid" else jax.nn.softmax(logits)

@@ -21,6 +21,7 @@ from dancemoe_jax.expert_parallel.dispatch import dispatch
 from dancemoe_jax.expert_parallel.slot_experts import slot_experts
 from dancemoe_jax.expert_parallel.tables import Tables, assign_slots, routing_tables
 from dancemoe_jax.inference.steps import Weights, decode_step, init_state
+from dancemoe_jax.kernels.library import use_native
 from dancemoe_jax.mesh import AXIS
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.model.decoder import Decoder
@@ -99,7 +100,7 @@ def _local_layers(repeats: int) -> tuple[float, float]:
     valid, everyone = jnp.ones(LOCAL_ROWS, bool), jnp.ones(devices, bool)
 
     def layers(dispatched: bool, pool, tables, x, ids, weights):
-        compute = functools.partial(slot_experts, layout, pool, tile=8)
+        compute = functools.partial(slot_experts, pool, native=use_native("auto", "cpu"), tile=8)
 
         def layer(x, own):
             if dispatched:
@@ -129,8 +130,8 @@ def _local_layers(repeats: int) -> tuple[float, float]:
 
 def _expert(rng: np.random.Generator, config: ModelConfig) -> ExpertWeights:
     return ExpertWeights(
-        rng.normal(size=(config.hidden_size, 2 * config.expert_size)).astype(np.float32) / 16,
-        rng.normal(size=(config.expert_size, config.hidden_size)).astype(np.float32) / 16,
+        rng.normal(size=(2 * config.expert_size, config.hidden_size)).astype(np.float32) / 16,
+        rng.normal(size=(config.hidden_size, config.expert_size)).astype(np.float32) / 16,
     )
 
 

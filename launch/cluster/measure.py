@@ -98,7 +98,7 @@ def _compute(device: Any, config: ModelConfig) -> float:
     inner = config.expert_size
     weights = jax.tree.map(
         lambda shape: jax.device_put(np.ones(shape, np.float32), device),
-        ((config.hidden_size, 2 * inner), (inner, config.hidden_size)),
+        ((2 * inner, config.hidden_size), (config.hidden_size, inner)),
         is_leaf=lambda shape: isinstance(shape[0], int),
     )
     x = jax.device_put(np.ones((64, config.hidden_size), np.float32), device)

@@ -115,6 +115,7 @@ def _serve(
         config,
         {"dtype": args.dtype, "int8": args.int8, "sequences": args.sequences},
         args.chunk,
+        args.kernels,
         facts,
         args.secret,
         args.timeout,
@@ -140,5 +141,5 @@ def _serve(
 
 def facts_of(args: argparse.Namespace, path: Path, config: ModelConfig, policy: Policy) -> dict[str, str]:
     """What every server has to serve with too, fingerprints by what they are of."""
-    flags = (args.sequences, args.chunk, args.dtype, args.int8, config, policy, bool(args.state))
+    flags = (args.sequences, args.chunk, args.dtype, args.int8, args.kernels, config, policy, bool(args.state))
     return {"model": folder_fingerprint(path), "flags": repr(flags)}

@@ -13,6 +13,7 @@ from dancemoe_jax.checkpoint.reader import ExpertFile
 from dancemoe_jax.expert_parallel.pool import PoolLayout, fill_pool, pool_layout
 from dancemoe_jax.expert_parallel.tables import Tables, assign_slots, routing_tables
 from dancemoe_jax.inference.steps import Weights, place_decoder, place_tables
+from dancemoe_jax.kernels.library import Kernels
 from dancemoe_jax.mesh import make_mesh
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.model.experts import ExpertWeights
@@ -75,6 +76,7 @@ def load(
     int8: bool = False,
     sequences: int = 8,
     chunk: int = 64,
+    kernels: Kernels = "auto",
     placed: Placement | None = None,
     profile: Profile | None = None,
     fits: bool = False,
@@ -84,7 +86,8 @@ def load(
 
     Args:
         devices: all devices of the cluster in mesh order.
-        dtype, int8: of the weights; sequences, chunk: see `Engine`.
+        dtype, int8: of the weights; sequences, chunk: see `Engine`; kernels: how steps compute on CPUs
+            (dancemoe_jax.kernels.library).
         placed: what is where; default: planned for users who are all alike.
         profile: what `sizes` gives for these arguments, where the caller has it.
         fits: `placed` was made from that profile (`plan`, `fitted`), so that it is not fitted again.
@@ -106,7 +109,7 @@ def load(
     slots = assign_slots(layout, placed.resident)
     pool = fill_pool(mesh, layout, slots, read or file.read)
     weights = Weights(place_decoder(file.decoder(), mesh), pool, None)  # pyright: ignore[reportArgumentType]
-    engine = Engine(config, layout, mesh, weights, cluster.device_server, sequences, chunk)
+    engine = Engine(config, layout, mesh, weights, cluster.device_server, sequences, chunk, kernels=kernels)
     loaded = Loaded(engine, cluster, placed, slots, profile, file.read)
     engine.weights = weights._replace(tables=loaded.tables(slots, loaded.likely(placed.resident, profile)))
     return loaded

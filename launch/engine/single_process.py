@@ -34,7 +34,7 @@ def load(path: Path, config: ModelConfig, args: Any, placement_seed: int | None 
     tables = place_tables(routing_tables(layout, slots), mesh)
     weights = Weights(place_decoder(file.decoder(), mesh), fill_pool(mesh, layout, slots, file.read), tables)
     jax.block_until_ready(weights)
-    return Local(config, weights, {"config": config, "layout": layout, "mesh": mesh})
+    return Local(config, weights, {"config": config, "layout": layout, "mesh": mesh, "kernels": args.kernels})
 
 
 def _shard(config: ModelConfig, devices: int) -> np.ndarray:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from dancemoe_jax.checkpoint.reader import ExpertFile
+from dancemoe_jax.kernels.library import Kernels
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.model.experts import ExpertWeights
 from launch.cluster.channel import ChannelLost
@@ -46,7 +47,8 @@ class Server:
     """What one process serves, and how.
 
     Attributes:
-        name: of this server; path: of the model, and config: its shape; options: dtype, int8 and sequences of `load`.
+        name: of this server; path: of the model, and config: its shape; options: dtype, int8 and sequences of `load`, chunk
+            and kernels: its too.
         facts: what every server has to serve with too, fingerprints by what they are of; secret: of the cluster.
         policy: how experts migrate, None if they do not; state: on the first server, the folder of the record.
         begin: called once, with the host, before its loop starts; changed: with the cluster of every later program.
@@ -59,6 +61,7 @@ class Server:
     config: ModelConfig
     options: Mapping[str, Any]
     chunk: int
+    kernels: Kernels
     facts: Mapping[str, str]
     secret: bytes
     timeout: float
@@ -128,7 +131,7 @@ class Server:
             placed, epoch, fits = group.placement, group.epoch, False
             if first:
                 placed, epoch, fits = resumed(record, placed, profile, cluster)
-            planned = {"placed": placed, "profile": profile, "fits": fits}
+            planned = {"placed": placed, "profile": profile, "fits": fits, "kernels": self.kernels}
             loaded = load(
                 self.path, self.config, cluster, devices, chunk=self.chunk, read=read, **planned, **self.options
             )

@@ -160,8 +160,8 @@ def test_parameter_counts_are_those_of_the_arrays(change):
 def routed_problem(seed, tokens=40, experts=6, k=2, skewed=False):
     keys = jax.random.split(jax.random.key(seed), 5)
     x = jax.random.normal(keys[0], (tokens, 16))
-    w_in = jax.random.normal(keys[1], (experts, 16, 24)) * 0.3
-    w_out = jax.random.normal(keys[2], (experts, 12, 16)) * 0.3
+    w_in = jax.random.normal(keys[1], (experts, 24, 16)) * 0.3
+    w_out = jax.random.normal(keys[2], (experts, 16, 12)) * 0.3
     logits = jax.random.normal(keys[3], (tokens, experts)) + (10.0 * (jnp.arange(experts) < k)[None] if skewed else 0)
     weights, ids = jax.lax.top_k(jax.nn.softmax(logits), k)
     return x, w_in, w_out, weights, ids, jax.random.normal(keys[4], x.shape)
@@ -197,7 +197,7 @@ def test_dense_experts_are_the_weighted_sum():
 
 
 def test_router_weights():
-    h, router = jax.random.normal(jax.random.key(0), (50, 32)), jax.random.normal(jax.random.key(1), (32, 6))
+    h, router = jax.random.normal(jax.random.key(0), (50, 32)), jax.random.normal(jax.random.key(1), (6, 32))
     weights, ids, logits = route(CONFIG, router, h)
     raw, raw_ids, _ = route(dataclasses.replace(CONFIG, routing=Routing(normalize=False)), router, h)
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
@@ -269,7 +269,7 @@ def test_tied_head_is_the_embedding_and_untied_is_not():
     assert tied.head is None
     assert untied.head is not None
     other = forward(config, untied, experts, tokens)[0]
-    untied.head = nnx.Param(untied.embedding[...].T)
+    untied.head = nnx.Param(untied.embedding[...])
     expected = forward(CONFIG, tied, experts, tokens)[0]
     np.testing.assert_array_equal(forward(config, untied, experts, tokens)[0], expected)
     assert np.abs(other - expected).max() > 0.1
@@ -280,7 +280,7 @@ def test_shared_expert_is_added_to_every_token():
     decoder, experts = Decoder(config, nnx.Rngs(0)), Experts(config, nnx.Rngs(1))
     tokens = jnp.arange(6)[None]
     with_it = forward(config, decoder, experts, tokens)[0]
-    decoder.runs[0].shared_out = nnx.Param(jnp.zeros((1, 24, config.hidden_size)))
+    decoder.runs[0].shared_out = nnx.Param(jnp.zeros((1, config.hidden_size, 24)))
     without = forward(config, decoder, experts, tokens)[0]
     assert np.abs(with_it - without).max(-1).min() > 1e-3
     decoder.runs[0].shared_in = decoder.runs[0].shared_out = None

@@ -35,7 +35,7 @@ def model(rng, request):
     decoder = {"model.embed.weight": normal(30, HIDDEN), "a.norm": rng.standard_normal(HIDDEN), "a/b": normal(100, 60)}
     experts = [
         [
-            {"w_in": normal(HIDDEN, 2 * INNER), "w_out": normal(INNER, HIDDEN)}
+            {"w_in": normal(2 * INNER, HIDDEN), "w_out": normal(HIDDEN, INNER)}
             | ({"b_in": normal(2 * INNER)} if request.param == "biases" else {})
             for _ in range(5)
         ]
@@ -78,7 +78,7 @@ def test_everything_comes_back_bit_by_bit(tmp_path, model):
     store = ExpertStore(tmp_path / "store")
     assert store.config_fields == {"model_type": "tiny"}
     assert (store.num_layers, store.num_experts) == (LAYERS, EXPERTS)
-    assert store.expert_arrays()["w_in"] == ((HIDDEN, 2 * INNER), np.dtype(ml_dtypes.bfloat16))
+    assert store.expert_arrays()["w_in"] == ((2 * INNER, HIDDEN), np.dtype(ml_dtypes.bfloat16))
     assert same(store.decoder_tensors(), decoder)
     assert store.decoder.shape("a/b") == (100, 60)
     np.testing.assert_array_equal(store.decoder.read("a/b", slice(1, 3), np.float32), decoder["a/b"][1:3].astype("f4"))

@@ -62,10 +62,10 @@ def test_pool_holds_each_expert_in_its_slot(rng):
 
 @pytest.mark.parametrize("tile", [1, 3, 8, 32])
 @pytest.mark.parametrize("tokens", [1, 7, 40])
-def test_slot_experts_equals_the_dense_sum(tile, tokens, rng):
+def test_slot_experts_equals_the_dense_sum(tile, tokens, native, rng):
     slots, hidden, inner, k = 11, 16, 8, 3
-    w_in = jnp.asarray(rng.normal(size=(slots, hidden, 2 * inner)), jnp.float32)
-    w_out = jnp.asarray(rng.normal(size=(slots, inner, hidden)), jnp.float32)
+    w_in = jnp.asarray(rng.normal(size=(slots, 2 * inner, hidden)), jnp.float32)
+    w_out = jnp.asarray(rng.normal(size=(slots, hidden, inner)), jnp.float32)
     x = jnp.asarray(rng.normal(size=(tokens, hidden)), jnp.float32)
     ids = rng.integers(0, slots, (tokens, k)).astype(np.int32)
     weights = rng.random((tokens, k)).astype(np.float32)
@@ -73,21 +73,21 @@ def test_slot_experts_equals_the_dense_sum(tile, tokens, rng):
     layout = pool_layout([11])
     split = np.cumsum(layout.banks)[:-1]
     pool = ExpertPool(tuple(map(ExpertWeights, jnp.split(w_in, split), jnp.split(w_out, split))))
-    got = slot_experts(layout, pool, x, jnp.where(skipped, -1, ids), jnp.asarray(weights), tile=tile)
+    got = slot_experts(pool, x, jnp.where(skipped, -1, ids), jnp.asarray(weights), native=native, tile=tile)
     expected = dense_experts(x, ExpertWeights(w_in, w_out), jnp.where(skipped, 0, weights), jnp.asarray(ids))
     np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
 
 
-def test_slot_experts_with_nothing_to_do_gives_zeros(rng):
-    pool = ExpertPool((ExpertWeights(jnp.ones((2, 4, 4)), jnp.ones((2, 2, 4))),))
+def test_slot_experts_with_nothing_to_do_gives_zeros(native):
+    pool = ExpertPool((ExpertWeights(jnp.ones((2, 4, 4)), jnp.ones((2, 4, 2))),))
     nothing = jnp.full((3, 2), -1), jnp.full((3, 2), jnp.nan)
-    out = slot_experts(pool_layout([2]), pool, jnp.ones((3, 4)), *nothing, tile=4)
+    out = slot_experts(pool, jnp.ones((3, 4)), *nothing, native=native, tile=4)
     np.testing.assert_array_equal(out, 0)
 
 
-def test_bfloat16_experts_are_computed_without_a_copy_of_the_pool(rng):
+def test_bfloat16_experts_are_computed_without_a_copy_of_the_pool(native, rng):
     slots, hidden, inner, tokens, k = 64, 64, 32, 5, 2
-    held = ExpertWeights(*(rng.normal(size=shape) for shape in ((slots, hidden, 2 * inner), (slots, inner, hidden))))
+    held = ExpertWeights(*(rng.normal(size=shape) for shape in ((slots, 2 * inner, hidden), (slots, hidden, inner))))
     held = jax.tree.map(lambda w: w.astype(ml_dtypes.bfloat16), held)
     layout, mesh = pool_layout([slots]), make_mesh(jax.devices()[:1])
     where = np.arange(slots, dtype=np.int32)[None, None]
@@ -99,7 +99,7 @@ def test_bfloat16_experts_are_computed_without_a_copy_of_the_pool(rng):
     @jax.jit
     def three_layers(pool, x):
         return jax.lax.scan(
-            lambda x, _: (slot_experts(layout, pool, x, ids, weights, tile=4), None), x, None, length=3
+            lambda x, _: (slot_experts(pool, x, ids, weights, native=native, tile=4), None), x, None, length=3
         )[0]
 
     program = three_layers.lower(pool, x.astype(jnp.bfloat16)).compile()

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from dancemoe_jax import RequestError, decode_step, generate, init_state, migrate, prefill
 from dancemoe_jax.expert_parallel.all_to_all import size_classes
 from dancemoe_jax.expert_parallel.two_stage import two_stage_experts
+from dancemoe_jax.kernels.library import use_native
 from dancemoe_jax.mesh import AXIS
 from tests.helpers.cluster_of_devices import CAPACITY, PROMPTS, Small, random_resident
 
@@ -247,3 +248,31 @@ def test_prompts_that_cannot_be_served_are_refused(prompt, message, rng):
     _, weights = small.place(random_resident(rng))
     with pytest.raises(RequestError, match=message):
         generate(weights, [prompt], 1, **small.shapes)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_sequence_has_the_same_bits_in_every_batch_and_among_all_neighbours(dtype, rng):
+    if not use_native("auto", "cpu"):
+        pytest.skip("no C++ compiler")
+    small = Small.make()
+    small.decoder = jax.tree.map(lambda a: a.astype(dtype), small.decoder)
+    _, weights = small.place(random_resident(rng))
+    grid = (small.mesh.size, 16)
+    own = rng.integers(0, small.config.vocab_size, 6)
+    expected = None
+    for others in (0, 1, 7, 15):
+        place = int(rng.integers(16))
+        state, seen = init_state(small.config, small.mesh, 16, dtype), []
+        neighbours = rng.choice(np.delete(np.arange(16), place), others, replace=False)
+        for position, token in enumerate(own):
+            tokens = rng.integers(0, small.config.vocab_size, grid).astype(np.int32)
+            positions = np.full(grid, position, np.int32)
+            active = np.zeros(grid, bool)
+            tokens[1, place], active[1, place], active[1, neighbours] = token, True, True
+            active[[0, *range(2, small.mesh.size)]] = others > 0
+            state, result = decode_step(
+                weights, state, tokens, positions, active, transport="all_to_all", **small.shapes
+            )
+            seen.append(np.asarray(result.logits)[1, place])
+        expected = seen if expected is None else expected
+        np.testing.assert_array_equal(seen, expected)

@@ -29,7 +29,7 @@ def test_the_made_checkpoint_is_a_model_in_shards(tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("*.safetensors"))) == 1 + size // 2**20
     file = ExpertFile(tmp_path)
     assert file.config == config
-    assert file.read(1, 7).w_in.shape == (64, 192)
+    assert file.read(1, 7).w_in.shape == (192, 64)
 
 
 def test_unusable_flags(tmp_path, capsys):

@@ -36,7 +36,7 @@ def test_another_server_is_asked_where_its_disk_and_the_link_are_faster(loads, b
 
 def weights(layer, expert, arena=None):
     rng = np.random.default_rng([layer, expert])
-    plain = ExpertWeights(rng.normal(size=(40, 60)).astype(np.float32), rng.normal(size=(30, 40)).astype(np.float32))
+    plain = ExpertWeights(rng.normal(size=(60, 40)).astype(np.float32), rng.normal(size=(40, 30)).astype(np.float32))
     if layer == 1:
         plain = quantize(plain)
     if layer == 2:
@@ -71,7 +71,7 @@ def test_experts_arrive_as_they_are_and_failures_fall_back():
     assert own == [(0, 3), (1, 3), (2, 3)]
     reader.close()
     server.close()
-    assert PeerReader(server.address, weights, SECRET)(0, 1).w_in.shape == (40, 60)
+    assert PeerReader(server.address, weights, SECRET)(0, 1).w_in.shape == (60, 40)
     with pytest.raises(ModelError, match="expert 1 of layer 0 is damaged"):
         PeerReader(server.address, refuse, SECRET)(0, 1)
 
@@ -80,7 +80,7 @@ ANSWER = """
 import sys, time, numpy as np
 from dancemoe_jax.model.experts import ExpertWeights
 from launch.migration.peers import ExpertServer
-weights = ExpertWeights(np.ones((1024, 1536), np.float32), np.ones((768, 1024), np.float32))
+weights = ExpertWeights(np.ones((1536, 1024), np.float32), np.ones((1024, 768), np.float32))
 print(ExpertServer(lambda layer, expert, arena: weights, sys.argv[1], b'secret').address[1], flush=True)
 time.sleep(600)
 """

@@ -67,7 +67,7 @@ def small_decoder(config: ModelConfig) -> Decoder:
 def small_expert(config: ModelConfig, layer: int, expert: int) -> ExpertWeights:
     """What stands in for an expert of the traced model."""
     rng, hidden = np.random.default_rng((layer, expert)), config.hidden_size
-    w_in, w_out = rng.normal(size=(hidden, 2 * INNER)), rng.normal(size=(INNER, hidden))
+    w_in, w_out = rng.normal(size=(2 * INNER, hidden)), rng.normal(size=(hidden, INNER))
     return ExpertWeights((w_in / hidden**0.5).astype(DTYPE), (w_out / INNER**0.5).astype(DTYPE))
 
 

@@ -1,0 +1,75 @@
+"""The cache of keys and values: how it is stored, how a step's rows go into it, and how they attend to what is there."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Int
+
+from dancemoe_jax.expert_parallel.pool import BFLOAT16_BITS
+from dancemoe_jax.kernels.attention import cached_attention_native
+from dancemoe_jax.mesh import sharded
+
+
+def empty_cache(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Keys or values [layers, devices * sequences, max_position, heads, width] of no tokens yet.
+
+    On CPUs bfloat16 is kept as its bits, as in the pool: XLA would turn all of a cache into float32 to change a row of it.
+    """
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return jnp.zeros(shape, BFLOAT16_BITS if on_cpu and dtype == jnp.bfloat16 else dtype, device=sharded(mesh, 1))
+
+
+class CacheRows(NamedTuple):
+    """Where a step's rows of one device are in its cache.
+
+    Attributes:
+        sequences: of each row; None: row after row, all that the cache has room for.
+        positions: of each token; max_position for one that does not count.
+        valid: which tokens count.
+        native: whether native calls attend.
+    """
+
+    sequences: Int[Array, " rows"] | None
+    positions: Int[Array, "rows chunk"]
+    valid: Bool[Array, "rows chunk"]
+    native: bool
+
+
+def attend_cached(rows: CacheRows, layer, caches, how, q, *new):
+    """Put new keys and values of one layer into the caches; what the queries make of all up to their own positions.
+
+    Args:
+        caches: keys, and values or None.
+        how: model.decoder.Attention.
+        q, new: of the step's tokens; new keys and values as `caches`.
+
+    Returns:
+        The heads' outputs, and the caches.
+    """
+    sequence = jnp.arange(len(rows.positions)) if rows.sequences is None else rows.sequences
+
+    def cached(cache, part):
+        if cache is None:
+            return None
+        return cache.at[layer, sequence[:, None], rows.positions].set(_as_stored(part, cache.dtype), mode="drop")
+
+    caches = [cached(cache, part) for cache, part in zip(caches, new, strict=True)]
+    if rows.native:
+        at = (layer, sequence, rows.positions[:, 0], rows.valid.sum(1))
+        return cached_attention_native(q, *caches, *at, **how._asdict()), caches
+    own = (layer,) if rows.sequences is None else (layer, sequence)
+    k, v = (None if cache is None else _as_computed(cache[own]) for cache in caches)
+    every = jnp.broadcast_to(jnp.arange(k.shape[1])[None], k.shape[:2])
+    return how(q, k, v, jnp.where(rows.valid, rows.positions, 0), every), caches
+
+
+def _as_stored(part, dtype):
+    if dtype != BFLOAT16_BITS:
+        return part.astype(dtype)
+    return jax.lax.bitcast_convert_type(part.astype(jnp.bfloat16), BFLOAT16_BITS)
+
+
+def _as_computed(part):
+    return jax.lax.bitcast_convert_type(part, jnp.bfloat16) if part.dtype == BFLOAT16_BITS else part

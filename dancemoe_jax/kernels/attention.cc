@@ -1,0 +1,205 @@
+// Attention over used positions, in the cache of all layers and sequences where it lies.
+//
+// Its meaning is attention.py's `cached_attention_xla`. Positions are worked off in chunks of kChunk, counted from the start
+// of the sequence. A chunk gives its maximum, its sum of exponentials and its mix of values; chunks are joined one after
+// another. So a query's result does not depend on which chunks were computed beside each other, or with which other queries.
+#include <cmath>
+
+#include "buffers.h"
+#include "threads.h"
+
+namespace dancemoe {
+namespace {
+
+constexpr size_t kChunk = 256;       // positions
+constexpr size_t kMostQueries = 24;  // of one task: their scores stay in the cache
+
+// What a chunk of positions gives for one query.
+struct Partial {
+  float maximum = -INFINITY, sum = 0;
+};
+
+// Joins `part` to what comes before it. values[i] are sums weighted by e^(score - maximum).
+void join(const VectorCode& code, Partial* total, float* values, const Partial& part, const float* part_values, size_t width) {
+  if (part.maximum == -INFINITY) return;
+  const float maximum = std::max(total->maximum, part.maximum);
+  const float before = total->maximum == -INFINITY ? 0.0f : code.exponential(total->maximum - maximum);
+  const float now = code.exponential(part.maximum - maximum);
+  for (size_t i = 0; i < width; i++) values[i] *= before;
+  code.add(values, part_values, width, now);
+  total->sum = total->sum * before + part.sum * now;
+  total->maximum = maximum;
+}
+
+struct Cache {
+  const void* keys;
+  const void* values;
+  Type type;
+  size_t slots, positions, heads, key_width, value_width, value_stride;
+  size_t layer;
+
+  // Keys (or values) of a chunk of one sequence's positions. A table of pages would be looked up here.
+  Matrix chunk(const void* data, size_t width, size_t stride, size_t slot, size_t head, size_t begin, size_t end) const {
+    const size_t first = ((layer * slots + slot) * positions + begin) * heads * stride + head * stride;
+    return {static_cast<const char*>(data) + first * size_of(type), type, heads * stride, end - begin, width};
+  }
+};
+
+ffi::Error Attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys, ffi::AnyBuffer values,
+                     ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> slot, ffi::Buffer<ffi::S32> start,
+                     ffi::Buffer<ffi::S32> length, ffi::Buffer<ffi::S32> window, ffi::RemainingArgs sinks,
+                     ffi::Result<ffi::AnyBuffer> out, float scale) {
+  const VectorCode& code = vector_code();
+  const size_t batch = q.dimensions()[0], tokens = q.dimensions()[1], heads = q.dimensions()[2], width = q.dimensions()[3];
+  Type activations, result;
+  Cache cache{};
+  cache.keys = keys.untyped_data(), cache.values = values.untyped_data();
+  if (!type_of(q.element_type(), &activations) || !type_of(keys.element_type(), &cache.type) ||
+      !type_of(out->element_type(), &result) || values.element_type() != keys.element_type())
+    return invalid("a type that attention does not take");
+  const auto shape = keys.dimensions();
+  cache.slots = shape[1], cache.positions = shape[2], cache.heads = shape[3], cache.key_width = shape[4];
+  cache.value_width = out->dimensions()[3], cache.value_stride = values.dimensions()[4];
+  cache.layer = layer.typed_data()[0];
+  if (cache.layer >= (size_t)shape[0]) return invalid("no such layer");
+  const size_t group = heads / cache.heads, value_width = cache.value_width, value_padded = padded(value_width);
+  const size_t reach = window.typed_data()[0] > 0 ? window.typed_data()[0] : cache.positions;
+  const ffi::AnyBuffer* sink = nullptr;
+  std::vector<ffi::AnyBuffer> sink_buffer;
+  if (sinks.size() > 0) sink_buffer.push_back(sinks.get<ffi::AnyBuffer>(0).value()), sink = &sink_buffer[0];
+
+  // A row without a sequence, and tokens behind a row's last one, get zeros.
+  const Rows queries(q.untyped_data(), activations, batch * tokens * heads, width);
+  std::memset(out->untyped_data(), 0, out->size_bytes());
+
+  // Tasks: some tokens of one row and the query heads of one key head.
+  struct Task {
+    size_t row, head, first, count;  // tokens first .. first + count of the row
+    size_t begin, end;               // chunks
+  };
+  const size_t together = std::max<size_t>(1, kMostQueries / group);
+  std::vector<Task> tasks;
+  for (size_t row = 0; row < batch; row++) {
+    const size_t own = std::max(0, length.typed_data()[row]), at = start.typed_data()[row];
+    if (own == 0) continue;
+    if (own > tokens || at + own > cache.positions || (size_t)slot.typed_data()[row] >= cache.slots)
+      return invalid("a row lies outside the cache");
+    for (size_t first = 0; first < own; first += together) {
+      const size_t count = std::min(together, own - first), last = at + first + count - 1;
+      const size_t seen = at + first + 1 > reach ? at + first + 1 - reach : 0;
+      for (size_t head = 0; head < cache.heads; head++)
+        tasks.push_back({row, head, first, count, seen / kChunk, last / kChunk + 1});
+    }
+  }
+
+  // The chunk's part for every query of a task; p and part_values are scratch and result.
+  auto compute = [&](const Task& task, size_t chunk, float* p, Partial* parts, float* part_values) {
+    const size_t count = task.count * group;
+    const size_t at = start.typed_data()[task.row] + task.first, begin = chunk * kChunk;
+    const size_t end = std::min(begin + kChunk, at + task.count), own_slot = slot.typed_data()[task.row];
+    std::vector<const float*> rows(count);
+    for (size_t i = 0; i < count; i++)
+      rows[i] = queries[(task.row * tokens + task.first + i / group) * heads + task.head * group + i % group];
+    const Matrix k = cache.chunk(cache.keys, cache.key_width, cache.key_width, own_slot, task.head, begin, end);
+    code.products(k, rows.data(), count, p, kChunk);
+    for (size_t i = 0; i < count; i++) {
+      float* own = p + i * kChunk;
+      const size_t position = at + i / group;
+      const size_t from = position + 1 > reach ? position + 1 - reach : 0;
+      const size_t visible_begin = std::max(from, begin), visible_end = std::min(position + 1, end);
+      if (visible_begin >= visible_end) {
+        std::memset(own, 0, kChunk * sizeof(float));
+        parts[i] = {};
+        continue;
+      }
+      for (size_t s = visible_begin - begin; s < visible_end - begin; s++) own[s] *= scale;
+      parts[i].sum = code.exponentials(own, visible_begin - begin, visible_end - begin, padded(end - begin), &parts[i].maximum);
+    }
+    const Matrix v = cache.chunk(cache.values, value_width, cache.value_stride, own_slot, task.head, begin, end);
+    code.mix(v, p, kChunk, count, part_values, value_padded);
+  };
+
+  auto finish = [&](const Task& task, Partial* totals, float* totals_values) {
+    for (size_t i = 0; i < task.count * group; i++) {
+      const size_t head = task.head * group + i % group;
+      float sum = totals[i].sum, *own = totals_values + i * value_padded;
+      if (sink != nullptr) {
+        // The sink joins the sum and carries no value.
+        const float s = number(*sink, head), maximum = std::max(totals[i].maximum, s);
+        const float before = code.exponential(totals[i].maximum - maximum);
+        sum = sum * before + code.exponential(s - maximum);
+        for (size_t j = 0; j < value_width; j++) own[j] *= before;
+      }
+      for (size_t j = 0; j < value_width; j++) own[j] /= sum;
+      const size_t to = ((task.row * tokens + task.first + i / group) * heads + head) * value_width;
+      put(own, out->untyped_data(), result, to, value_width);
+    }
+  };
+
+  const size_t most = together * group;
+  size_t chunks = 0;
+  for (const Task& task : tasks) chunks += task.end - task.begin;
+  if (tasks.size() >= 4 * (size_t)pool.num_threads() || chunks == tasks.size()) {
+    // Enough tasks: each goes through its chunks.
+    parallel(pool, tasks.size(), [&](int64_t number) {
+      const Task& task = tasks[number];
+      Scratch p(most * kChunk), part_values(most * value_padded), total_values(most * value_padded);
+      std::vector<Partial> parts(most), totals(most);
+      std::memset(total_values.data(), 0, most * value_padded * sizeof(float));
+      for (size_t chunk = task.begin; chunk < task.end; chunk++) {
+        compute(task, chunk, p.data(), parts.data(), part_values.data());
+        for (size_t i = 0; i < task.count * group; i++)
+          join(code, &totals[i], total_values.data() + i * value_padded, parts[i], part_values.data() + i * value_padded, value_width);
+      }
+      finish(task, totals.data(), total_values.data());
+    });
+    return ffi::Error::Success();
+  }
+  // Few tasks over long contexts: chunks side by side, joined afterwards in the same order.
+  std::vector<size_t> first_part(tasks.size() + 1, 0), task_of;
+  for (size_t i = 0; i < tasks.size(); i++) {
+    const size_t own = tasks[i].end - tasks[i].begin;
+    first_part[i + 1] = first_part[i] + own;
+    task_of.insert(task_of.end(), own, i);
+  }
+  std::vector<Partial> parts(chunks * most);
+  Scratch part_values(chunks * most * value_padded);
+  parallel(pool, chunks, [&](int64_t number) {
+    const size_t i = task_of[number];
+    Scratch p(most * kChunk);
+    compute(tasks[i], tasks[i].begin + number - first_part[i], p.data(), &parts[number * most],
+            part_values.data() + number * most * value_padded);
+  });
+  parallel(pool, tasks.size(), [&](int64_t number) {
+    const Task& task = tasks[number];
+    Scratch total_values(most * value_padded);
+    std::vector<Partial> totals(most);
+    std::memset(total_values.data(), 0, most * value_padded * sizeof(float));
+    for (size_t part = first_part[number]; part < first_part[number + 1]; part++)
+      for (size_t i = 0; i < task.count * group; i++)
+        join(code, &totals[i], total_values.data() + i * value_padded, parts[part * most + i],
+             part_values.data() + (part * most + i) * value_padded, value_width);
+    finish(task, totals.data(), total_values.data());
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+EXPORTED XLA_FFI_Error* dancemoe_attention(XLA_FFI_CallFrame*);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(dancemoe_attention, Attention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<float>("scale"));
+
+}  // namespace dancemoe

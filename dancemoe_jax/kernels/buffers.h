@@ -1,0 +1,108 @@
+// XLA's buffers as the inner loops take them.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "vector_code.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace dancemoe {
+
+namespace ffi = xla::ffi;
+
+inline ffi::Error invalid(const std::string& message) {
+  return ffi::Error(ffi::ErrorCode::kInvalidArgument, "dancemoe: " + message);
+}
+
+// How a buffer's elements are stored; uint16 are the bits of bfloat16. False for any other type.
+inline bool type_of(ffi::DataType stored, Type* type) {
+  switch (stored) {
+    case ffi::F32: *type = Type::kFloat32; return true;
+    case ffi::BF16:
+    case ffi::U16: *type = Type::kBfloat16; return true;
+    case ffi::S8: *type = Type::kInt8; return true;
+    default: return false;
+  }
+}
+
+// Memory that is not cleared first.
+class Scratch {
+ public:
+  explicit Scratch(size_t count) : floats_(new float[count + 16]) {}
+  float* data() { return floats_.get(); }
+
+ private:
+  std::unique_ptr<float[]> floats_;
+};
+
+// From one row of activations to the next: padded, and a cache line more. Rows a power of two apart would all want the same
+// few lines of the cache.
+inline size_t row_stride(size_t width) { return padded(width) + 16; }
+
+// Rows of activations as float32, padded with zeros to a multiple of kPad, always the same distance apart. A few that are
+// stored so already are not copied.
+class Rows {
+ public:
+  // The chosen ones of `count` rows of `heads` times `width`; each head is a row then.
+  Rows(const void* data, Type type, size_t count, size_t heads, size_t width, const std::vector<size_t>& chosen)
+      : starts_(chosen.size() * heads) {
+    const size_t stride = row_stride(width);
+    if (type == Type::kFloat32 && padded(width) == width && chosen.size() == count && starts_.size() <= kFewRows) {
+      for (size_t r = 0; r < starts_.size(); r++) starts_[r] = static_cast<const float*>(data) + r * width;
+      return;
+    }
+    copy_.reset(new float[starts_.size() * stride]);
+    for (size_t r = 0; r < starts_.size(); r++) {
+      const size_t from = (chosen[r / heads] * heads + r % heads) * width;
+      float* row = copy_.get() + r * stride;
+      if (type == Type::kFloat32)
+        std::memcpy(row, static_cast<const float*>(data) + from, width * sizeof(float));
+      else
+        vector_code().widen(static_cast<const uint16_t*>(data) + from, row, width);
+      std::memset(row + width, 0, (padded(width) - width) * sizeof(float));
+      starts_[r] = row;
+    }
+  }
+  Rows(const void* data, Type type, size_t count, size_t width) : Rows(data, type, count, 1, width, up_to(count)) {}
+  const float* operator[](size_t row) const { return starts_[row]; }
+
+ private:
+  static constexpr size_t kFewRows = 4;
+  static std::vector<size_t> up_to(size_t count) {
+    std::vector<size_t> numbers(count);
+    for (size_t i = 0; i < count; i++) numbers[i] = i;
+    return numbers;
+  }
+  std::vector<const float*> starts_;
+  std::unique_ptr<float[]> copy_;
+};
+
+// One number of a small array (a bias).
+inline float number(const ffi::AnyBuffer& buffer, size_t index) {
+  if (buffer.element_type() == ffi::F32) return static_cast<const float*>(buffer.untyped_data())[index];
+  float result;
+  const uint32_t bits = (uint32_t) static_cast<const uint16_t*>(buffer.untyped_data())[index] << 16;
+  std::memcpy(&result, &bits, sizeof bits);
+  return result;
+}
+
+// Float32 results into a row of the output, in its type.
+inline void put(const float* from, void* to, Type type, size_t start, size_t count) {
+  if (type == Type::kFloat32)
+    std::memcpy(static_cast<float*>(to) + start, from, count * sizeof(float));
+  else
+    vector_code().narrow(from, static_cast<uint16_t*>(to) + start, count);
+}
+
+// Rows of weights that one task goes through: about 128 kB of them, which is long enough to be read at full speed and
+// short enough to stay in a core's cache while many rows of activations meet it.
+inline size_t rows_of_a_task(const Matrix& weights) {
+  const size_t fitting = (128 << 10) / (weights.width * size_of(weights.type) + 1);
+  return std::min<size_t>(std::max<size_t>(fitting / 8 * 8, 8), 256);
+}
+
+}  // namespace dancemoe

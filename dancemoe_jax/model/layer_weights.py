@@ -1,0 +1,58 @@
+"""A scan over layers of one kind, whose large weights stay where they lie in the stack of all layers."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool
+
+from dancemoe_jax.kernels.linear import StackedWeight
+
+# Parameters of products, which native calls take where they lie.
+_PRODUCTS = frozenset(
+    ("q", "k", "v", "o", "q_down", "kv_down", "k_up", "v_up", "router", "shared_in", "shared_out", "shared_gate")
+)
+
+
+class LayerWeights:
+    """One layer's part of each parameter of `Layers`, by the same names: arrays, or for products a StackedWeight."""
+
+    def __init__(self, names: Iterable[str], parts: dict[str, Any]):
+        for name in names:
+            setattr(self, name, parts.get(name))
+
+
+def scan_run(
+    body: Callable,
+    layers: nnx.Module,
+    numbers: range,
+    carry: Any,
+    inputs: tuple[Any, ...],
+    *,
+    remat: bool,
+    native: bool,
+    active: Bool[Array, " rows"] | None,
+) -> tuple[Any, Any]:
+    """Go through one run of layers.
+
+    Args:
+        body: (carry, (layer: LayerWeights, number, *inputs)) -> (carry, aux).
+        layers: the run's parameters, stacked; numbers: of its layers.
+        inputs: pytrees with a leading axis over the run's layers.
+        remat, native, active: as in `decoder.scan_layers`.
+
+    Returns:
+        carry, and `aux` of the layers stacked.
+    """
+    parts = {name: value[...] for name, value in vars(layers).items() if isinstance(value, nnx.Variable)}
+    stacks = {name: parts.pop(name) for name in (_PRODUCTS & parts.keys() if native else ())}
+
+    def one(carry, own):
+        sliced, number, *rest = own
+        lying = {name: StackedWeight(stack, number - numbers.start, active) for name, stack in stacks.items()}
+        return body(carry, (LayerWeights(vars(layers).keys(), sliced | lying), number, *rest))
+
+    own = (parts, jnp.arange(numbers.start, numbers.stop, dtype=jnp.int32), *inputs)
+    return jax.lax.scan(jax.checkpoint(one) if remat else one, carry, own)

@@ -1,0 +1,250 @@
+"""Native calls against their twins in XLA, and the order of their additions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dancemoe_jax.kernels import library
+from dancemoe_jax.kernels.attention import cached_attention_native, cached_attention_xla
+from dancemoe_jax.kernels.experts import slot_experts_native, slot_experts_xla
+from dancemoe_jax.kernels.linear import stacked_linear_native, stacked_linear_xla
+from dancemoe_jax.model.experts import ExpertWeights
+
+pytestmark = pytest.mark.skipif(library.load() is None, reason="no C++ compiler")
+
+KINDS = ["float32", "bfloat16", "int8"]
+
+
+def stored(rng, kind, *shape):
+    """Weights as a pool holds them, and their scale where they have one."""
+    weights = rng.normal(size=shape).astype(np.float32)
+    if kind == "int8":
+        scale = np.abs(weights).max(-1) / 127
+        return jnp.asarray(np.rint(weights / scale[..., None]).astype(np.int8)), jnp.asarray(scale)
+    weights = jnp.asarray(weights, kind)
+    return (weights if kind == "float32" else jax.lax.bitcast_convert_type(weights, jnp.uint16)), None
+
+
+def banks_of(rng, kind, sizes, hidden, inner, biased):
+    banks = []
+    for size in sizes:
+        (w_in, s_in), (w_out, s_out) = (
+            stored(rng, kind, size, 2 * inner, hidden),
+            stored(rng, kind, size, hidden, inner),
+        )
+        b_in, b_out = stored(rng, kind, size, 2 * inner), stored(rng, kind, size, hidden)
+        if kind == "int8":
+            b_in, b_out = stored(rng, "float32", size, 2 * inner), stored(rng, "float32", size, hidden)
+        bias = (b_in[0], b_out[0]) if biased else (None, None)
+        banks.append(ExpertWeights(w_in, w_out, *bias, s_in, s_out))
+    return banks
+
+
+def close(ours, theirs, kind):
+    ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
+    scale = np.abs(theirs).max() + 1e-9
+    np.testing.assert_allclose(ours / scale, theirs / scale, atol=2e-2 if kind == "bfloat16" else 2e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("hidden", "inner", "biased", "limit"), [(64, 48, False, 0.0), (52, 23, True, 7.0), (16, 80, True, 0.0)]
+)
+@pytest.mark.parametrize("tokens", [1, 5, 70])
+def test_experts_equal_their_twin(kind, hidden, inner, biased, limit, tokens, rng):
+    banks = banks_of(rng, kind, [3, 1, 4], hidden, inner, biased)
+    x = jnp.asarray(rng.normal(size=(tokens, hidden)), "bfloat16" if kind == "bfloat16" else "float32")
+    slots = jnp.asarray(rng.integers(-1, 8, (tokens, 3)), jnp.int32)
+    weights = jnp.asarray(rng.random((tokens, 3)), jnp.float32)
+    got = jax.jit(lambda *a: slot_experts_native(*a, limit=limit))(banks, x, slots, weights)
+    assert got.dtype == x.dtype
+    wide = x.astype(jnp.float32)
+    close(got, slot_experts_xla(banks, wide, slots, weights, limit=limit), kind)
+
+
+def test_experts_with_nothing_to_do_give_zeros(rng):
+    banks = banks_of(rng, "float32", [2], 16, 16, False)
+    got = slot_experts_native(banks, jnp.ones((3, 16)), jnp.full((3, 2), -1), jnp.ones((3, 2)))
+    np.testing.assert_array_equal(got, np.zeros((3, 16)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("inputs", "outputs", "rows"), [(64, 96, 1), (1100, 70, 7), (37, 5, 40), (2100, 40, 33)])
+def test_linear_equals_its_twin(kind, inputs, outputs, rows, rng):
+    weight, scale = stored(rng, kind, 3, outputs, inputs)
+    x = jnp.asarray(rng.normal(size=(rows, inputs)), "bfloat16" if kind == "bfloat16" else "float32")
+    call = jax.jit(stacked_linear_native, static_argnames="dtype")
+    for layer in range(3):
+        got = call(x, weight, jnp.int32(layer), scale, dtype="float32")
+        close(got, stacked_linear_xla(x.astype(jnp.float32), weight, layer, scale), "float32")
+        close(call(x, weight, jnp.int32(layer), scale), got, kind)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("heads", [(), (3,)])
+def test_rows_that_are_not_active_give_zeros(kind, transposed, heads, rng):
+    weight, _ = stored(rng, kind, 2, *heads, *((40, 24) if transposed else (24, 40)))
+    x = jnp.asarray(rng.normal(size=(5, *heads, 40)), kind)
+    active = jnp.array([True, False, True, True, False])
+    got = stacked_linear_native(x, weight, 1, active, transposed=transposed)
+    close(got, stacked_linear_xla(x.astype(jnp.float32), weight, 1, active, transposed=transposed), kind)
+    np.testing.assert_array_equal(got[np.array([1, 4])], 0)
+    whole = stacked_linear_native(x, weight, 1, transposed=transposed)
+    np.testing.assert_array_equal(got[np.array([0, 2, 3])], whole[np.array([0, 2, 3])])
+    nobody = stacked_linear_native(x, weight, 1, jnp.zeros(5, bool), transposed=transposed)
+    np.testing.assert_array_equal(nobody, jnp.zeros_like(whole))
+
+
+def cache_of(rng, kind, *shape):
+    return stored(rng, kind, *shape)[0]
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+@pytest.mark.parametrize("window", [None, 0, 5, 300])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_attention_equals_its_twin(kind, window, sinks, tokens, rng):
+    keys, values = cache_of(rng, kind, 2, 5, 700, 2, 24), cache_of(rng, kind, 2, 5, 700, 2, 40)
+    q = jnp.asarray(rng.normal(size=(4, tokens, 6, 24)), jnp.float32)
+    slot, start = jnp.array([3, 0, 1, 4]), jnp.array([0, 255, 600, 17])
+    length = jnp.array([tokens, tokens, max(1, tokens - 3), 0])
+    sink = jnp.asarray(rng.normal(size=6), jnp.float32) if sinks else None
+    arguments = (q, keys, values, jnp.int32(1), slot, start, length)
+    got = jax.jit(cached_attention_native, static_argnames="scale")(*arguments, scale=0.2, window=window, sinks=sink)
+    expected = cached_attention_xla(*arguments, scale=0.2, window=window, sinks=sink)
+    np.testing.assert_allclose(got, expected, atol=3e-6)
+
+
+def test_latent_attention_equals_its_twin(rng):
+    keys = cache_of(rng, "float32", 2, 3, 600, 1, 72)
+    q = jnp.asarray(rng.normal(size=(3, 2, 16, 72)), jnp.float32)
+    arguments = (q, keys, None, 1, jnp.array([2, 0, 1]), jnp.array([500, 3, 256]), jnp.array([2, 2, 1]))
+    got = cached_attention_native(*arguments, scale=0.1, value_width=50)
+    np.testing.assert_allclose(got, cached_attention_xla(*arguments, scale=0.1, value_width=50), atol=3e-6)
+
+
+# --- The order of additions.
+
+
+def neighbours(rng, rows, own, place):
+    """`own` at row `place` among random others."""
+    others = rng.normal(size=(rows, *own.shape)).astype(np.float32)
+    return jnp.asarray(others).at[place].set(own.astype(jnp.float32)).astype(own.dtype)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_a_row_has_the_same_bits_in_every_batch(kind, rng):
+    banks = banks_of(rng, kind, [5, 3], 200, 70, True)
+    weight, _ = stored(rng, kind, 2, 90, 2200)
+    x, wide = (jnp.asarray(rng.normal(size=n), kind) for n in (200, 2200))
+    slots, weights = np.array([1, 6, 4]), jnp.array([0.2, 0.5, 0.3])
+    alone = slot_experts_native(banks, x[None], jnp.asarray(slots[None]), weights[None])[0]
+    alone_linear = stacked_linear_native(wide[None], weight, 1)[0]
+    for rows in (*range(1, 17), 40):
+        place = int(rng.integers(rows))
+        routed = rng.integers(-1, 8, (rows, 3))
+        routed[place] = slots
+        shares = jnp.asarray(rng.random((rows, 3)), jnp.float32).at[place].set(weights)
+        got = slot_experts_native(banks, neighbours(rng, rows, x, place), jnp.asarray(routed), shares)
+        np.testing.assert_array_equal(got[place], alone)
+        got = stacked_linear_native(neighbours(rng, rows, wide, place), weight, 1)
+        np.testing.assert_array_equal(got[place], alone_linear)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("kv_heads", "value_width"), [(2, None), (1, 40)])
+def test_a_query_has_the_same_bits_in_every_batch_and_chunk(kind, kv_heads, value_width, rng):
+    keys = cache_of(rng, kind, 1, 16, 900, kv_heads, 56)
+    values = None if value_width else cache_of(rng, kind, 1, 16, 900, kv_heads, 48)
+    q = jnp.asarray(rng.normal(size=(8, 56)), kind)
+    how = {"scale": 0.3, "value_width": value_width}
+    for position in (0, 255, 256, 850):
+        ours = (jnp.array([7]), jnp.array([position]), jnp.array([1]))
+        alone = cached_attention_native(q[None, None], keys, values, 0, *ours, **how)[0, 0]
+        for rows in (2, 5, 16):
+            place = int(rng.integers(rows))
+            slot = jnp.asarray(rng.integers(0, 16, rows), jnp.int32).at[place].set(7)
+            start = jnp.asarray(rng.integers(0, 800, rows), jnp.int32).at[place].set(position)
+            batch = neighbours(rng, rows, q[None], place)
+            got = cached_attention_native(batch, keys, values, 0, slot, start, jnp.ones(rows, jnp.int32), **how)
+            np.testing.assert_array_equal(got[place, 0], alone)
+        for before in (1, 4, 30):  # as a token of a chunk of prompt
+            if position < before:
+                continue
+            chunk = neighbours(rng, before + 3, q, before)[None]
+            ours = (jnp.array([7]), jnp.array([position - before]), jnp.array([before + 3]))
+            got = cached_attention_native(chunk, keys, values, 0, *ours, **how)
+            np.testing.assert_array_equal(got[0, before], alone)
+
+
+def test_instruction_sets_with_fused_products_agree_on_all_bits(rng):
+    loaded = library.load()
+    banks = banks_of(rng, "bfloat16", [4], 150, 70, False)
+    x = jnp.asarray(rng.normal(size=(7, 150)), jnp.float32)
+    slots, weights = jnp.asarray(rng.integers(-1, 4, (7, 2))), jnp.asarray(rng.random((7, 2)), jnp.float32)
+    keys = cache_of(rng, "float32", 1, 2, 600, 2, 40)
+    q = jnp.asarray(rng.normal(size=(2, 3, 8, 40)), jnp.float32)
+    results = {}
+    level = 0
+    try:
+        while loaded.dancemoe_use_instruction_set(level):
+            name = loaded.dancemoe_instruction_set().decode()
+            at = (0, jnp.array([0, 1]), jnp.array([500, 3]), jnp.array([3, 2]))
+            attended = cached_attention_native(q, keys, keys, *at, scale=0.3)
+            results[name] = np.asarray(slot_experts_native(banks, x, slots, weights)), np.asarray(attended)
+            level += 1
+    finally:
+        loaded.dancemoe_use_instruction_set(level - 1)
+    expected = results.pop("plain")
+    for ours in results.values():
+        for part, plain in zip(ours, expected, strict=True):
+            np.testing.assert_allclose(part, plain, rtol=1e-4, atol=1e-4)
+    parts = list(results.values())
+    for ours in parts[1:]:
+        for part, first in zip(ours, parts[0], strict=True):
+            np.testing.assert_array_equal(part, first)
+
+
+# --- Inside programs.
+
+
+def test_four_devices_of_one_process_call_at_once_and_come_back(rng):
+    devices = 4
+    mesh = jax.make_mesh((devices,), ("d",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices])
+    banks = banks_of(rng, "float32", [4], 256, 192, False)
+    weight, _ = stored(rng, "float32", 6, 256, 256)
+    x = jnp.asarray(rng.normal(size=(devices * 4, 256)), jnp.float32)
+    slots, weights = jnp.asarray(rng.integers(0, 4, (devices * 4, 2))), jnp.ones((devices * 4, 2)) / 2
+
+    @jax.jit
+    @jax.shard_map(mesh=mesh, in_specs=(jax.P("d"), jax.P("d"), jax.P("d"), jax.P(), jax.P()), out_specs=jax.P("d"))
+    def steps(x, slots, weights, banks, weight):
+        def layer(x, index):
+            x = x + 0.1 * slot_experts_native(banks, x, slots, weights)
+            x = x + 0.1 * stacked_linear_native(x, weight, index)
+            return jax.lax.ppermute(x, "d", [(i, (i + 1) % devices) for i in range(devices)]), None
+
+        return jax.lax.scan(layer, x, jnp.arange(6))[0]
+
+    first = np.asarray(steps(x, slots, weights, banks, weight))
+    for _ in range(100):
+        np.testing.assert_array_equal(steps(x, slots, weights, banks, weight), first)
+
+
+def test_a_scan_copies_no_weight(rng):
+    weight, _ = stored(rng, "float32", 7, 300, 200)
+    run = jax.jit(
+        lambda x, w: jax.lax.scan(
+            lambda x, i: (stacked_linear_native(x, w, i)[:, :200], None), x, jnp.arange(7, dtype=jnp.int32)
+        )[0]
+    )
+    text = run.lower(jnp.ones((2, 200)), weight).compile().as_text()
+    assert "dancemoe_linear" in text
+    made = [
+        line
+        for line in text.splitlines()
+        if "= f32[300,200]" in line or "= f32[1,300,200]" in line or (" copy(" in line and "7,300,200" in line)
+    ]
+    assert not made
