@@ -43,7 +43,7 @@ def print_costs(costs: dict[str, dict[str, Any]], cluster: Cluster) -> None:
     print_text(
         "remote: share of calls, mean over servers. P(network): a token's layer needs another server; servers: distinct",
         f"remote ones per token and layer; both from {basis}. balance: busiest device over mean. decode: network time of a",
-        "step. prefill: bytes of a prompt chunk. Both as --active and the flags beside it say. gap: remote calls of all servers",
+        "step. prefill: bytes of a prompt chunk. Both as --active and its fellows say. gap: remote calls of all servers",
         "together beyond the fewest possible, on the statistics planned on: there each server counts by its traffic.",
     )
     print()
