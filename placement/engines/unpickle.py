@@ -2,8 +2,8 @@
 
 A pickle is a small program. This module runs it on a machine of its own that knows plain data, numpy arrays and the storages of
 PyTorch's zip files, and stops at anything else. Neither `pickle` nor torch is involved. What it builds is bounded by the size
-of the file: references are counted as if each were a copy, nesting ends at a fixed depth, and keys of dicts are texts and numbers,
-whose hash needs no recursion. Holds no engine's layout.
+of the file: references are counted as if each were a copy, nesting ends at a fixed depth, and keys of dicts are texts
+and numbers, whose hash needs no recursion. Holds no engine's layout.
 """
 
 import math
