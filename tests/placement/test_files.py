@@ -52,8 +52,8 @@ def test_a_newline_alone_ends_a_line(tmp_path):
 
 
 def test_marks_carriage_returns_and_blank_lines(tmp_path):
-    path = written(tmp_path, "\ufeffhello\r\n\r\n  \n\ufeffsecond\n")
-    assert list(read_lines(path)) == [(1, "hello"), (4, "\ufeffsecond")]
+    path = written(tmp_path, "\ufefffirst\r\n\r\n  \n\ufeffsecond\n")
+    assert list(read_lines(path)) == [(1, "first"), (4, "\ufeffsecond")]
     assert list(read_lines(written(tmp_path, ""))) == []
     with pytest.raises(InputError, match="file: not text: line 2, byte 1 is not UTF-8"):
         list(read_lines(written(tmp_path, b"a\nb\xff\n")))
@@ -62,7 +62,7 @@ def test_marks_carriage_returns_and_blank_lines(tmp_path):
 def test_a_line_that_begins_with_a_brace_is_json():
     assert parse_line('{"prompt": "a\u2028b"}', "f: line 1") == {"prompt": "a\u2028b"}
     assert parse_line("[INST] no JSON", "f: line 1") == "[INST] no JSON"
-    assert "f: line 7: not valid JSON" in refusal(parse_line, ' {"prompt": "hello"', "f: line 7")
+    assert "f: line 7: not valid JSON" in refusal(parse_line, ' {"prompt": "first"', "f: line 7")
 
 
 def test_json_reads_what_json_is(tmp_path):
