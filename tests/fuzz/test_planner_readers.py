@@ -87,7 +87,7 @@ def child(seed: int, start: int, count: int, folder: Path) -> tuple[list[dict], 
         out.seek(0)
         err.seek(0)
         found, said = [json.loads(line) for line in out], err.read()
-    last = int(progress.read_text())
+    last = int(progress.read_text() or start)  # empty where the process ended while it wrote
     if ended == 0:
         return found, last
     if ended != 3:  # not for its memory, which is reported
