@@ -12,6 +12,7 @@ from placement.commands.inputs import (
     add_workload,
     check_plot,
     read_workload,
+    whole_number,
 )
 from placement.commands.output import print_costs, print_text
 from placement.data.cluster import Cluster
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--profile", required=True, metavar="P", help="profile.npz to plan on")
     add("--eval", metavar="P2", help="profile.npz to count costs on (default: the one planned on)")
     add("--strategies", default=",".join(STRATEGIES), metavar="A,B", help=STRATEGIES_HELP)
-    add("--seed", type=int, default=0, help="for strategies that draw at random (default: 0)")
+    add("--seed", type=whole_number, default=0, help="for strategies that draw at random (default: 0)")
     add("--plot", metavar="FILE.png", help="draw remote share against P(network), with the frontier")
     add("--bound", action="store_true", help="certify how low P(network) could be at best; takes about a minute")
     add_prior(parser)

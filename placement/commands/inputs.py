@@ -30,6 +30,17 @@ def add_prior(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prior", type=_at_least_0, default=DEFAULT_PRIOR, metavar="N", help=what)
 
 
+def whole_number(text: str) -> int:
+    """A flag's whole number from 0, such as a seed."""
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise ValueError
+    return value
+
+
+whole_number.__name__ = "whole number from 0"  # argparse names it in its messages
+
+
 def _at_least_0(text: str) -> float:
     value = float(text)
     if not 0 <= value < 2**53:

@@ -12,6 +12,7 @@ from placement.commands.inputs import (
     check_plot,
     load_profile,
     read_workload,
+    whole_number,
 )
 from placement.commands.output import print_costs, print_devices
 from placement.data.cluster import Cluster
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(STRATEGIES)}, or FILE.py:FUNCTION (default: dance)",
     )
     add("--previous", metavar="OLD", help="placement.json in force; ties go to what moves least")
-    add("--seed", type=int, default=0, help="for strategies that draw at random (default: 0)")
+    add("--seed", type=whole_number, default=0, help="for strategies that draw at random (default: 0)")
     add("--out", required=True, metavar="NEW", help="placement.json to write")
     add("--plot", metavar="FILE.png", help="draw where copies live")
     add("--equal-slots", action="store_true", help="equally many experts on every device in each layer")

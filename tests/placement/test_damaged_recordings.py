@@ -16,6 +16,7 @@ from placement.__main__ import main
 from placement.data.statistics import implausible
 from placement.engines.saved_arrays import load_safetensors, load_torch
 from placement.engines.unpickle import load_pickle
+from placement.simulation.lockstep.predict import StepCosts
 from tests.helpers.torch_files import text, torch_pickle, torch_save, zipped
 
 FACTS = ["--name", "m", "--top-k", "2", "--hidden-size", "16", "--expert-bytes", "100"]
@@ -362,3 +363,16 @@ def test_request_lines(capsys):
     assert "r.jsonl: line 1: not valid JSON" in refused(capsys, "r.jsonl", *flags)
     Path("r.json").write_text(json.dumps([json.loads(line) for line in lines], indent=1))
     assert convert("r.json", *flags) == 0
+
+
+@pytest.mark.parametrize("command", ["plan", "compare", "bench"])
+def test_a_seed_below_0_is_one_line(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--seed", "-1"])
+    assert stop.value.code == 2
+    assert "argument --seed: invalid whole number from 0 value: '-1'" in capsys.readouterr().err
+
+
+def test_costs_that_sum_to_no_number():
+    with pytest.raises(InputError, match=r"must be 3 finite seconds from 0 to 1e\+06"):
+        StepCosts.from_dict({"prefill": [1e308, 0, 0], "decode": [0, 0, 0]})

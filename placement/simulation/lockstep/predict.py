@@ -26,6 +26,7 @@ from placement.simulation.lockstep.exchange import Exchange
 from placement.simulation.lockstep.scheduler import Member
 from placement.simulation.lockstep.serve import Served, serve
 
+_LONGEST = 1e6  # seconds of a step; sums of longer ones may be no numbers
 _MESSAGES = ("message_seconds", "row_seconds", "contention")
 _OVERHEADS = ("prefill_overhead", "decode_overhead")
 
@@ -72,9 +73,11 @@ class StepCosts:
         for key, count in (("prefill", 3), ("decode", 3), *((key, 1) for key in optional)):
             values = parsed.get(key, 0.0)
             values = values if isinstance(values, list | tuple) else [values]
-            plain = all(isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v < np.inf for v in values)
+            plain = all(isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v <= _LONGEST for v in values)
             if len(values) != count or not plain:
-                raise InputError(f"{source}: {key} = {show(values)}: must be {count} finite seconds from 0")
+                raise InputError(
+                    f"{source}: {key} = {show(values)}: must be {count} finite seconds from 0 to {_LONGEST:g}"
+                )
             found[key] = tuple(map(float, values)) if count > 1 else float(values[0])
         return cls(**found)
 
