@@ -10,6 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 def native_call(name: str, shape: tuple[int, ...], dtype: Any, *arguments: jax.Array, **attributes: Any) -> jax.Array:
     """Result of the native call `name`; varies over a mesh's axes as its arguments do together."""
+    # Scalars go as vectors of one: the layout of an array without axes would itself be an array without elements.
+    arguments = tuple(jnp.reshape(a, 1) if jnp.ndim(a) == 0 else a for a in arguments)
     axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in arguments))
 
     def varying(a: jax.Array) -> jax.Array:

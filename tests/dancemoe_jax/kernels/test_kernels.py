@@ -76,9 +76,9 @@ def test_linear_equals_its_twin(kind, inputs, outputs, rows, rng):
     x = jnp.asarray(rng.normal(size=(rows, inputs)), "bfloat16" if kind == "bfloat16" else "float32")
     call = jax.jit(stacked_linear_native, static_argnames="dtype")
     for layer in range(3):
-        got = call(x, weight, jnp.int32(layer), scale, dtype="float32")
-        close(got, stacked_linear_xla(x.astype(jnp.float32), weight, layer, scale), "float32")
-        close(call(x, weight, jnp.int32(layer), scale), got, kind)
+        got = call(x, weight, jnp.int32(layer), scale=scale, dtype="float32")
+        close(got, stacked_linear_xla(x.astype(jnp.float32), weight, layer, scale=scale), "float32")
+        close(call(x, weight, jnp.int32(layer), scale=scale), got, kind)
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
