@@ -26,12 +26,15 @@ def _above_zero(text: str) -> float:
 
 def _count(text: str) -> int:
     value = int(text)
-    if value < 1:
+    if not 1 <= value <= 10**7:
         raise ValueError
     return value
 
 
-_above_zero.__name__, _count.__name__ = "number above 0", "whole number from 1"  # argparse names them in its messages
+_above_zero.__name__, _count.__name__ = (
+    "number above 0",
+    "whole number from 1 to 10000000",
+)  # argparse names them in its messages
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

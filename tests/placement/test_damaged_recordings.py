@@ -376,3 +376,10 @@ def test_a_seed_below_0_is_one_line(capsys, command):
 def test_costs_that_sum_to_no_number():
     with pytest.raises(InputError, match=r"must be 3 finite seconds from 0 to 1e\+06"):
         StepCosts.from_dict({"prefill": [1e308, 0, 0], "decode": [0, 0, 0]})
+
+
+def test_a_count_that_no_list_can_have(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["simulate", "--profile", "p.npz", "--sequences", "1" + "0" * 30])
+    assert stop.value.code == 2
+    assert "--sequences: invalid whole number from 1 to 10000000 value" in capsys.readouterr().err
