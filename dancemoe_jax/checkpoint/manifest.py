@@ -66,7 +66,8 @@ def read_manifest(fields: dict[str, Any], file: Path) -> Manifest:
         experts, decoder = _object(fields, "experts"), _object(fields, "decoder")
         arrays = {name: _array(about, f"experts.arrays.{name}") for name, about in _object(experts, "arrays").items()}
         _check("experts.arrays", sorted(arrays), set(arrays) <= set(_FIELDS) and {"w_in", "w_out"} <= set(arrays))
-        crc32, per_bundle = experts.get("crc32"), experts.get("per_bundle")
+        crc32: Any = experts.get("crc32")
+        per_bundle: Any = experts.get("per_bundle")
         _check("experts.per_bundle", per_bundle, type(per_bundle) is int and 0 < per_bundle < 2**31)
         _check("experts.crc32", crc32, isinstance(crc32, list) and len(crc32) > 0 and isinstance(crc32[0], list))
         for row in crc32:

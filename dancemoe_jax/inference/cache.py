@@ -56,11 +56,13 @@ def attend_cached(rows: CacheRows, layer, caches, how, q, *new):
         return cache.at[layer, sequence[:, None], rows.positions].set(_as_stored(part, cache.dtype), mode="drop")
 
     caches = [cached(cache, part) for cache, part in zip(caches, new, strict=True)]
+    keys: Any = caches[0]
+    values = caches[1]
     if rows.native:
-        at = (layer, sequence, rows.positions[:, 0], rows.valid.sum(1))
-        return cached_attention_native(q, *caches, *at, **how._asdict()), caches
+        start, length = rows.positions[:, 0], rows.valid.sum(1)
+        return cached_attention_native(q, keys, values, layer, sequence, start, length, **how._asdict()), caches
     own = (layer,) if rows.sequences is None else (layer, sequence)
-    k, v = (None if cache is None else _as_computed(cache[own]) for cache in caches)
+    k, v = _as_computed(keys[own]), None if values is None else _as_computed(values[own])
     every = jnp.broadcast_to(jnp.arange(k.shape[1])[None], k.shape[:2])
     return how(q, k, v, jnp.where(rows.valid, rows.positions, 0), every), caches
 

@@ -103,9 +103,8 @@ def init_state(config: ModelConfig, mesh: Mesh, sequences: int, dtype=jnp.float3
     shape = (config.num_layers, mesh.size * sequences, config.max_position, heads)
     counts = jnp.zeros((mesh.size, config.num_moe_layers, config.num_experts), jnp.int32, device=sharded(mesh))
     key_width, value_width = config.cache_widths
-    keys, values = (
-        empty_cache(mesh, (*shape, width // heads), dtype) if width else None for width in (key_width, value_width)
-    )
+    keys = empty_cache(mesh, (*shape, key_width // heads), dtype)
+    values = empty_cache(mesh, (*shape, value_width // heads), dtype) if value_width else None
     return State(keys, values, counts)
 
 

@@ -1,5 +1,7 @@
 """Attention over the used positions of a cache: the native call (attention.cc) and its twin in XLA."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +30,7 @@ def cached_attention_native(
     """
     extra = () if sinks is None else (sinks,)
     integers = (layer, slot, start, length, 0 if window is None else window)
-    width = value_width if values is None else values.shape[-1]
+    width: Any = value_width if values is None else values.shape[-1]
     return native_call(
         "dancemoe_attention",
         (*q.shape[:3], width),

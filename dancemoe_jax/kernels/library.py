@@ -7,12 +7,12 @@ import ctypes
 import functools
 import logging
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 
 from dancemoe_jax.kernels import build
 
@@ -60,7 +60,7 @@ def _built() -> Path:
     compiler = build.find_compiler()
     if compiler is None:
         raise build.BuildError("there is no C++ compiler")
-    path = cache_folder() / f"{build.fingerprint(compiler, jaxlib.__version__)}.so"
+    path = cache_folder() / f"{build.fingerprint(compiler, version('jaxlib'))}.so"
     if not path.exists():
         build.build(path, jax.ffi.include_dir(), compiler)
     return path

@@ -23,6 +23,9 @@ class LayerWeights:
         for name in names:
             setattr(self, name, parts.get(name))
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"a layer of this kind has no parameter {name!r}")
+
 
 def scan_run(
     body: Callable,

@@ -25,7 +25,7 @@ def use_compile_cache(folder: str | None) -> None:
         jax.config.update("jax_enable_compilation_cache", False)
         return
     write_cache_everywhere()
-    if folder is None and jax.config.jax_compilation_cache_dir:
+    if folder is None and jax.config.values["jax_compilation_cache_dir"]:
         return
     path = Path(folder) if folder else user_cache() / "jax"
     try:

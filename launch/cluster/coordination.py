@@ -6,6 +6,7 @@ word on who has gone. Here it outlives the first server by the seconds that the 
     parent -> stdin    "end": all have left; end of file: the parent has gone
 """
 
+import importlib
 import logging
 import os
 import signal
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +56,8 @@ def main() -> None:
     address, *numbers = sys.argv[1:]
     count, heartbeat, shutdown = map(int, numbers)
     # Not by way of jax_runtime: all of JAX would take seconds and a hundred megabytes here.
-    from jaxlib import _jax
-
-    service = _jax.get_distributed_runtime_service(
+    runtime: Any = importlib.import_module("jaxlib._jax")
+    service = runtime.get_distributed_runtime_service(
         address, count, heartbeat_timeout=heartbeat, shutdown_timeout=shutdown
     )
     if not sys.stdin.buffer.readline():

@@ -24,7 +24,7 @@ def folder_fingerprint(path: str | os.PathLike[str]) -> str:
         ModelError: it is a model's folder, and a file of it is missing or damaged.
     """
     if (Path(path) / "config.json").is_file():
-        return model_fingerprint(path)
+        return model_fingerprint(Path(path))
     root, digest = Path(path), hashlib.sha256()
     files = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]
     try:

@@ -80,7 +80,8 @@ def _exchange_at(own: str) -> None:
 def write_cache_everywhere() -> None:
     """Have every process of a program write what it compiles to its cache: JAX lets only the first one, but on CPUs each
     server's programs are its own."""
-    vars(compiler)["distributed"] = SimpleNamespace(global_state=SimpleNamespace(process_id=0, client=None))
+    names: Any = compiler
+    names.distributed = SimpleNamespace(global_state=SimpleNamespace(process_id=0, client=None))
 
 
 def store_client() -> Any:

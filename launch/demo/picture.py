@@ -19,7 +19,7 @@ def draw(result: Figures, file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    style = {"font.size": 10, "text.color": INK, "axes.labelcolor": INK, "xtick.color": SOFT, "ytick.color": SOFT}
+    style: Any = {"font.size": 10, "text.color": INK, "axes.labelcolor": INK, "xtick.color": SOFT, "ytick.color": SOFT}
     with pyplot.rc_context(style):
         figure = pyplot.figure(figsize=(8, 5.2), facecolor="white", layout="constrained")
         rows = figure.add_gridspec(2, 3, height_ratios=(1.25, 1))

@@ -43,7 +43,9 @@ def timeline(result: Figures, colours: dict[str, str], width: int = 1120) -> str
     middle = top + RATIO_HEIGHT
     requests = [r for r in result.get("requests", ()) if r["finished_s"] <= end][:REQUEST_DOTS]
     bottom = middle + BETWEEN + LATENCY_HEIGHT if requests else middle
-    plots = [(top, middle)] + [(middle + BETWEEN, bottom)] * bool(requests)
+    plots: list[tuple[float, float]] = [(top, middle)]
+    if requests:
+        plots.append((middle + BETWEEN, bottom))
     parts = [_phase_band(n, p, x(p["start_s"]), x(p["end_s"]), plots) for n, p in enumerate(phases)]
     parts += [_moving(move, x, plots) for move in result["migrations"]]
     captions: list[tuple[float, str]] = []

@@ -102,7 +102,8 @@ def _characters(value: Any, depth: int = 0) -> int:
 
 
 def _params(given: dict[str, Any]) -> SamplingParams:
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items() if key in _FIELDS}
+    values: dict[str, Any] = {key: given[key] for key in _FIELDS if key in given}
+    values |= {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
     if isinstance(values.get("stop"), str):
         values["stop"] = (values["stop"],)
     stop, tokens = values.get("stop", ()), values.get("stop_tokens", ())
