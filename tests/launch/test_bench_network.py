@@ -52,6 +52,7 @@ def test_requests_of_a_trace_are_served_by_every_plan(trace, capfd):
     assert latency["least_bytes"] < uniform["least_bytes"]
 
 
+@pytest.mark.slow  # two minutes where other tests run beside it
 @on_testbed
 def test_an_exchange_sends_what_is_needed(trace, capfd):
     given = ["--trace", trace, "--hidden-size", "2048", "--steps", "3", "--rounds", "1", "--json"]

@@ -86,16 +86,22 @@ def test_servers_and_rates_must_be_usable(servers, rates):
 # The real thing
 
 
-def measured(bed, source, target, size):
-    """The best of some tries: on a busy machine a link may carry less than its rate, but never more."""
-    return max(bed.measure(source, target, size)[0] for _ in range(5))
+def measured(bed, source, target, size, least=float("inf")):
+    """The best of some tries: on a busy machine a link may carry less than its rate, but never more. So there are more of
+    them, up to a bound, as long as none reaches what it must."""
+    best = 0.0
+    for number in range(40):
+        best = max(best, bed.measure(source, target, size)[0])
+        if number >= 4 and (best > least or least == float("inf")):
+            break
+    return best
 
 
 @needs_system
 def test_links_have_the_rate_in_both_directions_and_a_short_round_trip(bed):
     for source, target in (("edge-a", "edge-c"), ("edge-c", "edge-a")):
         # Headers take 4.4 % of it; 4 MB are long enough to make nothing of the few KB that may leave at once.
-        assert 0.85 * 500e6 < measured(bed, source, target, 4_000_000) < 500e6
+        assert 0.85 * 500e6 < measured(bed, source, target, 4_000_000, 0.85 * 500e6) < 500e6
         assert min(bed.measure(source, target, 1000)[1] for _ in range(3)) < 5e-3
 
 
@@ -128,7 +134,7 @@ def test_joined_servers_add_up_over_the_links():
         coordinator = f"{bed.addresses['edge-a']}:8476"
         commands = {server: [sys.executable, program, server, coordinator, "add"] for server in bed.servers}
         environment = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-        collect = {"namespaces": bed.namespaces, "env": environment, "output": lambda *line: lines.append(line)}
+        collect = {"prefix": bed.prefix, "env": environment, "output": lambda *line: lines.append(line)}
         with start(commands, **collect) as processes:
             assert processes.wait(90)
         assert all((server, "stdout", "sum 6.0") in lines for server in bed.servers)
@@ -140,9 +146,9 @@ def test_two_testbeds_live_side_by_side_with_links_of_their_own(bed):
     with Testbed(["edge-a", "edge-b"], {"edge-a": Rates(20e6, 80e6), "edge-b": Rates(1e9, 1e9)}) as other:
         assert not set(bed.namespaces.values()) & set(other.namespaces.values())
         remove_leftovers()
-        assert 0.85 * 20e6 < measured(other, "edge-a", "edge-b", 300_000) < 20e6
-        assert 0.85 * 80e6 < measured(other, "edge-b", "edge-a", 1_000_000) < 80e6
-    assert measured(bed, "edge-a", "edge-c", 1_000_000) > 200e6
+        assert 0.85 * 20e6 < measured(other, "edge-a", "edge-b", 300_000, 0.85 * 20e6) < 20e6
+        assert 0.85 * 80e6 < measured(other, "edge-b", "edge-a", 1_000_000, 0.85 * 80e6) < 80e6
+    assert measured(bed, "edge-a", "edge-c", 1_000_000, 200e6) > 200e6
 
 
 @needs_system

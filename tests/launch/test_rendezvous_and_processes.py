@@ -382,13 +382,13 @@ def test_sigterm_ends_a_joined_server(lines):
 
 
 def listening(port):
-    """Addresses at which this machine listens on a port, as the kernel writes them."""
+    """Addresses at which this machine listens on a port, as the kernel writes them; of IPv4 in IPv6 the IPv4 part."""
     found = []
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         for line in Path(table).read_text().splitlines()[1:]:
             address, state = line.split()[1], line.split()[3]
             if state == "0A" and int(address.rpartition(":")[2], 16) == port:
-                found.append(address.rpartition(":")[0])
+                found.append(address.rpartition(":")[0].removeprefix("0000000000000000FFFF0000"))
     return found
 
 
