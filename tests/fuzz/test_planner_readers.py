@@ -45,7 +45,9 @@ def work(tmp_path, monkeypatch):
 
 
 @given(st.integers(0, 2**40))
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=250, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_damaged_inputs(corpus, work, number):
     arguments = damaged(number, corpus, work)
     note(f"seed {number}: {[text[:80] for text in arguments]}")
