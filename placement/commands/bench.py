@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from placement.commands.inputs import STRATEGIES_HELP, add_json, whole_number
+from placement.commands.inputs import STRATEGIES_HELP, add_json
 from placement.data.cluster import Cluster
 from placement.data.problem import Problem
 from placement.data.profile import Profile
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = "layers x experts x servers x devices per server"
     parser.add_argument("--sizes", default=SIZES, metavar="LxExNxG,...", help=f"{what} (default: {SIZES})")
     parser.add_argument("--copies", type=float, default=1.3, help="memory, in copies of all experts (default: 1.3)")
-    parser.add_argument("--seed", type=whole_number, default=0, help="of the activations drawn (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the activations drawn (default: 0)")
     add_json(parser)
 
 
