@@ -41,8 +41,6 @@ def run(arguments: argparse.Namespace) -> None:
         InputError: an input cannot be used.
     """
     names = strategy_names(arguments.strategies)
-    if arguments.seed < 0:
-        raise InputError(f"--seed {arguments.seed}: must be at least 0")
     if arguments.plot:
         from placement.commands.plots import check_path
 

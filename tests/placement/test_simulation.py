@@ -377,7 +377,6 @@ def test_bad_arrivals_are_one_line(folder, capsys, text, message):
         ([], "--cluster: missing"),
         (["--cluster", "cluster.toml", "--arrivals", "none.csv"], "none.csv: cannot be read"),
         (["--cluster", "cluster.toml", "--strategies", "best"], "'best' is unknown; choose from"),
-        (["--cluster", "cluster.toml", "--seed", "-1"], "--seed -1: must be at least 0"),
         (["--cluster", "cluster.toml", "--duration", "1e-9"], "no request comes in this time"),
         (["--cluster", "cluster.toml", "--duration", "1e12"], "over 10 million requests"),
         (["--grid", "--cluster", "cluster.toml"], "--cluster: --grid has its own; leave it out"),
