@@ -46,7 +46,8 @@ def two_stage_experts(
         live: whether a pair may carry anything in this layer; the same on all devices. A pair of another server that is
             live costs a word, or a row if eager; one that is not costs nothing. See `live_links`.
         eager: pairs whose first row goes with the count, unasked; the same on all devices.
-        wire_dtype: what rows and sums are sent in, 2 or 4 bytes wide; default the dtype of x.
+        wire_dtype: what rows and sums are sent in, 2 or 4 bytes wide; default the dtype of x for rows, float32 for sums, which
+            then do not depend on which device computed what (kernels.experts.sum_grid).
 
     Returns:
         The sums, and how many rows this device sent across, those included that went before it was known that none is needed.
@@ -58,14 +59,14 @@ def two_stage_experts(
 
     def together(x, topk_weights):
         layer = LayerRows(links, me, wire_dtype or x.dtype, x, topk_weights, device, slot)
-        return _two_stages(layer, compute, transport, live, eager)
+        return _two_stages(layer, compute, transport, live, eager, wire_dtype or jnp.float32)
 
     # With NCCL all devices must decide alike; point to point, those that no live pair touches have no part in it.
     involved = live.any() if transport == "ragged" else live[me].any() | live[:, me].any()
     return jax.lax.cond(involved, together, alone, x, topk_weights)
 
 
-def _two_stages(layer, compute, transport, live, eager):
+def _two_stages(layer, compute, transport, live, eager, sums):
     """Send rows across, then within servers; compute all that is here; send the sums back the same ways.
 
     Where collectives run beside computing ("ragged"), what is at home is computed apart: it needs nothing that travels, so the
@@ -82,7 +83,7 @@ def _two_stages(layer, compute, transport, live, eager):
     to_server = (server[layer.device][:, :, None] == server[None, None]) & (layer.device >= 0)[:, :, None]
     wants = to_server.any(1) & jnp.array(linked_pairs(links.across, len(server)))[me][None]
     buffer, fill, back_across, rows = hop(
-        links.across, me, wants, live, eager, layer.pack, buffer, _varying(jnp.int32(tokens)), layer.wire
+        links.across, me, wants, live, eager, layer.pack, buffer, _varying(jnp.int32(tokens)), sums
     )
     back_within = None
     if links.within:
@@ -92,7 +93,7 @@ def _two_stages(layer, compute, transport, live, eager):
         wants = (at[:, :, None] == index_on_server[None, None]).any(1) & siblings[None]
         wants = wants & (jnp.arange(here) < fill)[:, None]
         buffer, fill, back_within, _ = hop(
-            links.within, me, wants, live, eager, lambda buffer, index, _: buffer[index], buffer, fill, layer.wire
+            links.within, me, wants, live, eager, lambda buffer, index, _: buffer[index], buffer, fill, sums
         )
 
     def of_first(size):

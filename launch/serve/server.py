@@ -73,8 +73,8 @@ class Server:
     changed: Callable[[Cluster], None]
     drain: Drain
     settle: Callable[[float], None]
-    phase: Callable[[str], None] = field(default_factory=lambda: _nothing, init=False)
-    failed_step: Callable[[str], None] = field(default_factory=lambda: _nothing, init=False)
+    phase: Callable[[str], None] = field(default_factory=lambda: _ignore, init=False)
+    failed_step: Callable[[str], None] = field(default_factory=lambda: _ignore, init=False)
     patience: float = field(default=0.0, init=False)
     host: Host | None = field(default=None, init=False)
     _gone: threading.Event = field(default_factory=threading.Event, init=False)  # whether another server has ended
@@ -225,9 +225,9 @@ class Server:
         leave_at_once()
 
 
-def _nothing(_: str) -> None:
-    """Nobody wants to know."""
-
-
 class _NotTogether(Exception):
     """The servers of the next program have not come together."""
+
+
+def _ignore(_: str) -> None:
+    """Where nobody wants to know."""
