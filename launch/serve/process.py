@@ -74,6 +74,7 @@ def serve(
     )
     if isinstance(source, FrontLink):
         server.phase, server.failed_step, server.patience = source.phase, source.failed_step, _PATIENCE_S
+        server.watch = source.watch
     try:
         if args.join:
             server.join_serving(args.join, cluster)

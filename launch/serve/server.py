@@ -28,6 +28,7 @@ from launch.engine.host import Host
 from launch.engine.loading import Loaded, load
 from launch.engine.memory import sizes
 from launch.migration.record import Record
+from launch.migration.worker import MigrationWorker
 from launch.serve.attach_migration import Start, migrating, resumed
 from launch.serve.drain import Drain
 from launch.serve.warm_up import warm_up
@@ -56,6 +57,7 @@ class Server:
             taken are answered.
         phase: called with what it does on its way to serving; failed_step: with why a step has failed that no other
             server's end explains; patience: seconds for the first server's port to become free.
+        watch: called with what each program serves, before its loop starts.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Server:
     settle: Callable[[float], None]
     phase: Callable[[str], None] = field(default_factory=lambda: _ignore, init=False)
     failed_step: Callable[[str], None] = field(default_factory=lambda: _ignore, init=False)
+    watch: Callable[[Host, Loaded, MigrationWorker | None], None] | None = field(default=None, init=False)
     patience: float = field(default=0.0, init=False)
     host: Host | None = field(default=None, init=False)
     _gone: threading.Event = field(default_factory=threading.Event, init=False)  # whether another server has ended
@@ -148,9 +151,12 @@ class Server:
             stack.enter_context(self.drain.watching(host))
             change = GroupChange(host, cluster)
             stack.callback(change.end)
+            worker = None
             if self.policy is not None:
                 start = Start(epoch, group.reason, group.limits, self.facts, group.coordinator, self.secret)
-                stack.enter_context(migrating(host, loaded, self.policy, self.state, start))
+                worker = stack.enter_context(migrating(host, loaded, self.policy, self.state, start))
+            if self.watch is not None:
+                self.watch(host, loaded, worker)
             log.info("%s: serving after %.1f s", self.name, time.monotonic() - self._since)
             if first or read is not None:
                 self.begin(host, cluster)
