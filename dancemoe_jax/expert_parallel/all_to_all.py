@@ -6,6 +6,7 @@ It is also the reference for the two-stage exchange over slow links (two_stage.p
 import jax
 import jax.numpy as jnp
 
+from dancemoe_jax.expert_parallel.ragged import add_replies
 from dancemoe_jax.mesh import AXIS
 
 
@@ -76,5 +77,4 @@ def _send_and_return(compute, x, topk_weights, device, slot, needs, size, wire):
     parcel = jax.tree.map(lambda a: jax.lax.all_to_all(a, AXIS, 0, 0).reshape(devices * size, -1), parcel)
     partial = compute(parcel["x"].astype(x.dtype), parcel["slots"].reshape(-1, k), parcel["weights"]).astype(wire)
     partial = jax.lax.all_to_all(partial.reshape(devices, size, -1), AXIS, 0, 0).astype(x.dtype)
-    rows = jnp.where(sent, token, x.shape[0]).reshape(-1)
-    return jnp.zeros_like(x).at[rows].add(partial.reshape(devices * size, -1), mode="drop")
+    return add_replies(jnp.zeros_like(x), partial.reshape(devices * size, -1), needs, size * jnp.arange(devices))
