@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dancemoe_jax.checkpoint.reader import bundled_model
+from dancemoe_jax.checkpoint.bundled import bundled_model
 from dancemoe_jax.inference.steps import init_state, prefill
 from dancemoe_jax.model.config import ModelConfig
 from launch.engine.single_process import Local, load

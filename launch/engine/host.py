@@ -72,13 +72,16 @@ class Host:
         self._lock = threading.Lock()
         self._looping = self._over = False  # whether it takes steps; whether it never will again
 
-    def submit(self, request: Request) -> Stream:
+    def submit(self, request: Request, stream: Stream | None = None) -> Stream:
         """Queue a request, from any thread; one that comes after the loop has ended for good is cancelled.
+
+        Args:
+            stream: takes its tokens; default: one that is made here.
 
         Raises:
             RequestError: its prompt does not fit the model.
         """
-        stream = Stream(request)
+        stream = stream or Stream(request)
         with self._lock:
             if self._over:
                 request.reason = "cancelled"

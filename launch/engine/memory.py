@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dancemoe_jax.model.config import ModelConfig
+from launch.cluster.example import ALONE
 from placement import Cluster, InputError, Profile
 
 WORKSPACE_BYTES = 8 * 2**20
@@ -57,3 +58,11 @@ def sizes(
     alike = np.ones((len(cluster.names), config.num_moe_layers, config.num_experts), np.int64)
     profile = model_profile(config, cluster, alike, name=path.name, reserved=reserved, itemsize=itemsize)
     return dataclasses.replace(profile, expert_bytes=config.expert_bytes(itemsize, int8))
+
+
+def alone(config: ModelConfig, sequences: int, *, itemsize: int = 4, int8: bool = False) -> Cluster:
+    """A cluster of one server, whose one device has room for the whole model."""
+    experts = config.num_moe_layers * config.num_experts * config.expert_bytes(itemsize, int8)
+    memory = reserved_bytes(config, sequences, itemsize) + experts
+    server = {"name": ALONE, "devices": [{"memory": memory}]}
+    return Cluster.from_dict({"server": [server]}, source="one server")

@@ -54,6 +54,8 @@ class Server:
         begin: called once, with the host, before its loop starts; changed: with the cluster of every later program.
         drain: ends serving on request; settle: takes no more requests, and waits so many seconds until those that were
             taken are answered.
+        phase: called with what it does on its way to serving; failed_step: with why a step has failed that no other
+            server's end explains.
     """
 
     name: str
@@ -71,6 +73,8 @@ class Server:
     changed: Callable[[Cluster], None]
     drain: Drain
     settle: Callable[[float], None]
+    phase: Callable[[str], None] = field(default_factory=lambda: _ignore, init=False)
+    failed_step: Callable[[str], None] = field(default_factory=lambda: _ignore, init=False)
     host: Host | None = field(default=None, init=False)
     _gone: threading.Event = field(default_factory=threading.Event, init=False)  # whether another server has ended
     _since: float = field(default=0.0, init=False)  # when it began to load, or to serve nobody
@@ -125,7 +129,9 @@ class Server:
         """
         cluster, first = group.cluster, self.host is None and read is None
         with contextlib.ExitStack() as stack:
+            self.phase("joining the other servers")
             devices = self._join(stack, group, also or {})
+            self.phase("loading the model")
             self._since = self._since or time.monotonic()
             profile = sizes(self.path, self.config, cluster, **self.options)
             placed, epoch, fits = group.placement, group.epoch, False
@@ -135,6 +141,7 @@ class Server:
             loaded = load(
                 self.path, self.config, cluster, devices, chunk=self.chunk, read=read, **planned, **self.options
             )
+            self.phase("compiling")
             warm_up(loaded.engine, self.name)
             host = self._moved(loaded, cluster)
             stack.enter_context(self.drain.watching(host))
@@ -149,7 +156,10 @@ class Server:
             try:
                 moves = host.run()
             except (jax.errors.JaxRuntimeError, ChannelLost) as error:
-                self._failed(error)
+                self._failed(error, alone=len(cluster.names) == 1)
+                raise
+            except Exception as error:
+                self.failed_step(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
                 raise
             if not moves:
                 return None
@@ -194,9 +204,11 @@ class Server:
         time.sleep(_LATER_S)
         leave_at_once()
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, error: Exception, alone: bool) -> None:
         """End because a step has failed: mostly because another server has ended, which is then said elsewhere."""
-        if self._gone.wait(_LOSS_S):
+        if alone:
+            self.failed_step(" ".join(str(error).split())[:500])
+        elif self._gone.wait(_LOSS_S):
             time.sleep(2 * _SETTLE_S)
         log.error(
             "server %s: a step has failed (%s); see what the other servers say, then start all again",
@@ -209,3 +221,7 @@ class Server:
 
 class _NotTogether(Exception):
     """The servers of the next program have not come together."""
+
+
+def _ignore(_: str) -> None:
+    """Where nobody wants to know."""

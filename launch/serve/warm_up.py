@@ -5,7 +5,7 @@ import time
 
 import jax
 
-from dancemoe_jax.inference.sampling import SamplingParams
+from dancemoe_jax.inference.sampling_params import SamplingParams
 from launch.engine.engine import Engine
 from launch.engine.request import Request
 

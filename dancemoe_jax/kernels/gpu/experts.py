@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
+from dancemoe_jax.kernels.experts import weighted_sum
 from dancemoe_jax.kernels.gpu.call import GpuKernels, dot, kernel_call, power_of_two
 from dancemoe_jax.kernels.swiglu import ExpertWeights, gate_up
 
@@ -130,7 +131,7 @@ def slot_experts_gpu(
     y = run(_down, (between, order), down, out_of, hidden, jnp.float32, "experts_down")
     # Assignments to no slot have rows that nobody wrote.
     y = jnp.where((slots < 0)[:, :, None], 0.0, y[:count].reshape(tokens, k, hidden))
-    return jnp.einsum("tkd,tk->td", y, weights.astype(jnp.float32), precision="highest").astype(x.dtype)
+    return weighted_sum(x, y, slots, weights)
 
 
 class _Tile(NamedTuple):
