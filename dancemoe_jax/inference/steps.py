@@ -245,7 +245,9 @@ def _over_devices(local, mesh):
 
     def run(*arguments):
         specs = (weights, state, *(own for _ in arguments[2:]))
-        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(state, result))(*arguments)
+        # Float32 means float32: GPUs would multiply it in TF32, and a router's choice would follow.
+        with jax.default_matmul_precision("highest"):
+            return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(state, result))(*arguments)
 
     return run
 

@@ -8,6 +8,7 @@ on without a message of its own: every step carries what all devices want after 
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -167,6 +168,10 @@ class Engine:
         self.state, result = take(
             self.weights, self.state, *on_devices, self._routing(step.kind, members), **self.shapes
         )
+        # All of it is on its way to the host before any of it is waited for.
+        wanted = (result.tokens, result.control, result.traffic, result.routed if self.sampler else None)
+        for part in jax.tree.leaves(wanted):
+            part.copy_to_host_async()
         return result
 
     def _control(self, step: Step) -> np.ndarray:

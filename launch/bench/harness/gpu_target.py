@@ -4,7 +4,6 @@ The compiler comes with the package `jax-cuda13-pjrt` (extra `gpu-compiler`). Wh
 for autotuning, which needs the card. Nothing runs.
 """
 
-import importlib.util
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from dancemoe_jax.mesh import make_mesh, replicated, sharded
 from dancemoe_jax.model.config import Latent, ModelConfig, Rope, Routing
 from dancemoe_jax.model.decoder import Decoder
 from dancemoe_jax.model.experts import ExpertWeights
+from launch.cluster.gpu import has_gpu_plugin
 from launch.engine.control_word import WIDTH
 from placement import InputError
 
@@ -116,7 +116,7 @@ def target_mesh(topology: str = "1x1x1", card: str = "sm_90") -> Mesh:
     Raises:
         InputError: the compiler for GPUs is not installed.
     """
-    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+    if not has_gpu_plugin():
         raise InputError(
             "compiling for a GPU: jax-cuda13-pjrt is not installed; pip install 'dancemoe-jax[gpu-compiler]'"
         )
@@ -182,8 +182,8 @@ def lower_step(
         return jax.ShapeDtypeStruct((devices, *shape), of, sharding=sharded(mesh))
 
     shapes = {"config": config, "layout": layout, "mesh": mesh, **steps}
-    if chunk:
-        numbers = [rows(1)] * 3
-        return prefill.lower(weights, state, rows(1, chunk), *numbers, rows(WIDTH), **shapes)
     grid = rows(sequences)
-    return decode_step.lower(weights, state, grid, grid, rows(sequences, of=bool), rows(WIDTH), **shapes)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # where newer versions of Pallas look for the card
+        if chunk:
+            return prefill.lower(weights, state, rows(1, chunk), *[rows(1)] * 3, rows(WIDTH), **shapes)
+        return decode_step.lower(weights, state, grid, grid, rows(sequences, of=bool), rows(WIDTH), **shapes)
