@@ -6,6 +6,7 @@ from dancemoe_jax.expert_parallel.pool import ExpertPool
 from dancemoe_jax.kernels.experts import slot_experts_native, slot_experts_xla
 from dancemoe_jax.kernels.gpu.call import GpuKernels
 from dancemoe_jax.kernels.gpu.experts import fits, slot_experts_gpu
+from dancemoe_jax.kernels.gpu.loop import slot_experts_loop
 
 
 def slot_experts(
@@ -32,8 +33,9 @@ def slot_experts(
     """
     if native:
         return slot_experts_native(pool.banks, x, slots, weights, limit=limit)
-    if gpu and fits(pool.banks):
-        return slot_experts_gpu(
-            pool.banks, x, slots, weights, limit=limit, most_slots=most_slots or slots.size, how=gpu
-        )
+    if gpu:
+        most = most_slots or slots.size
+        if gpu == "loop" or not fits(pool.banks):
+            return slot_experts_loop(pool.banks, x, slots, weights, limit=limit, most_slots=most)
+        return slot_experts_gpu(pool.banks, x, slots, weights, limit=limit, most_slots=most, how=gpu)
     return slot_experts_xla(pool.banks, x, slots, weights, limit=limit, tile=tile)

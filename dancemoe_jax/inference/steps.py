@@ -265,11 +265,16 @@ class _Step(NamedTuple):
     control: jax.Array | None
     routing: GivenRouting | None
 
+    @property
+    def kernels(self) -> GpuKernels:
+        """What attention and products take, which have no loop of their own."""
+        return None if self.gpu == "loop" else self.gpu
+
 
 def _run(step, weights, state, tokens, positions, sequences, all_logits=False):
     """One step of one device. tokens, positions [rows, chunk]; a position of max_position marks a row as empty."""
     config, valid = step.config, positions < step.config.max_position
-    rows = CacheRows(sequences, positions, valid, step.native, step.gpu)
+    rows = CacheRows(sequences, positions, valid, step.native, step.kernels)
     tables = weights.tables._replace(device=weights.tables.device[0], slot=weights.tables.slot[0])
     busy, control = _share(valid.any(), step.control)
     compute = functools.partial(
@@ -294,7 +299,7 @@ def _run(step, weights, state, tokens, positions, sequences, all_logits=False):
     per_layer = (tables, jax.tree.map(lambda a: jnp.swapaxes(a[0], 0, 1), step.routing))
     carry = (weights.decoder.embedding[...][tokens], state.k, state.v)
     (x, k, v), (traffic, counts, routed) = scan_layers(
-        config, weights.decoder, body, carry, per_layer, native=step.native, active=valid.reshape(-1), gpu=step.gpu
+        config, weights.decoder, body, carry, per_layer, native=step.native, active=valid.reshape(-1), gpu=step.kernels
     )
     last = jnp.maximum(valid.sum(1) - 1, 0)[:, None]
     if all_logits:

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--models", default="mixtral,deepseek-v2-lite,qwen3-30b", metavar="A,B", help="default: all three"
     )
-    parser.add_argument("--card", default="sm_90", help="sm_90: H100 80GB (default); sm_86: RTX 3090")
+    parser.add_argument("--card", default="sm_90", help="sm_90: H100 80GB (default); sm_86: A10, as RTX 30 cards")
     parser.add_argument(
         "--topologies", default="1x1x1,3x1x1", metavar="T,U", help="servers x hosts x cards (1x1x1,3x1x1)"
     )
@@ -29,8 +29,9 @@ def run(args: argparse.Namespace) -> None:
     """Compile decode and prefill of every model for every topology, and read what the programs do."""
     os.environ["JAX_PLATFORMS"] = "cpu"  # the card is compiled for, not looked for
     prepare_gpu([], [], None)
+    from launch.bench.harness.gpu_models import MODELS
     from launch.bench.harness.gpu_program import summary
-    from launch.bench.harness.gpu_target import CARDS, MODELS, lower_step, target_mesh
+    from launch.bench.harness.gpu_target import CARDS, lower_step, target_mesh
 
     names = args.models.split(",")
     for what, name, known in (("--card", args.card, CARDS), *(("--models", name, MODELS) for name in names)):

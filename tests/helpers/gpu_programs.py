@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from dancemoe_jax.expert_parallel.pool import _write as write
 from dancemoe_jax.expert_parallel.pool import write_rows
+from dancemoe_jax.inference import steps
 from dancemoe_jax.model.config import ModelConfig
 from launch.bench.harness.gpu_program import summary
 from launch.bench.harness.gpu_target import lower_step, target_mesh
@@ -41,6 +42,15 @@ def _adds(text: str, line: str) -> bool:
     return bool(body and " add(" in body[0])
 
 
+def unknown_card(mesh, both):
+    """A step for a GPU that the kernels are not for."""
+    known, steps.gpu_kernels = steps.gpu_kernels, lambda kernels, device: "loop"
+    try:
+        return lower_step(mesh=mesh, wire_dtype=jnp.bfloat16, **both)  # another argument, so that it is traced again
+    finally:
+        steps.gpu_kernels = known
+
+
 def main() -> None:
     prepare_gpu([], [], None)
     one, three, four = (target_mesh(topology) for topology in ("1x1x1", "3x1x1", "1x1x4"))
@@ -54,6 +64,7 @@ def main() -> None:
         "three servers": facts(lower_step(mesh=three, **both)),
         "four cards": facts(lower_step(mesh=four, one_server=True, **both)),
         "loop": facts(lower_step(mesh=one, kernels="xla", **both)),
+        "unknown card": facts(unknown_card(one, both)),
         "version": jax.__version__,
         "cache_bytes": CONFIG.cache_bytes(SEQUENCES, 2) // 2,
         "layer_cache_bytes": CONFIG.cache_bytes(SEQUENCES, 2) // 2 // CONFIG.num_layers,

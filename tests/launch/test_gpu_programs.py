@@ -32,7 +32,7 @@ def programs() -> dict[str, Any]:
 def test_one_server_never_waits_for_the_host(programs, name):
     own = programs[name]
     assert own["waits"] == 0
-    assert own["launches"] <= 48 * LAYERS
+    assert own["launches"] <= 52 * LAYERS
     assert own["collectives"] == {}
 
 
@@ -52,6 +52,13 @@ def test_servers_send_what_is_needed_and_gather_counts_alone(programs, name):
     assert not any("u16" in shape or shape_bytes(shape) > 1024 for shape in own["gathers"])
     # Whether anything leaves at all, and the sizes of either way: what a step's experts take is not among them.
     assert own["waits"] <= 3 * LAYERS
+
+
+def test_a_card_that_the_kernels_are_not_for_does_not_wait_and_copies_no_expert(programs):
+    own = programs["unknown card"]
+    assert own["waits"] == 0
+    assert not [name for name in own["copies"] if "moe" in name]
+    assert [name for name in programs["loop"]["copies"] if "moe" in name]
 
 
 def test_sums_of_floats_have_one_order(programs):

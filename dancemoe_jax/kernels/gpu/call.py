@@ -16,8 +16,9 @@ from jax.experimental.pallas import triton
 
 from dancemoe_jax.kernels.call import alike, varying_together
 
-# Compiled for the card, or carried out operation by operation on any device, for tests; None: XLA instead of the kernels.
-GpuKernels = Literal["compiled", "interpreted"] | None
+# Compiled for the card, or carried out operation by operation on any device, for tests; "loop" for GPUs that the kernels are
+# not for, where the expert product is a loop that does not wait (loop.py) and the rest XLA's; None: XLA throughout.
+GpuKernels = Literal["compiled", "interpreted", "loop"] | None
 # The least compute capability that Triton compiles for.
 _LEAST = 8.0
 
@@ -33,7 +34,7 @@ def gpu_kernels(kernels: str, device: Any) -> GpuKernels:
         return None
     capability = getattr(device, "compute_capability", None)
     known = "NVIDIA" in device.device_kind and (capability is None or float(capability) >= _LEAST)
-    return "compiled" if known else None
+    return "compiled" if known else "loop"
 
 
 def kernel_call(

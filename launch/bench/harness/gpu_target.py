@@ -1,4 +1,4 @@
-"""Steps compiled for a GPU on a machine that has none: devices to compile for, models by shape, abstract arguments.
+"""Steps compiled for a GPU on a machine that has none: devices to compile for and abstract arguments.
 
 The compiler comes with the package `jax-cuda13-pjrt` (extra `gpu-compiler`). What it makes is what a card would be given, but
 for autotuning, which needs the card. Nothing runs.
@@ -16,7 +16,7 @@ from dancemoe_jax.expert_parallel.pool import ExpertPool, PoolLayout, pool_layou
 from dancemoe_jax.expert_parallel.tables import Tables
 from dancemoe_jax.inference.steps import State, Weights, decode_step, init_state, prefill
 from dancemoe_jax.mesh import make_mesh, replicated, sharded
-from dancemoe_jax.model.config import Latent, ModelConfig, Rope, Routing
+from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.model.decoder import Decoder
 from dancemoe_jax.model.experts import ExpertWeights
 from launch.cluster.gpu import has_gpu_plugin
@@ -37,6 +37,7 @@ runtime_version {{ major: 13 minor: 0 }}
 device_description_str: "{name}"
 """
 # From the makers' data sheets and CUDA's table of compute capabilities.
+# The first is what data centers have, the second has the instructions and shared memory of consumer cards.
 CARDS: dict[str, dict[str, Any]] = {
     "sm_90": {
         "name": "NVIDIA H100 80GB HBM3",
@@ -52,57 +53,18 @@ CARDS: dict[str, dict[str, Any]] = {
         "memory": 84929347584,
     },
     "sm_86": {
-        "name": "NVIDIA GeForce RTX 3090",
+        "name": "NVIDIA A10",
         "major": 8,
         "minor": 6,
-        "cores": 82,
+        "cores": 72,
         "threads": 1536,
         "shared": 102400,
         "block": 101376,
         "cache": 6291456,
         "clock": 1.695,
-        "bandwidth": 936096000000,
-        "memory": 25438126080,
+        "bandwidth": 600000000000,
+        "memory": 25769803776,
     },
-}
-MODELS = {
-    "mixtral": ModelConfig(
-        32000,
-        4096,
-        32,
-        32,
-        8,
-        128,
-        8,
-        2,
-        14336,
-        max_position=4096,
-        qk_norm="",
-        tie_embeddings=False,
-        family="mixtral",
-    ),
-    "deepseek-v2-lite": ModelConfig(
-        102400,
-        2048,
-        27,
-        16,
-        16,
-        192,
-        64,
-        6,
-        1408,
-        shared_expert_size=2816,
-        dense_layers=(0,),
-        dense_size=10944,
-        max_position=4096,
-        qk_norm="",
-        latent=Latent(512, 128, 64, 128),
-        routing=Routing(normalize=False),
-        rope=Rope(interleaved=True),
-        tie_embeddings=False,
-        family="deepseek_v2",
-    ),
-    "qwen3-30b": ModelConfig(151936, 2048, 48, 32, 4, 128, 128, 8, 768, max_position=4096, tie_embeddings=False),
 }
 
 
