@@ -24,6 +24,7 @@ from dancemoe_jax.expert_parallel.slot_experts import slot_experts
 from dancemoe_jax.expert_parallel.tables import Tables
 from dancemoe_jax.inference.cache import CacheRows, attend_cached, empty_cache
 from dancemoe_jax.inference.step_arguments import check_model, check_rest
+from dancemoe_jax.kernels.gpu.call import GpuKernels, gpu_kernels
 from dancemoe_jax.kernels.library import Kernels, use_native
 from dancemoe_jax.mesh import AXIS, put, replicated, sharded
 from dancemoe_jax.model.config import ModelConfig
@@ -166,11 +167,11 @@ def decode_step(
     check_array("positions", positions, "integers", rows)
     check_array("active", active, "booleans", rows)
     check_rest(control, routing, config, mesh, sequences)
-    native = _native(kernels, mesh, weights)
+    native, gpu = _native(kernels, mesh, weights), gpu_kernels(kernels, mesh.devices.flat[0])
 
     def local(weights, state, tokens, positions, active, *rest):
         rows = jnp.where(active[0], positions[0], config.max_position)[:, None]
-        step = _Step(config, layout, transport or default_transport(mesh), wire_dtype, native, DECODE_TILE, *rest)
+        step = _Step(config, layout, transport or default_transport(mesh), wire_dtype, native, gpu, DECODE_TILE, *rest)
         return _run(step, weights, state, tokens[0][:, None], rows, None)
 
     return _over_devices(local, mesh)(weights, state, tokens, positions, active, control, routing)
@@ -218,12 +219,12 @@ def prefill(
     for name, array in (("sequences", sequences), ("starts", starts), ("lengths", lengths)):
         check_array(name, array, "integers", {"devices": mesh.size, "rows": rows})
     check_rest(control, routing, config, mesh, rows * chunk)
-    native = _native(kernels, mesh, weights)
+    native, gpu = _native(kernels, mesh, weights), gpu_kernels(kernels, mesh.devices.flat[0])
 
     def local(weights, state, tokens, sequences, starts, lengths, *rest):
         index = jnp.arange(tokens.shape[2])[None]
         positions = jnp.where(index < lengths[0][:, None], starts[0][:, None] + index, config.max_position)
-        step = _Step(config, layout, transport or default_transport(mesh), wire_dtype, native, PREFILL_TILE, *rest)
+        step = _Step(config, layout, transport or default_transport(mesh), wire_dtype, native, gpu, PREFILL_TILE, *rest)
         return _run(step, weights, state, tokens[0], positions, sequences[0], all_logits)
 
     return _over_devices(local, mesh)(weights, state, tokens, sequences, starts, lengths, control, routing)
@@ -244,7 +245,9 @@ def _over_devices(local, mesh):
 
     def run(*arguments):
         specs = (weights, state, *(own for _ in arguments[2:]))
-        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(state, result))(*arguments)
+        # Float32 means float32: GPUs would multiply it in TF32, and a router's choice would follow.
+        with jax.default_matmul_precision("highest"):
+            return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(state, result))(*arguments)
 
     return run
 
@@ -257,19 +260,31 @@ class _Step(NamedTuple):
     transport: Transport
     wire_dtype: Any
     native: bool
+    gpu: GpuKernels
     tile: int
     control: jax.Array | None
     routing: GivenRouting | None
+
+    @property
+    def kernels(self) -> GpuKernels:
+        """What attention and products take, which have no loop of their own."""
+        return None if self.gpu == "loop" else self.gpu
 
 
 def _run(step, weights, state, tokens, positions, sequences, all_logits=False):
     """One step of one device. tokens, positions [rows, chunk]; a position of max_position marks a row as empty."""
     config, valid = step.config, positions < step.config.max_position
-    rows = CacheRows(sequences, positions, valid, step.native)
+    rows = CacheRows(sequences, positions, valid, step.native, step.kernels)
     tables = weights.tables._replace(device=weights.tables.device[0], slot=weights.tables.slot[0])
     busy, control = _share(valid.any(), step.control)
     compute = functools.partial(
-        slot_experts, weights.pool, native=step.native, tile=step.tile, limit=config.swiglu_limit
+        slot_experts,
+        weights.pool,
+        native=step.native,
+        gpu=step.gpu,
+        most_slots=config.num_experts,
+        tile=step.tile,
+        limit=config.swiglu_limit,
     )
     moe = functools.partial(_routed_experts, step, compute, valid, busy)
 
@@ -284,7 +299,7 @@ def _run(step, weights, state, tokens, positions, sequences, all_logits=False):
     per_layer = (tables, jax.tree.map(lambda a: jnp.swapaxes(a[0], 0, 1), step.routing))
     carry = (weights.decoder.embedding[...][tokens], state.k, state.v)
     (x, k, v), (traffic, counts, routed) = scan_layers(
-        config, weights.decoder, body, carry, per_layer, native=step.native, active=valid.reshape(-1)
+        config, weights.decoder, body, carry, per_layer, native=step.native, active=valid.reshape(-1), gpu=step.kernels
     )
     last = jnp.maximum(valid.sum(1) - 1, 0)[:, None]
     if all_logits:

@@ -19,6 +19,7 @@ from launch.cluster.addresses import coordinator_address, source_address, split_
 from launch.cluster.channel import open_channel
 from launch.cluster.devices import ordered_devices, visible_devices
 from launch.cluster.fingerprint import cluster_fingerprint
+from launch.cluster.gpu import prepare_gpu
 from launch.cluster.jax_runtime import abandon, start_program
 from launch.cluster.liveness import watching
 from launch.cluster.rendezvous import rendezvous
@@ -63,7 +64,9 @@ def join(
         raise InputError(f"server {server}: not in {cluster.source}; known are {', '.join(cluster.names)}")
     index, count = cluster.names.index(server), len(cluster.servers)
     devices_here = len(cluster.servers[index].devices)
+    cards, promised = visible_devices(cluster, index), cluster.memory[cluster.device_server == index].tolist()
     if count == 1:
+        prepare_gpu(promised, cards, None, str(cluster.source))
         jax.config.update("jax_num_cpu_devices", devices_here)
         yield ordered_devices(cluster)
         return
@@ -74,8 +77,9 @@ def join(
         _, port = split_address(coordinator, "coordinator")
         own = address if index == 0 else source_address(address, port, f"server {server}")
         log.info("%s: meets the others at %s port %d, is reached at %s", server, address, port, own)
+        prepare_gpu(promised, cards, own, str(cluster.source))
         jax.config.update("jax_num_cpu_devices", devices_here)
-        start_program(address, port, own, count, index, visible_devices(cluster, index), timeout)
+        start_program(address, port, own, count, index, cards, timeout)
     try:
         devices = ordered_devices(cluster)
         _connect(devices)
