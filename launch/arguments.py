@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from placement.registry import STRATEGIES
+from placement.registry import home_strategies
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Contexts of published models reach 131,072 tokens and more, and each sequence's cache is made for the whole of it.
@@ -95,7 +95,7 @@ def serve(parser: argparse.ArgumentParser) -> None:
     add("--interval", default="60s", metavar="T", help="between revisions of the placement (60s); 0s for none")
     add("--half-life", metavar="T", help="after which an activation counts half (the interval, or 60s)")
     add("--horizon", default="300s", metavar="T", help="over which a migration has to pay (300s)")
-    add("--strategy", default="latency", choices=sorted(STRATEGIES), help="of revised placements (latency)")
+    add("--strategy", default="latency", choices=sorted(home_strategies()), help="of revised placements (latency)")
     add(
         "--staging-memory", default="1GB", metavar="SIZE", help="host memory of a server for experts on their way (1GB)"
     )

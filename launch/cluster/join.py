@@ -6,7 +6,7 @@ they are started (processes.py).
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,6 +39,8 @@ def join(
     timeout: float = 60.0,
     secret: bytes | None = None,
     lost: Callable[[str], None] | None = None,
+    absent: Callable[[Sequence[str]], None] = lambda _: None,
+    patience: float = 0.0,
 ) -> Iterator[list[Any]]:
     """Be one server of the cluster for the length of a block, with all the cluster's devices in mesh order.
 
@@ -55,6 +57,8 @@ def join(
         timeout: seconds to wait for the others.
         secret: of the cluster; default: `load_secret()`.
         lost: called with the name of the first server that goes within the block without having left its own.
+        absent: called with those who have not come yet, as often as that changes.
+        patience: seconds for the first server's port to become free.
 
     Raises:
         InputError: no such server; the port is in use; a server did not come, or came with something else; a server
@@ -73,7 +77,9 @@ def join(
     coordinator = coordinator or coordinator_address(cluster)
     secret = load_secret() if secret is None else secret
     facts = {"cluster file": cluster_fingerprint(cluster), "version of JAX": jax.__version__, **(agree or {})}
-    with rendezvous(cluster.names, server, coordinator, facts, timeout, secret) as address:
+    with rendezvous(
+        cluster.names, server, coordinator, facts, timeout, secret, absent=absent, patience=patience
+    ) as address:
         _, port = split_address(coordinator, "coordinator")
         own = address if index == 0 else source_address(address, port, f"server {server}")
         log.info("%s: meets the others at %s port %d, is reached at %s", server, address, port, own)

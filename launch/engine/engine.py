@@ -46,6 +46,7 @@ class Engine:
         migration_progress: of this process's migration worker (launch.migration.worker); sent like those.
         received: what all devices sent with the last step.
         steps: taken since the start, by kind; tokens_processed: of this process's requests in them.
+        taking: requests of this process in the last step that began.
         sampler: is given the experts of every token that entered here; None reads them from no step.
     """
 
@@ -73,6 +74,7 @@ class Engine:
         self.migration_progress = MigrationProgress()
         self.received = ControlWord.of(blank(mesh.size))
         self.sampler: Sampler | None = None
+        self.taking: list[Request] = []
         self._next: Kind | None = None
 
     def forget(self) -> None:
@@ -151,6 +153,7 @@ class Engine:
         for request in self.in_flight:
             request.epochs.add(self.epoch)
         step, members = self.batch.plan(self._next, self.chunk)
+        self.taking = [request for _, request in members]
         result = self._take(step, members)
         self._count(step.kind, members, result)
         finished += self._give(step.kind, members, result)

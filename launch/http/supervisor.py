@@ -33,13 +33,13 @@ class Worker:
     """A worker from its start to its end. Times are on the monotonic clock.
 
     Attributes:
-        phase: what it does, in its own words; "serving" is the last one.
+        phase: what it does, in its own words; served: whether it has been "serving".
         steps: that it has taken; moved_at: when it last took one, or had nothing to do.
         spoke_at: when it last said anything.
     """
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self.process, self.phase, self.draining = process, "starting", False
+        self.process, self.phase, self.served = process, "starting", False
         self.steps = 0
         self.beat: dict[str, Any] = {}
         self.moved_at = self.spoke_at = time.monotonic()
@@ -146,7 +146,7 @@ class Supervisor:
             finally:
                 worker.kill()  # what it may have left behind
                 Path(path).unlink(missing_ok=True)
-        served, self.worker = worker.serving, None
+        served, self.worker = worker.served, None
         if served:
             self.lost_at = time.monotonic()
         self._forget_questions()
@@ -191,17 +191,24 @@ class Supervisor:
         for reply in message.get("reply", ()):
             if (future := self._asked.pop(reply["id"], None)) and not future.done():
                 future.set_result(reply)
+        if "problem" in message:
+            self.problem = message["problem"]
         for phase in message.get("phase", ()):
             self._enter(worker, phase)
         if message.get("draining"):
-            worker.draining = True
             self.drained()
 
     def _enter(self, worker: Worker, phase: str) -> None:
         worker.phase, worker.moved_at = phase, time.monotonic()
-        self._joining = phase.startswith("joining")
+        if phase.startswith(("joining", "waiting")):
+            self._joining = True
+        if phase == "loading the model":
+            self._joining = False
+        if phase.startswith("ending: "):
+            self.problem = phase.removeprefix("ending: ")
         if worker.serving:
             self.served, self.problem = True, ""
+            worker.served = True
             self.flush()
 
     # ---- what it is told ----
@@ -291,6 +298,9 @@ class Supervisor:
             worker.moved_at = max(worker.moved_at, worker.spoke_at)
         if worker.serving and self.stuck_for(now) > self.stuck:
             log.warning("no step has ended for %.1f s while requests wait; the worker is replaced", self.stuck_for(now))
+            worker.kill()
+        elif worker.serving and now - worker.spoke_at > self.stuck:
+            log.warning("the worker has said nothing for %.0f s; it is replaced", now - worker.spoke_at)
             worker.kill()
         elif not worker.serving and now - worker.spoke_at > max(self.stuck, _SILENT_S):
             log.warning(

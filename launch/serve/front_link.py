@@ -89,10 +89,15 @@ class FrontLink:
         self._news.put(("sent", sent))
         sent.wait(seconds)
 
+    def end_because(self, problem: str) -> None:
+        """Say why this process ends before it has served."""
+        self._news.put(("problem", " ".join(problem.split())))
+        self.settle(_FLUSH_S)
+
     def failed_step(self, why: str) -> None:
         """A step has failed: its requests are told so, the others go on in the next process. Does not return."""
         host = self._host
-        running = {id(request) for request in host.engine.in_flight} if host else set()
+        running = {id(request) for request in host.engine.taking} if host else set()
         ids = [number for number, stream in list(self._streams.items()) if id(stream.request) in running]
         log.error("a step has failed, and %d requests with it (%s); the worker starts again", len(ids), why)
         self._news.put(("failed", {"ids": ids, "why": why}))

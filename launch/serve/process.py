@@ -6,6 +6,7 @@ from typing import BinaryIO
 
 import jax.numpy as jnp
 
+from dancemoe_jax.errors import DanceMoEError
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.text.tokenizer import load_tokenizer_bundle
 from launch.cluster.addresses import coordinator_address
@@ -19,9 +20,10 @@ from launch.serve.front_link import FrontLink
 from launch.serve.json_lines import Feeder
 from launch.serve.requests import RequestMaker
 from launch.serve.server import Server
-from placement import Cluster, Placement
+from placement import Cluster, InputError, Placement
 from placement.migration.decide import Policy
 
+_PATIENCE_S = 20.0  # for the port where the last worker of the first server met the others
 _ANSWER_S = 10.0  # for the last answers to be written, once serving has ended
 
 
@@ -71,14 +73,19 @@ def serve(
         source.settle,
     )
     if isinstance(source, FrontLink):
-        server.phase, server.failed_step = source.phase, source.failed_step
-    if args.join:
-        server.join_serving(args.join, cluster)
-    else:
-        coordinator = args.coordinator or coordinator_address(cluster)
-        given = folder_fingerprint(args.placement) if args.placement else "none"
-        limits = record.limits if record else {}
-        server.serve(ProcessGroup(cluster, coordinator, placed, limits=limits), given, record)
+        server.phase, server.failed_step, server.patience = source.phase, source.failed_step, _PATIENCE_S
+    try:
+        if args.join:
+            server.join_serving(args.join, cluster)
+        else:
+            coordinator = args.coordinator or coordinator_address(cluster)
+            given = folder_fingerprint(args.placement) if args.placement else "none"
+            limits = record.limits if record else {}
+            server.serve(ProcessGroup(cluster, coordinator, placed, limits=limits), given, record)
+    except (InputError, DanceMoEError) as error:
+        if isinstance(source, FrontLink):
+            source.end_because(str(error))
+        raise
     source.settle(_ANSWER_S)
     if source.problem:
         return 1

@@ -55,7 +55,7 @@ class Server:
         drain: ends serving on request; settle: takes no more requests, and waits so many seconds until those that were
             taken are answered.
         phase: called with what it does on its way to serving; failed_step: with why a step has failed that no other
-            server's end explains.
+            server's end explains; patience: seconds for the first server's port to become free.
     """
 
     name: str
@@ -75,6 +75,7 @@ class Server:
     settle: Callable[[float], None]
     phase: Callable[[str], None] = field(default_factory=lambda: _ignore, init=False)
     failed_step: Callable[[str], None] = field(default_factory=lambda: _ignore, init=False)
+    patience: float = field(default=0.0, init=False)
     host: Host | None = field(default=None, init=False)
     _gone: threading.Event = field(default_factory=threading.Event, init=False)  # whether another server has ended
     _since: float = field(default=0.0, init=False)  # when it began to load, or to serve nobody
@@ -177,6 +178,10 @@ class Server:
             timeout=self.timeout if self.host is None else _REFORM_S,
             secret=self.secret,
             lost=self._lost,
+            absent=lambda names: self.phase(
+                f"waiting for {', '.join(names)}" if names else "joining the other servers"
+            ),
+            patience=self.patience,
         )
         try:
             return stack.enter_context(joined)
@@ -198,6 +203,7 @@ class Server:
         """Another server has ended (the log says which): no step can be taken any more, so this one ends too, once all
         that was asked of it is answered."""
         self._gone.set()
+        self.phase(f"ending: server {name} has ended or cannot be reached")
         if self.host is not None:
             self.host.close()
             self.settle(_SETTLE_S)
