@@ -93,5 +93,6 @@ def slot_experts_xla(
         return jax.lax.dynamic_update_slice_in_dim(outputs, result, start, axis=0)
 
     outputs = jax.lax.fori_loop(0, starts_tile.sum(), work, jnp.zeros_like(rows))
-    outputs = outputs[jnp.argsort(order)].reshape(tokens, k, -1)
+    # Where there is no slot, a tile of another expert may have left anything, infinity too: zero times that is NaN.
+    outputs = jnp.where(slots[:, :, None] < 0, 0, outputs[jnp.argsort(order)].reshape(tokens, k, -1))
     return jnp.einsum("tkd,tk->td", outputs, jnp.where(slots < 0, 0.0, weights).astype(x.dtype))

@@ -24,7 +24,7 @@ class Request:
         on_token: called with every token of the answer; true ends it.
         routed: experts of its tokens and their weights, [tokens, MoE layers, k] each, prompt then answer without its last
             token: a replay (`Engine(replays=True)`), which no end-of-text ends.
-        reason: why it ended: "stop", "length" or "cancelled".
+        reason: why it ended: "stop", "length", "cancelled" or "error"; problem: which error.
         epochs: the engine's epochs (placements) under which its steps ran.
     """
 
@@ -42,6 +42,7 @@ class Request:
     kept: int = 0  # tokens of the answer that count as prompt, as the cache that held them is gone
     finished_s: float | None = None
     reason: str = ""
+    problem: str = ""
     cancelled: bool = False
     epochs: set[int] = dataclasses.field(default_factory=set)
 
