@@ -51,6 +51,7 @@ ORDER = {
         __main__
         commands bench demo
         bench.harness
+        http
         serve
         elastic
         migration
@@ -175,9 +176,17 @@ def test_imports_make_no_circle(package):
 
 
 @pytest.mark.parametrize(
-    "statement", ["import placement", "import placement.__main__", "import launch.migration.planner_process"]
+    "statement",
+    [
+        "import placement",
+        "import placement.__main__",
+        "import launch.migration.planner_process",
+        "import dancemoe_jax.text.tokenizer",
+        "import launch.commands.serve",
+        "import launch.http.run",
+    ],
 )
-def test_importing_what_plans_loads_no_jax(statement):
+def test_importing_what_plans_or_opens_the_door_loads_no_jax(statement):
     code = f"{statement}, sys; sys.exit(any(m.split('.')[0] in ('jax', 'flax', 'scipy') for m in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 

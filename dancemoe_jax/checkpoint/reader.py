@@ -6,7 +6,6 @@ at a time straight from the file, because which device gets which expert is not 
 """
 
 import functools
-import importlib.resources
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -236,11 +235,6 @@ def load_model(path: str | Path, dtype: Any = jnp.float32, int8: bool = False) -
     file = ExpertFile(path, dtype, int8)
     tokenizer = load_tokenizer(path, file.config)
     return Model(file.config, file.decoder(), file.read_all(), tokenizer)
-
-
-def bundled_model() -> Path:
-    """The directory of the small model that comes with the package."""
-    return Path(str(importlib.resources.files("dancemoe_jax") / "assets" / "tiny-moe"))
 
 
 def on_device(config: ModelConfig, experts: ExpertWeights) -> Experts:

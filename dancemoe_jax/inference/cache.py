@@ -10,6 +10,8 @@ from jaxtyping import Array, Bool, Int
 from dancemoe_jax.expert_parallel.pool import BFLOAT16_BITS
 from dancemoe_jax.inference.finite import finite_tokens
 from dancemoe_jax.kernels.attention import cached_attention_native
+from dancemoe_jax.kernels.gpu.attention import cached_attention_gpu
+from dancemoe_jax.kernels.gpu.call import GpuKernels
 from dancemoe_jax.mesh import sharded
 
 
@@ -30,12 +32,14 @@ class CacheRows(NamedTuple):
         positions: of each token; max_position for one that does not count.
         valid: which tokens count.
         native: whether native calls attend.
+        gpu: kernels that attend on a GPU.
     """
 
     sequences: Int[Array, " rows"] | None
     positions: Int[Array, "rows chunk"]
     valid: Bool[Array, "rows chunk"]
     native: bool
+    gpu: GpuKernels = None
 
 
 def attend_cached(rows: CacheRows, layer, caches, how, q, *new):
@@ -64,8 +68,12 @@ def attend_cached(rows: CacheRows, layer, caches, how, q, *new):
     caches = [cached(cache, part) for cache, part in zip(caches, new, strict=True)]
     keys: Any = caches[0]
     values = caches[1]
+    start, length = rows.positions[:, 0], rows.valid.sum(1)
+    if rows.gpu:
+        where = (layer, sequence, start, length)
+        heads = cached_attention_gpu(q, keys, values, *where, **how._asdict(), how=rows.gpu)
+        return jnp.where(finite, heads, jnp.nan), caches
     if rows.native:
-        start, length = rows.positions[:, 0], rows.valid.sum(1)
         heads = cached_attention_native(q, keys, values, layer, sequence, start, length, **how._asdict())
         return jnp.where(finite, heads, jnp.nan), caches
     own = (layer,) if rows.sequences is None else (layer, sequence)

@@ -8,10 +8,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dancemoe_jax.arguments import check_mesh
-from dancemoe_jax.errors import ArgumentError, ModelError, RequestError
+from dancemoe_jax.errors import ArgumentError, ModelError
 from dancemoe_jax.expert_parallel.dispatch import Transport
 from dancemoe_jax.expert_parallel.pool import PoolLayout, local_devices
 from dancemoe_jax.inference.finite import all_finite, not_finite
+from dancemoe_jax.inference.prompts import check_prompt
 from dancemoe_jax.inference.steps import State, StepResult, Weights, decode_step, init_state, prefill
 from dancemoe_jax.mesh import own_rows, shard_rows
 from dancemoe_jax.model.config import ModelConfig
@@ -106,21 +107,3 @@ def _check_finite(config: ModelConfig, result: StepResult, active: np.ndarray) -
         for sequence in np.flatnonzero(active[device] & (layers < all_finite(config))):
             number = int(sequence) * len(active) + device
             raise ModelError(f"prompt {number}: {not_finite(config, int(layers[sequence]))}")
-
-
-def check_prompt(config: ModelConfig, prompt: Sequence[int], name: str) -> None:
-    """Raise RequestError where a prompt cannot be served.
-
-    Args:
-        prompt: token ids.
-        name: of the prompt, for the message.
-    """
-    if any(isinstance(token, bool | np.bool_) or not isinstance(token, int | np.integer) for token in prompt):
-        raise RequestError(f"{name}: holds something that is no whole number; give token ids")
-    if not 1 <= len(prompt) < config.max_position:
-        raise RequestError(
-            f"{name}: {len(prompt)} tokens; the model's context of {config.max_position} takes 1 to "
-            f"{config.max_position - 1} and leaves room for one more"
-        )
-    if not all(0 <= token < config.vocab_size for token in prompt):
-        raise RequestError(f"{name}: token ids must lie in 0..{config.vocab_size - 1}")

@@ -23,8 +23,10 @@ from dancemoe_jax.expert_parallel.pool import ExpertPool, PoolLayout
 from dancemoe_jax.expert_parallel.slot_experts import slot_experts
 from dancemoe_jax.expert_parallel.tables import Tables
 from dancemoe_jax.inference.cache import CacheRows, attend_cached, empty_cache
+from dancemoe_jax.inference.control import share_control
 from dancemoe_jax.inference.finite import finite_rows
 from dancemoe_jax.inference.step_arguments import check_model, check_rest
+from dancemoe_jax.kernels.gpu.call import GpuKernels, gpu_kernels
 from dancemoe_jax.kernels.library import Kernels, use_native
 from dancemoe_jax.mesh import AXIS, put, replicated, sharded
 from dancemoe_jax.model.config import ModelConfig
@@ -170,11 +172,11 @@ def decode_step(
     check_array("positions", positions, "integers", rows)
     check_array("active", active, "booleans", rows)
     check_rest(control, routing, config, mesh, sequences)
-    native = _native(kernels, mesh, weights)
+    native, gpu = _native(kernels, mesh, weights), gpu_kernels(kernels, mesh.devices.flat[0])
 
     def local(weights, state, tokens, positions, active, *rest):
         rows = jnp.where(active[0], positions[0], config.max_position)[:, None]
-        step = _Step(config, layout, transport or default_transport(mesh), wire_dtype, native, DECODE_TILE, *rest)
+        step = _Step(config, layout, transport or default_transport(mesh), wire_dtype, native, gpu, DECODE_TILE, *rest)
         return _run(step, weights, state, tokens[0][:, None], rows, None)
 
     return _over_devices(local, mesh)(weights, state, tokens, positions, active, control, routing)
@@ -222,12 +224,12 @@ def prefill(
     for name, array in (("sequences", sequences), ("starts", starts), ("lengths", lengths)):
         check_array(name, array, "integers", {"devices": mesh.size, "rows": rows})
     check_rest(control, routing, config, mesh, rows * chunk)
-    native = _native(kernels, mesh, weights)
+    native, gpu = _native(kernels, mesh, weights), gpu_kernels(kernels, mesh.devices.flat[0])
 
     def local(weights, state, tokens, sequences, starts, lengths, *rest):
         index = jnp.arange(tokens.shape[2])[None]
         positions = jnp.where(index < lengths[0][:, None], starts[0][:, None] + index, config.max_position)
-        step = _Step(config, layout, transport or default_transport(mesh), wire_dtype, native, PREFILL_TILE, *rest)
+        step = _Step(config, layout, transport or default_transport(mesh), wire_dtype, native, gpu, PREFILL_TILE, *rest)
         return _run(step, weights, state, tokens[0], positions, sequences[0], all_logits)
 
     return _over_devices(local, mesh)(weights, state, tokens, sequences, starts, lengths, control, routing)
@@ -248,7 +250,9 @@ def _over_devices(local, mesh):
 
     def run(*arguments):
         specs = (weights, state, *(own for _ in arguments[2:]))
-        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(state, result))(*arguments)
+        # Float32 means float32: GPUs would multiply it in TF32, and a router's choice would follow.
+        with jax.default_matmul_precision("highest"):
+            return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(state, result))(*arguments)
 
     return run
 
@@ -261,19 +265,31 @@ class _Step(NamedTuple):
     transport: Transport
     wire_dtype: Any
     native: bool
+    gpu: GpuKernels
     tile: int
     control: jax.Array | None
     routing: GivenRouting | None
+
+    @property
+    def kernels(self) -> GpuKernels:
+        """What attention and products take, which have no loop of their own."""
+        return None if self.gpu == "loop" else self.gpu
 
 
 def _run(step, weights, state, tokens, positions, sequences, all_logits=False):
     """One step of one device. tokens, positions [rows, chunk]; a position of max_position marks a row as empty."""
     config, valid = step.config, positions < step.config.max_position
-    rows = CacheRows(sequences, positions, valid, step.native)
+    rows = CacheRows(sequences, positions, valid, step.native, step.kernels)
     tables = weights.tables._replace(device=weights.tables.device[0], slot=weights.tables.slot[0])
-    busy, control = _share(valid.any(), step.control)
+    busy, control = share_control(valid.any(), step.control)
     compute = functools.partial(
-        slot_experts, weights.pool, native=step.native, tile=step.tile, limit=config.swiglu_limit
+        slot_experts,
+        weights.pool,
+        native=step.native,
+        gpu=step.gpu,
+        most_slots=config.num_experts,
+        tile=step.tile,
+        limit=config.swiglu_limit,
     )
     moe = functools.partial(_routed_experts, step, compute, valid, busy)
 
@@ -289,7 +305,7 @@ def _run(step, weights, state, tokens, positions, sequences, all_logits=False):
     none = jax.lax.pcast(jnp.zeros(len(tokens), jnp.int32), AXIS, to="varying")
     carry = (weights.decoder.embedding[...][tokens], none, state.k, state.v)
     (x, finite, k, v), (traffic, counts, routed) = scan_layers(
-        config, weights.decoder, body, carry, per_layer, native=step.native, active=valid.reshape(-1)
+        config, weights.decoder, body, carry, per_layer, native=step.native, active=valid.reshape(-1), gpu=step.kernels
     )
     last = jnp.maximum(valid.sum(1) - 1, 0)[:, None]
     if all_logits:
@@ -330,13 +346,3 @@ def _routed_experts(step, compute, valid, busy, own, h, topk_weights, topk_ids, 
     )
     ones = jnp.broadcast_to(valid.reshape(-1, 1), topk_ids.shape).astype(jnp.int32)
     return routed, (traffic, jnp.zeros(step.config.num_experts, jnp.int32).at[topk_ids].add(ones), topk_ids)
-
-
-def _share(busy, control):
-    """Of every device whether it has tokens, and its control words: the one exchange that every step has."""
-    own = busy[None].astype(jnp.int32)
-    if control is not None:
-        own = jnp.concatenate([own, control[0]])
-    here = jnp.arange(jax.lax.axis_size(AXIS)) == jax.lax.axis_index(AXIS)
-    everyone = jax.lax.psum(jnp.where(here[:, None], own[None], 0), AXIS)
-    return everyone[:, 0] > 0, None if control is None else everyone[:, 1:]

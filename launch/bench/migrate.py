@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dancemoe_jax.checkpoint.reader import bundled_model
+from dancemoe_jax.checkpoint.bundled import bundled_model
 from dancemoe_jax.expert_parallel.pool import read_ahead
 from dancemoe_jax.inference.steps import decode_step, prefill
 from launch.arguments import DTYPES

@@ -8,7 +8,7 @@ they are started (processes.py).
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from launch.cluster.addresses import coordinator_address, source_address, split_
 from launch.cluster.channel import ChannelLost, open_channel
 from launch.cluster.devices import ordered_devices, visible_devices
 from launch.cluster.fingerprint import cluster_fingerprint
+from launch.cluster.gpu import prepare_gpu
 from launch.cluster.jax_runtime import abandon, is_of_exchange, leave_at_once, start_program
 from launch.cluster.liveness import watching
 from launch.cluster.rendezvous import rendezvous
@@ -43,6 +44,8 @@ def join(
     timeout: float = 60.0,
     secret: bytes | None = None,
     lost: Callable[[str], None] | None = None,
+    absent: Callable[[Sequence[str]], None] = lambda _: None,
+    patience: float = 0.0,
 ) -> Iterator[list[Any]]:
     """Be one server of the cluster for the length of a block, with all the cluster's devices in mesh order.
 
@@ -60,6 +63,8 @@ def join(
         secret: of the cluster; default: `load_secret()`.
         lost: called with the name of the first server that goes within the block without having left its own, which a line
             of the log says; by default this process ends then, with status 1.
+        absent: called with those who have not come yet, as often as that changes.
+        patience: seconds for the first server's port to become free.
 
     Raises:
         InputError: no such server; the port is in use; a server did not come, or came with something else; a server
@@ -69,19 +74,24 @@ def join(
         raise InputError(f"server {server}: not in {cluster.source}; known are {', '.join(cluster.names)}")
     index, count = cluster.names.index(server), len(cluster.servers)
     devices_here = len(cluster.servers[index].devices)
+    cards, promised = visible_devices(cluster, index), cluster.memory[cluster.device_server == index].tolist()
     if count == 1:
+        prepare_gpu(promised, cards, None, str(cluster.source))
         jax.config.update("jax_num_cpu_devices", devices_here)
         yield ordered_devices(cluster)
         return
     coordinator = coordinator or coordinator_address(cluster)
     secret = load_secret() if secret is None else secret
     facts = {"cluster file": cluster_fingerprint(cluster), "version of JAX": jax.__version__, **(agree or {})}
-    with rendezvous(cluster.names, server, coordinator, facts, timeout, secret) as address:
+    with rendezvous(
+        cluster.names, server, coordinator, facts, timeout, secret, absent=absent, patience=patience
+    ) as address:
         _, port = split_address(coordinator, "coordinator")
         own = address if index == 0 else source_address(address, port, f"server {server}")
         log.info("%s: meets the others at %s port %d, is reached at %s", server, address, port, own)
+        prepare_gpu(promised, cards, own, str(cluster.source))
         jax.config.update("jax_num_cpu_devices", devices_here)
-        start_program(address, port, own, count, index, visible_devices(cluster, index), timeout)
+        start_program(address, port, own, count, index, cards, timeout)
     loss = _Loss(lost)
     try:
         devices = ordered_devices(cluster)

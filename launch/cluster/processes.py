@@ -228,10 +228,7 @@ def start(
     try:
         for server, command in commands.items():
             within = [] if prefix is None else prefix[server]
-            follow = (
-                [sys.executable, "-I", "-S", "-c", _FOLLOW_PARENT, str(os.getpid())] if sys.platform == "linux" else []
-            )
-            processes._start(server, [*follow, *within, *command], environment, output or prefixed())
+            processes._start(server, following([*within, *command]), environment, output or prefixed())
     except OSError as error:
         processes.stop(0)
         raise InputError(f"server {server}: {command[0]}: cannot be started: {error.strerror or error}") from None
@@ -239,6 +236,12 @@ def start(
         processes.stop(0)
         raise
     return processes
+
+
+def following(command: Sequence[str]) -> list[str]:
+    """A command whose process the kernel (Linux) kills when the thread that starts it ends."""
+    follow = [sys.executable, "-I", "-S", "-c", _FOLLOW_PARENT, str(os.getpid())] if sys.platform == "linux" else []
+    return [*follow, *command]
 
 
 def _thread(target: Callable[..., None], *arguments: object) -> threading.Thread:

@@ -6,8 +6,8 @@ import logging
 import sys
 from pathlib import Path
 
+from dancemoe_jax.checkpoint.bundled import bundled_model
 from dancemoe_jax.checkpoint.families import read_config
-from dancemoe_jax.checkpoint.reader import bundled_model
 from launch.cluster.addresses import coordinator_address
 from launch.cluster.fingerprint import folder_fingerprint
 from launch.cluster.join import join

@@ -17,7 +17,8 @@ import numpy as np
 import optax
 from tokenizers import Tokenizer
 
-from dancemoe_jax.checkpoint.reader import Model, bundled_model, load_model, on_device
+from dancemoe_jax.checkpoint.bundled import bundled_model
+from dancemoe_jax.checkpoint.reader import Model, load_model, on_device
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.model.decoder import Decoder, Experts, forward
 from dancemoe_jax.model.experts import grouped_experts

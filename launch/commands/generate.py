@@ -12,11 +12,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dancemoe_jax.checkpoint.reader import bundled_model
+from dancemoe_jax.checkpoint.bundled import bundled_model
 from dancemoe_jax.errors import ModelError
 from dancemoe_jax.inference.finite import all_finite, not_finite
-from dancemoe_jax.inference.generate import check_prompt
-from dancemoe_jax.inference.sampling import SamplingParams, SamplingRows, choose, stack_params
+from dancemoe_jax.inference.prompts import check_prompt
+from dancemoe_jax.inference.sampling import SamplingRows, choose, stack_params
+from dancemoe_jax.inference.sampling_params import SamplingParams
 from dancemoe_jax.inference.steps import decode_step, init_state, prefill
 from dancemoe_jax.mesh import sharded
 from dancemoe_jax.text.detokenizer import IncrementalDetokenizer

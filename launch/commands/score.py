@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dancemoe_jax.checkpoint.reader import bundled_model
+from dancemoe_jax.checkpoint.bundled import bundled_model
 from dancemoe_jax.errors import ModelError
 from dancemoe_jax.inference.finite import all_finite, not_finite
 from dancemoe_jax.inference.steps import init_state, prefill

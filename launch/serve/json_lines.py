@@ -131,7 +131,7 @@ class Feeder:
             pass
         text.finish()
         if stream.reason == "error":
-            raise DanceMoEError(request.problem)
+            raise DanceMoEError(request.error)
         output = request.output
         if output and output[-1] in request.stop_token_ids:
             output = output[:-1]

@@ -53,6 +53,8 @@ class Server:
         begin: called once, with the host, before its loop starts; changed: with the cluster of every later program.
         drain: ends serving on request; settle: takes no more requests, and waits so many seconds until those that were
             taken are answered.
+        phase: called with what it does on its way to serving; failed_step: with why a step has failed that no other
+            server's end explains; patience: seconds for the first server's port to become free.
     """
 
     name: str
@@ -70,6 +72,9 @@ class Server:
     changed: Callable[[Cluster], None]
     drain: Drain
     settle: Callable[[float], None]
+    phase: Callable[[str], None] = field(default_factory=lambda: _ignore, init=False)
+    failed_step: Callable[[str], None] = field(default_factory=lambda: _ignore, init=False)
+    patience: float = field(default=0.0, init=False)
     host: Host | None = field(default=None, init=False)
     _gone: threading.Event = field(default_factory=threading.Event, init=False)  # whether another server has ended
     _since: float = field(default=0.0, init=False)  # when it began to load, or to serve nobody
@@ -124,7 +129,9 @@ class Server:
         """
         cluster, first = group.cluster, self.host is None and read is None
         with contextlib.ExitStack() as stack:
+            self.phase("joining the other servers")
             devices = self._join(stack, group, also or {})
+            self.phase("loading the model")
             self._since = self._since or time.monotonic()
             profile = sizes(self.path, self.config, cluster, **self.options)
             placed, epoch, fits = group.placement, group.epoch, False
@@ -142,6 +149,7 @@ class Server:
                 **planned,
                 **self.options,
             )
+            self.phase("compiling")
             warm_up(loaded.engine, self.name)
             host = self._moved(loaded, cluster)
             stack.enter_context(self.drain.watching(host))
@@ -157,7 +165,9 @@ class Server:
                 moves = host.run()
             except Exception as error:
                 if is_of_exchange(error) or isinstance(error, ChannelLost):
-                    self._failed(error)
+                    self._failed(error, alone=len(cluster.names) == 1)
+                else:
+                    self.failed_step(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
                 raise
             if not moves:
                 return None
@@ -175,6 +185,10 @@ class Server:
             timeout=self.timeout if self.host is None else _REFORM_S,
             secret=self.secret,
             lost=self._lost,
+            absent=lambda names: self.phase(
+                f"waiting for {', '.join(names)}" if names else "joining the other servers"
+            ),
+            patience=self.patience,
         )
         try:
             return stack.enter_context(joined)
@@ -196,15 +210,18 @@ class Server:
         """Another server has ended (the log says which): no step can be taken any more, so this one ends too, once all
         that was asked of it is answered."""
         self._gone.set()
+        self.phase(f"ending: server {name} has ended or cannot be reached")
         if self.host is not None:
             self.host.close()
             self.settle(_SETTLE_S)
         time.sleep(_LATER_S)
         leave_at_once()
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, error: Exception, alone: bool) -> None:
         """End because a step has failed: mostly because another server has ended, which is then said elsewhere."""
-        if self._gone.wait(_LOSS_S):
+        if alone:
+            self.failed_step(" ".join(str(error).split())[:500])
+        elif self._gone.wait(_LOSS_S):
             time.sleep(2 * _SETTLE_S)
         log.error(
             "server %s: a step has failed (%s); see what the other servers say, then start all again",
@@ -217,3 +234,7 @@ class Server:
 
 class _NotTogether(Exception):
     """The servers of the next program have not come together."""
+
+
+def _ignore(_: str) -> None:
+    """Where nobody wants to know."""

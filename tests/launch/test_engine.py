@@ -161,7 +161,7 @@ def test_a_request_that_is_not_finite_ends_with_an_error_and_the_others_go_on(rn
     with_expert_that_overflows(small, expert)
     bad = serve()
     assert (bad[2].reason, bad[2].output) == ("error", [])
-    assert "from layer 1 on" in bad[2].problem
+    assert "from layer 1 on" in bad[2].error
     del healthy[2], bad[2]
     assert [request.output for request in bad] == [request.output for request in healthy]
     assert {request.reason for request in bad} == {"length"}

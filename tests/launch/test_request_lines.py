@@ -10,8 +10,8 @@ import time
 
 import pytest
 
+from dancemoe_jax.checkpoint.bundled import bundled_model
 from dancemoe_jax.checkpoint.families import read_config
-from dancemoe_jax.checkpoint.reader import bundled_model
 from dancemoe_jax.text.tokenizer import load_tokenizer_bundle
 from launch.engine.host import Stream
 from launch.serve.json_lines import Feeder

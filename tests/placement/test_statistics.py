@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from placement import STRATEGIES, Cluster, InputError, Placement, Problem, Profile, evaluate, plan
+from placement import Cluster, InputError, Placement, Problem, Profile, evaluate, plan
 from placement.__main__ import main
 from placement.data.prior import DEFAULT_PRIOR, with_prior
 from placement.data.statistics import (
@@ -22,6 +22,7 @@ from placement.data.statistics import (
     shrink,
     top_share,
 )
+from placement.registry import home_strategies
 from placement.strategies.equal_slots import project, restricted, slots_per_device
 from tests.helpers.paths import DEEPSEEK, TRACES
 from tests.placement.test_dance import deepseek_halves
@@ -242,7 +243,7 @@ def test_equal_slots(instance):
     assert (again.resident == placement.resident).all()
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", home_strategies())
 def test_equal_slots_of_every_strategy(strategy):
     counts = random_counts(5, (3, 4, 8)) + 1
     tables = [
