@@ -98,8 +98,12 @@ def read_record(folder: Path) -> Record | None:
     path = folder / NAME
     if not path.exists():
         return None
+    data = read_bytes(path)
     try:
-        parsed = parse_json(read_bytes(path), str(path))
+        parsed = parse_json(data, str(path))
+    except InputError as error:
+        raise InputError(f"{error}; move it away to start anew") from None
+    try:
         if parsed["format"] != FORMAT:
             raise ValueError(f"format is {parsed['format']!r}")
         placement = Placement.from_dict(parsed["placement"], str(path))
