@@ -81,7 +81,11 @@ class Stats:
             "tokens": dict(engine.tokens_processed),
             "calls": {name: int(self._calls[:, i].sum()) for i, name in enumerate(names)},
             "groups": [
-                {"layers": f"{g[0]}-{g[-1]}", "local": int(self._calls[g, own].sum()), "all": int(self._calls[g].sum())}
+                {
+                    "layers": f"{g[0]}-{g[-1]}" if len(g) > 1 else str(g[0]),
+                    "local": int(self._calls[g, own].sum()),
+                    "all": int(self._calls[g].sum()),
+                }
                 for g in groups
             ],
             "rows_sent": self._rows,
