@@ -92,6 +92,16 @@ def join(
         prepare_gpu(promised, cards, own, str(cluster.source))
         jax.config.update("jax_num_cpu_devices", devices_here)
         start_program(address, port, own, count, index, cards, timeout)
+    with _joined(cluster, index, own, secret, lost) as devices:
+        yield devices
+    jax.distributed.shutdown()
+
+
+@contextmanager
+def _joined(
+    cluster: Cluster, index: int, own: str, secret: bytes, lost: Callable[[str], None] | None
+) -> Iterator[list[Any]]:
+    """Within the block this process is one of the program, and knows of the loss of another; an error leaves at once."""
     loss = _Loss(lost)
     try:
         devices = ordered_devices(cluster)
@@ -102,7 +112,6 @@ def join(
         loss.end_if_it_explains(error)
         abandon()
         raise
-    jax.distributed.shutdown()
 
 
 class _Loss:
