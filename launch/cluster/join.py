@@ -17,9 +17,8 @@ from jax.sharding import PartitionSpec as P
 from dancemoe_jax.mesh import AXIS, make_mesh, shard_rows
 from launch.cluster.addresses import coordinator_address, source_address, split_address
 from launch.cluster.channel import open_channel
-from launch.cluster.devices import ordered_devices, visible_devices
+from launch.cluster.devices import ordered_devices, prepare_devices
 from launch.cluster.fingerprint import cluster_fingerprint
-from launch.cluster.gpu import prepare_gpu
 from launch.cluster.jax_runtime import abandon, start_program
 from launch.cluster.liveness import watching
 from launch.cluster.rendezvous import rendezvous
@@ -67,11 +66,8 @@ def join(
     if server not in cluster.names:
         raise InputError(f"server {server}: not in {cluster.source}; known are {', '.join(cluster.names)}")
     index, count = cluster.names.index(server), len(cluster.servers)
-    devices_here = len(cluster.servers[index].devices)
-    cards, promised = visible_devices(cluster, index), cluster.memory[cluster.device_server == index].tolist()
     if count == 1:
-        prepare_gpu(promised, cards, None, str(cluster.source))
-        jax.config.update("jax_num_cpu_devices", devices_here)
+        prepare_devices(cluster, index, None)
         yield ordered_devices(cluster)
         return
     coordinator = coordinator or coordinator_address(cluster)
@@ -83,9 +79,7 @@ def join(
         _, port = split_address(coordinator, "coordinator")
         own = address if index == 0 else source_address(address, port, f"server {server}")
         log.info("%s: meets the others at %s port %d, is reached at %s", server, address, port, own)
-        prepare_gpu(promised, cards, own, str(cluster.source))
-        jax.config.update("jax_num_cpu_devices", devices_here)
-        start_program(address, port, own, count, index, cards, timeout)
+        start_program(address, port, own, count, index, prepare_devices(cluster, index, own), timeout)
     try:
         devices = ordered_devices(cluster)
         _connect(devices)
