@@ -152,6 +152,10 @@ def calibrate(parser: argparse.ArgumentParser) -> None:
 
 
 def generate(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "The bundled model continues Python code, documentation prose and worked lines of arithmetic; a sum needs a line "
+        r"before it: --prompt $'1 + 1 = 2\n47 + 38 =' is continued by 85."
+    )
     parser.add_argument(
         "--model", type=Path, default=None, help="model directory or store (default: the bundled model)"
     )

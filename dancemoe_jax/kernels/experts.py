@@ -103,7 +103,8 @@ def weighted_sum(
     weights: Float[Array, "tokens k"],
 ) -> Float[Array, "tokens hidden"]:
     """Float32 sums of experts' results for tokens x, on `sum_grid`; an assignment to slot -1 has no weight."""
-    outputs = outputs.astype(jnp.float32)
+    # Where there is no slot, a tile of another expert may have left anything, infinity too: zero times that is NaN.
+    outputs = jnp.where(slots[:, :, None] < 0, 0.0, outputs.astype(jnp.float32))
     weights = jnp.where(slots < 0, 0.0, weights).astype(jnp.float32)
     if x.dtype == jnp.float32:
         return jnp.einsum("tkd,tk->td", outputs, weights)

@@ -52,7 +52,9 @@ def scan_run(
         carry, and `aux` of the layers stacked.
     """
     parts = {name: value[...] for name, value in vars(layers).items() if isinstance(value, nnx.Variable)}
-    stacks = {name: parts.pop(name) for name in (_PRODUCTS & parts.keys() if native or gpu else ())}
+    # In the order of the parameters: a set's order differs from process to process, and with it the program, so that no
+    # start would find what an earlier one has compiled.
+    stacks = {name: parts.pop(name) for name in ([n for n in parts if n in _PRODUCTS] if native or gpu else ())}
 
     def one(carry, own):
         sliced, number, *rest = own

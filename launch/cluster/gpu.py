@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from placement import InputError
+from placement.files import read_lines
 
 # Sends follow need: XLA would gather padded buffers from all servers instead, as soon as they are on several hosts.
 # Each process tunes for its own card: tuning that is shared waits for the slowest, and cards may differ.
@@ -91,7 +92,7 @@ def interface_of(address: str) -> str | None:
 
 def _interface6(digits: str) -> str | None:
     table = Path("/proc/net/if_inet6")
-    lines = [line.split() for line in table.read_text().splitlines()] if table.exists() else []
+    lines = [line.split() for _, line in read_lines(table)] if table.exists() else []
     return next((line[5] for line in lines if line[0] == digits), None)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dancemoe_jax.expert_parallel.pool import PoolLayout, local_devices
+from dancemoe_jax.inference.finite import all_finite, not_finite
 from dancemoe_jax.inference.steps import GivenRouting, StepResult, Weights, decode_step, init_state, prefill
 from dancemoe_jax.mesh import own_rows, shard_rows
 from dancemoe_jax.model.config import ModelConfig
@@ -224,6 +225,7 @@ class Engine:
 
     def _give(self, kind: Kind, members: Sequence[Member], result: StepResult) -> list[Request]:
         """Give the step's tokens to requests that have their whole prompt behind them; those that ended with it."""
+        failed, members = self._take_out_broken(kind, members, result)
         width = self.chunk if kind == "prefill" else 1
         tokens = self._choice.next_tokens(kind, members, self.batch.running, result, width)
         ready, given = [], []
@@ -233,4 +235,18 @@ class Engine:
             if request.prefilled:
                 ready.append((rows, request))
                 given.append(token)
-        return self.batch.give(ready, given, None if self.replays else self.config.eos_token)
+        return failed + self.batch.give(ready, given, None if self.replays else self.config.eos_token)
+
+    def _take_out_broken(
+        self, kind: Kind, members: Sequence[Member], result: StepResult
+    ) -> tuple[list[Request], list[Member]]:
+        """End the requests whose numbers are not finite any more; those, and the members that go on."""
+        layers, good, failed = own_rows(result.finite_layers), [], []
+        for rows, request in members:
+            finite = int(layers[rows.device][first_row(kind, rows)])
+            if finite == all_finite(self.config):
+                good.append((rows, request))
+            else:
+                self.batch.fail(rows, not_finite(self.config, finite))
+                failed.append(request)
+        return failed, good

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from dancemoe_jax.checkpoint.reader import ExpertFile
@@ -20,7 +19,7 @@ from dancemoe_jax.kernels.library import Kernels
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.model.experts import ExpertWeights
 from launch.cluster.channel import ChannelLost
-from launch.cluster.jax_runtime import leave_at_once, leave_program
+from launch.cluster.jax_runtime import is_of_exchange, leave_at_once, leave_program
 from launch.cluster.join import join
 from launch.elastic.newcomer import report
 from launch.elastic.process_group import GroupChange, ProcessGroup
@@ -99,7 +98,7 @@ class Server:
             InputError, ModelError: it does not take in this server, or the model cannot be loaded.
         """
         assert self.policy is not None
-        file = ExpertFile(self.path, jnp.dtype(self.options["dtype"]), self.options["int8"])
+        file = ExpertFile(self.path, jnp.dtype(self.options["dtype"]), self.options["int8"], self.facts["model"])
         group, read = report(
             address, cluster, self.name, self.facts, file.read, self.policy.staging_bytes, self.timeout, self.secret
         )
@@ -140,7 +139,15 @@ class Server:
                 placed, epoch, fits = resumed(record, placed, profile, cluster)
             planned = {"placed": placed, "profile": profile, "fits": fits, "kernels": self.kernels}
             loaded = load(
-                self.path, self.config, cluster, devices, chunk=self.chunk, read=read, **planned, **self.options
+                self.path,
+                self.config,
+                cluster,
+                devices,
+                chunk=self.chunk,
+                read=read,
+                fingerprint=self.facts["model"],
+                **planned,
+                **self.options,
             )
             self.phase("compiling")
             warm_up(loaded.engine, self.name)
@@ -156,11 +163,11 @@ class Server:
                 self.begin(host, cluster)
             try:
                 moves = host.run()
-            except (jax.errors.JaxRuntimeError, ChannelLost) as error:
-                self._failed(error, alone=len(cluster.names) == 1)
-                raise
             except Exception as error:
-                self.failed_step(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+                if is_of_exchange(error) or isinstance(error, ChannelLost):
+                    self._failed(error, alone=len(cluster.names) == 1)
+                else:
+                    self.failed_step(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
                 raise
             if not moves:
                 return None

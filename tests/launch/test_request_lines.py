@@ -31,8 +31,8 @@ def line(**fields):
 
 # What is wrong with each, as its answer says it.
 BROKEN = {
-    DEEP: "nested too deeply",
-    b'{"a":' * 100_000: "nested too deeply",
+    DEEP: "not JSON that is read here (JSON nested",
+    b'{"a":' * 100_000: "not JSON that is read here (JSON nested",
     b'{"prompt": "trailing comma",}': "not JSON",
     b"not json": "not JSON",
     b'{"prompt": "caf\xe9"}': "not UTF-8 (byte 16)",

@@ -81,7 +81,7 @@ def parse(text: str) -> tuple[str, dict[str, list[Instruction]]]:
     """The entry's name, and the instructions of every computation of a program."""
     computations: dict[str, list[Instruction]] = {}
     entry, current = "", None
-    for line in text.splitlines():
+    for line in text.split("\n"):
         if head := re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{", line):
             current = computations.setdefault(head[2], [])
             entry = head[2] if head[1] else entry
