@@ -59,7 +59,7 @@ def _read(file: Path, flag: str) -> list[bytes]:
             mode = os.fstat(stream.fileno()).st_mode
     except OSError as error:
         raise InputError(f"{flag} {file}: cannot be read ({error.strerror}); give another file") from None
-    lines = [line.strip() for line in data.splitlines()]
+    lines = [line.strip() for line in data.split(b"\n")]
     tokens = [line for line in lines if line and not line.startswith(b"#")]
     if not tokens or min(map(len, tokens)) < _SHORTEST:
         raise InputError(f"{flag} {file}: must hold tokens of at least {_SHORTEST} characters, one a line")

@@ -136,22 +136,7 @@ class Server:
             devices = self._join(stack, group, also or {})
             self.phase("loading the model")
             self._since = self._since or time.monotonic()
-            profile = sizes(self.path, self.config, cluster, **self.options)
-            placed, epoch, fits = group.placement, group.epoch, False
-            if first:
-                placed, epoch, fits = resumed(record, placed, profile, cluster)
-            planned = {"placed": placed, "profile": profile, "fits": fits, "kernels": self.kernels}
-            loaded = load(
-                self.path,
-                self.config,
-                cluster,
-                devices,
-                chunk=self.chunk,
-                read=read,
-                fingerprint=self.facts["model"],
-                **planned,
-                **self.options,
-            )
+            loaded, epoch = self._load(group, devices, record, read)
             self.phase("compiling")
             warm_up(loaded.engine, self.name)
             host = self._moved(loaded, cluster)
@@ -180,6 +165,32 @@ class Server:
             self._since = time.monotonic()
             loaded.engine.release()
             return change.group
+
+    def _load(
+        self,
+        group: ProcessGroup,
+        devices: list[Any],
+        record: Record | None,
+        read: Callable[[int, int], ExpertWeights] | None,
+    ) -> tuple[Loaded, int]:
+        """This server's share of the model, and the number of its placement."""
+        profile = sizes(self.path, self.config, group.cluster, **self.options)
+        placed, epoch, fits = group.placement, group.epoch, False
+        if self.host is None and read is None:
+            placed, epoch, fits = resumed(record, placed, profile, group.cluster)
+        planned = {"placed": placed, "profile": profile, "fits": fits, "kernels": self.kernels}
+        loaded = load(
+            self.path,
+            self.config,
+            group.cluster,
+            devices,
+            chunk=self.chunk,
+            read=read,
+            fingerprint=self.facts["model"],
+            **planned,
+            **self.options,
+        )
+        return loaded, epoch
 
     def _join(self, stack: contextlib.ExitStack, group: ProcessGroup, also: Mapping[str, str]) -> list[Any]:
         """All devices of a program, which the stack leaves. Raises _NotTogether where others serve on without it."""
