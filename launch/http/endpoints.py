@@ -150,6 +150,8 @@ class _Answer(Response):
             await more(self._form.first(index))
         tokens = characters = 0
         async for _ in accepted.changes():
+            if self._form.tools and accepted.ending is None:
+                continue  # what looks like text may become a call
             new, text = accepted.tokens[tokens:], accepted.text.text[characters:]
             tokens, characters = tokens + len(new), characters + len(text)
             reason = accepted.ending.reason if accepted.ending and accepted.ending.status == 200 else None
