@@ -116,7 +116,7 @@ class _Door:
             raise InputError(
                 f"--tls-cert {args.tls_cert}, --tls-key {args.tls_key}: cannot be used ({error})"
             ) from None
-        logging.getLogger("uvicorn").setLevel(logging.ERROR)
+        logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # app.py says what fails, in a line
         self._came: list[int] = []
         self._draining: asyncio.Task[None] | None = None
 
