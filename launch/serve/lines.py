@@ -3,6 +3,8 @@
 What a line holds becomes a request in `launch.serve.requests`.
 """
 
+import os
+import sys
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
@@ -53,14 +55,16 @@ def _parse(number: int, data: bytes) -> Line:
     return Line(number, given)
 
 
-def open_lines(file: str, standard_input: BinaryIO) -> BinaryIO:
+def open_lines(file: str) -> BinaryIO:
     """What the lines are read from; "-" is standard input.
+
+    That is opened anew: Python closes `sys.stdin` when it ends, and aborts where a thread waits in it for a line.
 
     Raises:
         InputError: the file cannot be read.
     """
     if file == "-":
-        return standard_input
+        return open(os.dup(sys.stdin.fileno()), "rb")
     try:
         return open(file, "rb")
     except OSError as error:
