@@ -49,7 +49,9 @@ def _parse(number: int, data: bytes) -> Line:
     except UnicodeDecodeError as error:
         return Line(number, None, f"not UTF-8 (byte {error.start + 1}); send UTF-8")
     except InputError as error:
-        return Line(number, None, f"not JSON that is read here ({str(error).removeprefix('it: ')})")
+        problem = str(error).removeprefix("it: ")
+        reason = problem.removeprefix("not valid JSON, perhaps truncated: ")
+        return Line(number, None, problem if reason == problem else f"not JSON ({reason})")
     if not isinstance(given, dict):
         return Line(number, None, "must be a JSON object with prompt or messages")
     return Line(number, given)
