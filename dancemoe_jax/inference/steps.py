@@ -26,7 +26,7 @@ from dancemoe_jax.inference.cache import CacheRows, attend_cached, empty_cache
 from dancemoe_jax.inference.control import share_control
 from dancemoe_jax.inference.finite import finite_rows
 from dancemoe_jax.inference.step_arguments import check_model, check_rest
-from dancemoe_jax.kernels.gpu.call import GpuKernels, gpu_kernels
+from dancemoe_jax.kernels.gpu_call import GpuKernels, gpu_kernels
 from dancemoe_jax.kernels.library import Kernels, use_native
 from dancemoe_jax.mesh import AXIS, put, replicated, sharded
 from dancemoe_jax.model.config import ModelConfig

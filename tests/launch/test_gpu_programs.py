@@ -20,7 +20,7 @@ LAYERS = gpu_programs.CONFIG.num_layers
 def programs() -> dict[str, Any]:
     """Figures of each program, by what it is; from a process that looks for no devices but CPUs."""
     if not has_gpu_plugin():
-        pytest.skip("jax-cuda13-pjrt is not installed (extra gpu-compiler): nothing compiles for a GPU here")
+        pytest.skip("the extra gpu-compiler is not installed: nothing compiles for a GPU here")
     command = [sys.executable, "-m", "tests.helpers.gpu_programs"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
@@ -32,7 +32,7 @@ def programs() -> dict[str, Any]:
 def test_one_server_never_waits_for_the_host(programs, name):
     own = programs[name]
     assert own["waits"] == 0
-    assert own["launches"] <= 52 * LAYERS
+    assert own["launches"] <= 60 * LAYERS
     assert own["collectives"] == {}
 
 

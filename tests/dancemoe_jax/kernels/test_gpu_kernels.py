@@ -10,11 +10,11 @@ import pytest
 from dancemoe_jax import generate
 from dancemoe_jax.inference import steps
 from dancemoe_jax.kernels.attention import cached_attention_xla
-from dancemoe_jax.kernels.gpu.attention import cached_attention_gpu
-from dancemoe_jax.kernels.gpu.call import gpu_kernels
-from dancemoe_jax.kernels.gpu.experts import fits, make_plan, slot_experts_gpu
-from dancemoe_jax.kernels.gpu.linear import stacked_linear_gpu
-from dancemoe_jax.kernels.gpu.loop import slot_experts_loop
+from dancemoe_jax.kernels.gpu_attention import cached_attention_gpu
+from dancemoe_jax.kernels.gpu_call import gpu_kernels
+from dancemoe_jax.kernels.gpu_experts import fits, make_plan, slot_experts_gpu
+from dancemoe_jax.kernels.gpu_linear import stacked_linear_gpu
+from dancemoe_jax.kernels.gpu_loop import slot_experts_loop
 from dancemoe_jax.kernels.swiglu import ExpertWeights
 from dancemoe_jax.model.experts import dequantize, quantize
 from tests.helpers.cluster_of_devices import PROMPTS, Small, random_resident

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
-from dancemoe_jax.kernels.gpu.call import GpuKernels, dot, kernel_call, power_of_two
+from dancemoe_jax.kernels.gpu_call import GpuKernels, dot, kernel_call, power_of_two
 
 _LOW = -1e30  # a logit of nothing, finite, so that no infinities are subtracted
 # Programs that a step should have, so that every core of a card has work.

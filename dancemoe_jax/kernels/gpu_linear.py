@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
-from dancemoe_jax.kernels.gpu.call import GpuKernels, dot, kernel_call, power_of_two
+from dancemoe_jax.kernels.gpu_call import GpuKernels, dot, kernel_call, power_of_two
 
 # With more rows the product takes so long that the copy does not count, and a library computes it better.
 MOST_ROWS = 256

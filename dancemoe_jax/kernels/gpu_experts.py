@@ -21,7 +21,7 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
 from dancemoe_jax.kernels.experts import weighted_sum
-from dancemoe_jax.kernels.gpu.call import GpuKernels, dot, kernel_call, power_of_two
+from dancemoe_jax.kernels.gpu_call import GpuKernels, dot, kernel_call, power_of_two
 from dancemoe_jax.kernels.swiglu import ExpertWeights, gate_up
 
 _NONE = jnp.iinfo(jnp.int32).max

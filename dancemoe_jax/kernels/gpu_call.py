@@ -1,8 +1,8 @@
 """Pallas kernels for NVIDIA GPUs: whether a platform takes them, and one call, also inside shard_map.
 
 Triton's lowering is what reaches Ampere, Ada and Hopper alike in every JAX that is supported; it is to go one day, and
-Pallas' other lowering is for Hopper and newer today. So the kernels keep to what both have, nothing outside this folder
-knows which it is, and where there is no kernel steps run through XLA.
+Pallas' other lowering is for Hopper and newer today. So the kernels keep to what both have, nothing outside these
+modules knows which it is, and where there is no kernel steps run through XLA.
 """
 
 import warnings
@@ -17,7 +17,7 @@ from jax.experimental.pallas import triton
 from dancemoe_jax.kernels.call import alike, varying_together
 
 # Compiled for the card, or carried out operation by operation on any device, for tests; "loop" for GPUs that the kernels are
-# not for, where the expert product is a loop that does not wait (loop.py) and the rest XLA's; None: XLA throughout.
+# not for, where the expert product is a loop that does not wait (gpu_loop.py) and the rest XLA's; None: XLA throughout.
 GpuKernels = Literal["compiled", "interpreted", "loop"] | None
 # The least compute capability that Triton compiles for.
 _LEAST = 8.0
