@@ -83,6 +83,16 @@ def join(
         cluster.names, server, coordinator, facts, timeout, secret, absent=absent, patience=patience
     ) as address:
         own = _start(cluster, server, address, coordinator, timeout)
+    with _joined(cluster, index, own, secret, lost) as devices:
+        yield devices
+    jax.distributed.shutdown()
+
+
+@contextmanager
+def _joined(
+    cluster: Cluster, index: int, own: str, secret: bytes, lost: Callable[[str], None] | None
+) -> Iterator[list[Any]]:
+    """Within the block this process is one of the program, and knows of the loss of another; an error leaves at once."""
     loss = _Loss(lost)
     try:
         devices = ordered_devices(cluster)
@@ -93,7 +103,6 @@ def join(
         loss.end_if_it_explains(error)
         abandon()
         raise
-    jax.distributed.shutdown()
 
 
 def _start(cluster: Cluster, server: str, address: str, coordinator: str, timeout: float) -> str:

@@ -18,19 +18,13 @@ def with_expert_that_overflows(small: Small, expert: int) -> None:
     small.experts.w_out[...] = w_out.at[LAYER, expert].set(3e38)
 
 
-def chosen_by(small: Small, prompt: list[int]) -> set[int]:
-    """Experts that a prompt's tokens choose in the layer."""
-    ids = forward(small.config, small.decoder, small.experts, np.array([prompt]))[1]
-    return set(np.asarray(ids)[LAYER].ravel().tolist())
-
-
 def prompts_around_an_expert(small: Small, rng) -> tuple[int, list[int], list[list[int]]]:
-    """An expert, a prompt that chooses it, and prompts that do not."""
-    prompts = [rng.integers(0, small.config.vocab_size, 2).tolist() for _ in range(60)]
-    chosen = [chosen_by(small, prompt) for prompt in prompts]
-    expert = min(range(small.config.num_experts), key=lambda e: sum(e in own for own in chosen))
-    choosing = [prompt for prompt, own in zip(prompts, chosen, strict=True) if expert in own]
-    others = [prompt for prompt, own in zip(prompts, chosen, strict=True) if expert not in own]
+    """An expert, a prompt that chooses it in the layer, and prompts that do not."""
+    prompts = rng.integers(0, small.config.vocab_size, (60, 2))
+    ids = np.asarray(forward(small.config, small.decoder, small.experts, prompts)[1])[LAYER].reshape(60, -1)
+    chosen = (ids[:, :, None] == np.arange(small.config.num_experts)).any(1)
+    expert = int(np.argmin(chosen.sum(0)))
+    choosing, others = prompts[chosen[:, expert]].tolist(), prompts[~chosen[:, expert]].tolist()
     assert choosing
     assert len(others) > 7
     return expert, choosing[0], others[:7]
