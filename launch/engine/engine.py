@@ -19,6 +19,7 @@ from dancemoe_jax.mesh import own_rows, shard_rows
 from dancemoe_jax.model.config import ModelConfig
 from launch.engine.batch import Batch, Member
 from launch.engine.control_word import ControlWord, MigrationProgress, blank
+from launch.engine.logprobs import note_logprobs
 from launch.engine.request import Request
 from launch.engine.step_counters import StepCounters
 from launch.engine.step_inputs import decode_inputs, first_row, given_routing, prefill_inputs
@@ -235,6 +236,7 @@ class Engine:
             if request.prefilled:
                 ready.append((rows, request))
                 given.append(token)
+        note_logprobs(kind, ready, given, result.logits)
         return failed + self.batch.give(ready, given, None if self.replays else self.config.eos_token)
 
     def _take_out_broken(

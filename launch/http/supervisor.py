@@ -41,7 +41,6 @@ class Worker:
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process, self.phase, self.served = process, "starting", False
         self.steps = 0
-        self.beat: dict[str, Any] = {}
         self.moved_at = self.spoke_at = time.monotonic()
         self.requests: AsyncConnection | None = None
 
@@ -97,6 +96,7 @@ class Supervisor:
         self._alone, self._joining, self._ending, self._last = alone, False, False, False
         self._asked: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._ask_number = 0
+        self._stats: dict[str, Any] | None = None
 
     @property
     def serving(self) -> bool:
@@ -156,6 +156,11 @@ class Supervisor:
         self._book.lost_worker(serving=served)
         return status, served
 
+    @property
+    def stats(self) -> dict[str, Any] | None:
+        """What the worker last told of itself (`launch.serve.stats`), the last one's until the next one has any."""
+        return self._stats
+
     # ---- what the worker says ----
 
     async def _take(self, connection: AsyncConnection) -> None:
@@ -185,7 +190,8 @@ class Supervisor:
         if beat := message.get("beat"):
             if beat["steps"] != worker.steps:
                 worker.moved_at = now
-            worker.steps, worker.beat = beat["steps"], beat
+            worker.steps = beat["steps"]
+            self._stats = beat.get("stats", self._stats)
         if "servers" in message:
             self.servers = tuple(message["servers"])
         for reply in message.get("reply", ()):
