@@ -144,7 +144,8 @@ def _print(report: dict[str, Any]) -> None:
     rows = [(name, "passed" if own["passed"] else "FAILED") for name, own in report["checks"].items()]
     print_table(("check", "result"), rows)
     if report["speed"]:
-        header = ("model", "weights", "step", "tokens", "kernels", "ms", "of memory", "of matmul")
+        print("\nshares of what the card itself copies and multiplies")
+        header = ("model", "weights", "step", "kernels", "ms", "memory", "matmul")
         print_table(header, [_row(own) for own in report["speed"]])
 
 
@@ -152,4 +153,4 @@ def _row(own: dict[str, Any]) -> tuple[str, ...]:
     shares = ("failed", "", "")
     if "failed" not in own:
         shares = (f"{1e3 * own['seconds']:.2f}", f"{own['of_memory_floor']:.0%}", f"{own['of_matmul_rate']:.0%}")
-    return (own["model"], own["weights"], own["step"], str(own["tokens"]), own["kernels"], *shares)
+    return (own["model"], own["weights"], f"{own['step']} {own['tokens']}", own["kernels"], *shares)

@@ -46,7 +46,7 @@ def _adds(text: str, line: str) -> bool:
 
 def unknown_card(mesh, both):
     """A step for a GPU that the kernels are not for."""
-    known, steps.gpu_kernels = steps.gpu_kernels, lambda kernels, device: "loop"
+    known, steps.gpu_kernels = steps.gpu_kernels, lambda kernels, devices: "loop"
     try:
         return lower_step(mesh=mesh, wire_dtype=jnp.bfloat16, **both)  # another argument, so that it is traced again
     finally:
