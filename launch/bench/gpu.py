@@ -19,6 +19,7 @@ import jax
 from rich.console import Console
 
 from dancemoe_jax.files import write_json
+from dancemoe_jax.kernels.library import Kernels
 from launch.bench.harness.gpu_checks import checks
 from launch.bench.harness.gpu_models import MODELS
 from launch.bench.harness.gpu_speed import BATCHES, CHUNKS, Ceilings, Model, cut, measure_ceilings, shrunk, with_shares
@@ -97,7 +98,8 @@ def _timed(
     chunks = CHUNKS[:1] if args.dry_run else CHUNKS
     kinds = [("decode", size) for size in BATCHES] + [("prefill", size) for size in chunks]
     for kind, size in kinds:
-        for kernels in ("auto", "xla") if args.compare else ("auto",):
+        both: tuple[Kernels, ...] = ("auto", "xla") if args.compare else ("auto",)
+        for kernels in both:
             row = {"model": name, "layers": model.config.num_layers, "weights": "int8" if int8 else "bfloat16"}
             row |= {"step": kind, "tokens": size, "kernels": kernels}
             take = model.decode if kind == "decode" else model.prefill
