@@ -6,6 +6,7 @@ It is also the reference for the two-stage exchange over slow links (two_stage.p
 import jax
 import jax.numpy as jnp
 
+from dancemoe_jax.expert_parallel.ragged import add_replies
 from dancemoe_jax.mesh import AXIS
 
 
@@ -76,6 +77,5 @@ def _send_and_return(compute, x, topk_weights, device, slot, needs, size, wire):
     parcel = jax.tree.map(lambda a: jax.lax.all_to_all(a, AXIS, 0, 0).reshape(devices * size, -1), parcel)
     partial = compute(parcel["x"].astype(x.dtype), parcel["slots"].reshape(-1, k), parcel["weights"])
     partial = partial.astype(wire or jnp.float32).reshape(devices, size, -1)
-    partial = jax.lax.all_to_all(partial, AXIS, 0, 0).astype(jnp.float32)
-    rows = jnp.where(sent, token, x.shape[0]).reshape(-1)
-    return jnp.zeros_like(x, dtype=jnp.float32).at[rows].add(partial.reshape(devices * size, -1), mode="drop")
+    partial = jax.lax.all_to_all(partial, AXIS, 0, 0).reshape(devices * size, -1)
+    return add_replies(jnp.zeros_like(x, dtype=jnp.float32), partial, needs, size * jnp.arange(devices))

@@ -61,6 +61,8 @@ def two_stage_experts(
         layer = LayerRows(links, me, wire_dtype or x.dtype, x, topk_weights, device, slot)
         return _two_stages(layer, compute, transport, live, eager, wire_dtype or jnp.float32)
 
+    if not links.across and not links.within:
+        return alone(x, topk_weights)
     # With NCCL all devices must decide alike; point to point, those that no live pair touches have no part in it.
     involved = live.any() if transport == "ragged" else live[me].any() | live[:, me].any()
     return jax.lax.cond(involved, together, alone, x, topk_weights)
@@ -82,10 +84,9 @@ def _two_stages(layer, compute, transport, live, eager, sums):
     buffer = _prefix(layer.pack(None, jnp.arange(tokens), me), total)
     to_server = (server[layer.device][:, :, None] == server[None, None]) & (layer.device >= 0)[:, :, None]
     wants = to_server.any(1) & jnp.array(linked_pairs(links.across, len(server)))[me][None]
-    buffer, fill, back_across, rows = hop(
-        links.across, me, wants, live, eager, layer.pack, buffer, _varying(jnp.int32(tokens)), sums
-    )
-    back_within = None
+    fill, rows, back_across, back_within = _varying(jnp.int32(tokens)), _varying(jnp.int32(0)), None, None
+    if links.across:
+        buffer, fill, back_across, rows = hop(links.across, me, wants, live, eager, layer.pack, buffer, fill, sums)
     if links.within:
         codes = buffer[:here, -k:].astype(jnp.int32)
         at = jnp.where(codes > 0, (codes - 1) // links.slots, -1)
@@ -109,6 +110,9 @@ def _two_stages(layer, compute, transport, live, eager, sums):
         return branch
 
     sizes = [min(tokens * 2**i, total) for i in range((total // tokens - 1).bit_length() + 1)]
+    sizes = (
+        sizes[-1:] if apart else sizes
+    )  # a GPU would have to tell the host which; there empty rows cost next to nothing
     chosen = jnp.searchsorted(jnp.array(sizes), fill)
     with jax.named_scope("experts"):
         out = jax.lax.switch(chosen, [of_first(size) for size in sizes], buffer, fill)

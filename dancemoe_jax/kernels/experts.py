@@ -93,7 +93,18 @@ def slot_experts_xla(
         return jax.lax.dynamic_update_slice_in_dim(outputs, result, start, axis=0)
 
     outputs = jax.lax.fori_loop(0, starts_tile.sum(), work, jnp.zeros_like(rows))
-    outputs = outputs[jnp.argsort(order)].reshape(tokens, k, -1).astype(jnp.float32)
+    return weighted_sum(x, outputs[jnp.argsort(order)].reshape(tokens, k, -1), slots, weights)
+
+
+def weighted_sum(
+    x: Float[Array, "tokens hidden"],
+    outputs: Float[Array, "tokens k hidden"],
+    slots: Int[Array, "tokens k"],
+    weights: Float[Array, "tokens k"],
+) -> Float[Array, "tokens hidden"]:
+    """Float32 sums of experts' results for tokens x, on `sum_grid`; an assignment to slot -1 has no weight."""
+    # Where there is no slot, a tile of another expert may have left anything, infinity too: zero times that is NaN.
+    outputs = jnp.where(slots[:, :, None] < 0, 0.0, outputs.astype(jnp.float32))
     weights = jnp.where(slots < 0, 0.0, weights).astype(jnp.float32)
     if x.dtype == jnp.float32:
         return jnp.einsum("tkd,tk->td", outputs, weights)

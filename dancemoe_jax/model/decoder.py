@@ -15,6 +15,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
+from dancemoe_jax.kernels.gpu_call import GpuKernels
 from dancemoe_jax.kernels.linear import StackedWeight, linear, linear_of_heads
 from dancemoe_jax.model.attention import along_last, attend, rms_norm, rotate
 from dancemoe_jax.model.config import ModelConfig
@@ -244,6 +245,7 @@ def scan_layers(
     remat: bool = False,
     native: bool = False,
     active: Bool[Array, " rows"] | None = None,
+    gpu: GpuKernels = None,
 ):
     """Go through all layers, run by run.
 
@@ -254,6 +256,7 @@ def scan_layers(
         native: products go through native calls, which take weights where they lie; else each layer's are copied out of
             the stack first. Only the latter can be differentiated.
         active: rows that count, which the others' products need not be computed for.
+        gpu: products go through a GPU's kernels, which do the same.
 
     Returns:
         carry, and `aux` of the MoE layers stacked in order.
@@ -271,7 +274,7 @@ def scan_layers(
             own = per_moe_layer if whole else jax.tree.map(lambda a, i=done, n=count: a[i : i + n], per_moe_layer)
         window = None if windows is None else windows[start:stop]
         carry, aux = scan_run(
-            body, layers, range(start, stop), carry, (window, own), remat=remat, native=native, active=active
+            body, layers, range(start, stop), carry, (window, own), remat=remat, native=native, active=active, gpu=gpu
         )
         done += count
         collected += [] if dense else [aux]

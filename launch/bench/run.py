@@ -11,6 +11,8 @@ WHAT = {
     "shift": "users of the servers change what they work on: serving with and without migration",
     "migrate": "what running requests notice of migrations",
     "scaling": "how a step grows with devices, layers and experts",
+    "gpu": "one GPU: is what it computes right, and how near to its own rates are steps",
+    "programs": "what steps would do on a GPU, compiled without one: launches, waits, copies, memory",
     "exchange": "one step across servers: time and bytes by how rows travel",
 }
 

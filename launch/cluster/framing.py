@@ -21,6 +21,8 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
+from placement.files import parse_json
+
 log = logging.getLogger(__name__)
 
 LINE_BYTES = 2**16
@@ -49,8 +51,8 @@ def parse(line: bytes, fields: Fields | None) -> dict[str, Any]:
         MessageError: it is no JSON object, or has other fields.
     """
     try:
-        message = json.loads(line, parse_constant=_no_number)
-    except (ValueError, RecursionError):
+        message = parse_json(line, "it")
+    except ValueError:
         raise MessageError("not a line of JSON") from None
     if not isinstance(message, dict):
         raise MessageError("not a JSON object")
@@ -70,10 +72,6 @@ def parse(line: bytes, fields: Fields | None) -> dict[str, Any]:
 
 
 _ABSENT = object()
-
-
-def _no_number(name: str) -> float:
-    raise ValueError(name)
 
 
 class Connection:

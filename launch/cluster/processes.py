@@ -92,6 +92,7 @@ class Processes:
         self._readers: dict[str, list[threading.Thread]] = {}
         self._awaited: set[str] = set()
         self._ended: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
+        self._first: tuple[str, int] | None = None  # of those that failed, and its status
         self._interrupts = Interrupts()
         self._writing = threading.Lock()
 
@@ -127,6 +128,8 @@ class Processes:
             self._awaited.discard(server)
             if status:
                 self.stop(grace)
+                # The others may end because of it, and be through with what they print before it is.
+                server, status = self._first or (server, status)
                 raise ServerFailed(server, status, self._tails[server])
         return True
 
@@ -187,6 +190,8 @@ class Processes:
 
     def _report_end(self, server: str, process: "subprocess.Popen[str]") -> None:
         status = process.wait()
+        if status and self._first is None:
+            self._first = server, status
         self._finish_reading(server)
         self._ended.put((server, status))
 

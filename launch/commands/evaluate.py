@@ -186,7 +186,7 @@ def sums_right(model: Model, experts: Experts, arithmetic: Domain) -> tuple[int,
     """
     config = model.config
     pairs = held_out_sums()
-    lines = [line for document in arithmetic.held_out for line in document.splitlines()]
+    lines = [line for document in arithmetic.held_out for line in document.split("\n") if line]
     rows = np.zeros((len(pairs), config.max_position), np.int32)
     answer = np.zeros(rows.shape, bool)
     for i, (a, b) in enumerate(pairs):

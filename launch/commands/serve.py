@@ -25,6 +25,8 @@ from placement import Cluster, InputError, Placement
 from placement.migration.decide import Policy
 from placement.units import parse_bytes, parse_rate, parse_seconds
 
+_LARGEST_FLAG = 1e6  # seconds, tokens or sequences
+
 
 def run(args: argparse.Namespace) -> int:
     """Serve until all requests of all servers are answered, or until SIGINT or SIGTERM; the exit status.
@@ -33,8 +35,8 @@ def run(args: argparse.Namespace) -> int:
         InputError, ModelError: the cluster file, the model, the placement or a flag cannot be used.
     """
     for flag in ("sequences", "chunk", "timeout", "drain"):
-        if not getattr(args, flag) > 0:
-            raise InputError(f"--{flag} {getattr(args, flag)}: must be greater than 0")
+        if not 0 < getattr(args, flag) <= _LARGEST_FLAG:
+            raise InputError(f"--{flag} {getattr(args, flag)}: must be greater than 0, and at most {_LARGEST_FLAG:g}")
     if args.join and not (args.server and args.state):
         raise InputError("--join: give --server, and --state as the others were given it")
     if not args.cluster and (args.server or args.join):

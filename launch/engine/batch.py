@@ -86,6 +86,13 @@ class Batch:
             members.append((rows, request))
         return step, members
 
+    def fail(self, rows: SlotRows, error: str) -> None:
+        """End the request of a slot, which is free then, with an error."""
+        request = self.running[rows.device][rows.slot]
+        assert request is not None
+        request.reason, request.error = "error", error
+        self.running[rows.device][rows.slot] = None
+
     def give(self, members: Sequence[Member], tokens: Sequence[int], eos: int | None) -> list[Request]:
         """Give requests their next tokens; those that have ended with it, whose slots are free.
 

@@ -8,15 +8,18 @@ on without a message of its own: every step carries what all devices want after 
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from dancemoe_jax.expert_parallel.pool import PoolLayout, local_devices
+from dancemoe_jax.inference.finite import all_finite, not_finite
 from dancemoe_jax.inference.steps import GivenRouting, StepResult, Weights, decode_step, init_state, prefill
 from dancemoe_jax.mesh import own_rows, shard_rows
 from dancemoe_jax.model.config import ModelConfig
 from launch.engine.batch import Batch, Member
 from launch.engine.control_word import ControlWord, MigrationProgress, blank
+from launch.engine.logprobs import note_logprobs
 from launch.engine.request import Request
 from launch.engine.step_counters import StepCounters
 from launch.engine.step_inputs import decode_inputs, first_row, given_routing, prefill_inputs
@@ -45,6 +48,7 @@ class Engine:
         migration_progress: of this process's migration worker (launch.migration.worker); sent like those.
         received: what all devices sent with the last step.
         steps: taken since the start, by kind; tokens_processed: of this process's requests in them.
+        taking: requests of this process in the last step that began.
         sampler: is given the experts of every token that entered here; None reads them from no step.
     """
 
@@ -72,6 +76,7 @@ class Engine:
         self.migration_progress = MigrationProgress()
         self.received = ControlWord.of(blank(mesh.size))
         self.sampler: Sampler | None = None
+        self.taking: list[Request] = []
         self._next: Kind | None = None
 
     def forget(self) -> None:
@@ -150,6 +155,7 @@ class Engine:
         for request in self.in_flight:
             request.epochs.add(self.epoch)
         step, members = self.batch.plan(self._next, self.chunk)
+        self.taking = [request for _, request in members]
         result = self._take(step, members)
         self._count(step.kind, members, result)
         finished += self._give(step.kind, members, result)
@@ -159,15 +165,36 @@ class Engine:
 
     def _take(self, step: Step, members: Sequence[Member]) -> StepResult:
         """Run a step on the devices."""
-        if step.kind == "prefill":
+        take, inputs = self._inputs(step.kind, members, self._control(step))
+        self.state, result = take(self.weights, self.state, *inputs, **self.shapes)
+        # All of it is on its way to the host before any of it is waited for.
+        wanted = (result.tokens, result.control, result.traffic, result.routed if self.sampler else None)
+        for part in jax.tree.leaves(wanted):
+            part.copy_to_host_async()
+        return result
+
+    def _inputs(self, kind: Kind, members: Sequence[Member], control: np.ndarray) -> tuple[Any, list[Any]]:
+        """The function that takes a step, and what it takes beside weights and state."""
+        if kind == "prefill":
             take, inputs = prefill, prefill_inputs(members, self.mesh.size, self.chunk)
         else:
             take, inputs = decode_step, decode_inputs(members, self.mesh.size, self._sequences)
-        on_devices = [shard_rows(self.mesh, part) for part in (*inputs, self._control(step))]
-        self.state, result = take(
-            self.weights, self.state, *on_devices, self._routing(step.kind, members), **self.shapes
-        )
-        return result
+        on_devices = [shard_rows(self.mesh, part) for part in (*inputs, control)]
+        return take, [*on_devices, self._routing(kind, members)]
+
+    def compiled(self) -> dict[str, Any]:
+        """Both kinds of step as compiled for this engine's devices. Nothing runs."""
+        kinds: tuple[Kind, ...] = ("prefill", "decode")
+        found = {}
+        for kind in kinds:
+            take, inputs = self._inputs(kind, [], blank(self.mesh.size))
+            found[kind] = take.lower(self.weights, self.state, *inputs, **self.shapes).compile()
+        return found
+
+    @property
+    def batch_slots(self) -> int:
+        """Sequences that a device serves at once."""
+        return self._sequences
 
     def _control(self, step: Step) -> np.ndarray:
         """What this process's devices send with a step, as control words."""
@@ -199,6 +226,7 @@ class Engine:
 
     def _give(self, kind: Kind, members: Sequence[Member], result: StepResult) -> list[Request]:
         """Give the step's tokens to requests that have their whole prompt behind them; those that ended with it."""
+        failed, members = self._take_out_broken(kind, members, result)
         width = self.chunk if kind == "prefill" else 1
         tokens = self._choice.next_tokens(kind, members, self.batch.running, result, width)
         ready, given = [], []
@@ -208,4 +236,19 @@ class Engine:
             if request.prefilled:
                 ready.append((rows, request))
                 given.append(token)
-        return self.batch.give(ready, given, None if self.replays else self.config.eos_token)
+        note_logprobs(kind, ready, given, result.logits)
+        return failed + self.batch.give(ready, given, None if self.replays else self.config.eos_token)
+
+    def _take_out_broken(
+        self, kind: Kind, members: Sequence[Member], result: StepResult
+    ) -> tuple[list[Request], list[Member]]:
+        """End the requests whose numbers are not finite any more; those, and the members that go on."""
+        layers, good, failed = own_rows(result.finite_layers), [], []
+        for rows, request in members:
+            finite = int(layers[rows.device][first_row(kind, rows)])
+            if finite == all_finite(self.config):
+                good.append((rows, request))
+            else:
+                self.batch.fail(rows, not_finite(self.config, finite))
+                failed.append(request)
+        return failed, good

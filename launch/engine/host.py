@@ -20,8 +20,8 @@ _SLEEP_S = 0.2  # how often a sleeping server looks whether it is to end
 class Stream:
     """The tokens of one request as they come.
 
-    Iterating waits for each; `cancel` ends it from any thread. `reason` tells why it has ended: "stop", "length" or
-    "cancelled"; it is "" until then.
+    Iterating waits for each; `cancel` ends it from any thread. `reason` tells why it has ended: "stop", "length",
+    "cancelled" or "error" (`request.error` says which); it is "" until then.
     """
 
     def __init__(self, request: Request) -> None:

@@ -27,7 +27,7 @@ class Request:
         on_token: called with every token of the answer; true ends it.
         routed: experts of its tokens and their weights, [tokens, MoE layers, k] each, prompt then answer without its last
             token: a replay (`Engine(replays=True)`), which no end-of-text ends.
-        reason: why it ended: "stop", "length" or "cancelled".
+        reason: why it ended: "stop", "length", "cancelled" or "error".
         epochs: the engine's epochs (placements) under which its steps ran.
         logprobs: of how many likeliest tokens beside the chosen one it wants the logarithms of their probabilities; None:
             of none at all. last_logprobs: those of its last token.

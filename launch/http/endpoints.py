@@ -13,6 +13,7 @@ from launch.http import fields
 from launch.http.answers import Form, problem
 from launch.http.book import Accepted, Refused
 from launch.http.service import Service
+from placement.files import InputError, parse_json
 
 LONGEST_BODY = 8 * 2**20  # bytes
 BODY_SECONDS = 30.0
@@ -38,20 +39,14 @@ async def read_body(request: HttpRequest) -> dict[str, Any]:
     except TimeoutError:
         raise Refused(408, f"the body has not come within {BODY_SECONDS:g} s") from None
     try:
-        body = json.loads(b"".join(parts).decode("utf-8"), parse_constant=_no_number)
+        body = parse_json(b"".join(parts).decode("utf-8"), "it")
     except UnicodeDecodeError as error:
         raise Refused(400, f"the body is not UTF-8 (byte {error.start + 1})") from None
-    except RecursionError:
-        raise Refused(400, "the body is nested too deeply") from None
-    except ValueError as error:
-        raise Refused(400, f"the body is not JSON ({error})") from None
+    except InputError as error:
+        raise Refused(400, f"the body is not JSON that is read here ({str(error).removeprefix('it: ')})") from None
     if not isinstance(body, dict):
         raise Refused(400, "the body must be a JSON object")
     return body
-
-
-def _no_number(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON")
 
 
 class Endpoints:

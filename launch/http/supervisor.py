@@ -33,15 +33,14 @@ class Worker:
     """A worker from its start to its end. Times are on the monotonic clock.
 
     Attributes:
-        phase: what it does, in its own words; "serving" is the last one.
+        phase: what it does, in its own words; served: whether it has been "serving".
         steps: that it has taken; moved_at: when it last took one, or had nothing to do.
         spoke_at: when it last said anything.
     """
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self.process, self.phase, self.draining = process, "starting", False
+        self.process, self.phase, self.served = process, "starting", False
         self.steps = 0
-        self.beat: dict[str, Any] = {}
         self.moved_at = self.spoke_at = time.monotonic()
         self.requests: AsyncConnection | None = None
 
@@ -97,6 +96,7 @@ class Supervisor:
         self._alone, self._joining, self._ending, self._last = alone, False, False, False
         self._asked: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._ask_number = 0
+        self._stats: dict[str, Any] | None = None
 
     @property
     def serving(self) -> bool:
@@ -146,7 +146,7 @@ class Supervisor:
             finally:
                 worker.kill()  # what it may have left behind
                 Path(path).unlink(missing_ok=True)
-        served, self.worker = worker.serving, None
+        served, self.worker = worker.served, None
         if served:
             self.lost_at = time.monotonic()
         self._forget_questions()
@@ -155,6 +155,11 @@ class Supervisor:
             log.warning("the worker has ended (%s); %d requests wait for the next one", how, len(self._book))
         self._book.lost_worker(serving=served)
         return status, served
+
+    @property
+    def stats(self) -> dict[str, Any] | None:
+        """What the worker last told of itself (`launch.serve.stats`), the last one's until the next one has any."""
+        return self._stats
 
     # ---- what the worker says ----
 
@@ -185,23 +190,31 @@ class Supervisor:
         if beat := message.get("beat"):
             if beat["steps"] != worker.steps:
                 worker.moved_at = now
-            worker.steps, worker.beat = beat["steps"], beat
+            worker.steps = beat["steps"]
+            self._stats = beat.get("stats", self._stats)
         if "servers" in message:
             self.servers = tuple(message["servers"])
         for reply in message.get("reply", ()):
             if (future := self._asked.pop(reply["id"], None)) and not future.done():
                 future.set_result(reply)
+        if "problem" in message:
+            self.problem = message["problem"]
         for phase in message.get("phase", ()):
             self._enter(worker, phase)
         if message.get("draining"):
-            worker.draining = True
             self.drained()
 
     def _enter(self, worker: Worker, phase: str) -> None:
         worker.phase, worker.moved_at = phase, time.monotonic()
-        self._joining = phase.startswith("joining")
+        if phase.startswith(("joining", "waiting")):
+            self._joining = True
+        if phase == "loading the model":
+            self._joining = False
+        if phase.startswith("ending: "):
+            self.problem = phase.removeprefix("ending: ")
         if worker.serving:
             self.served, self.problem = True, ""
+            worker.served = True
             self.flush()
 
     # ---- what it is told ----
@@ -291,6 +304,9 @@ class Supervisor:
             worker.moved_at = max(worker.moved_at, worker.spoke_at)
         if worker.serving and self.stuck_for(now) > self.stuck:
             log.warning("no step has ended for %.1f s while requests wait; the worker is replaced", self.stuck_for(now))
+            worker.kill()
+        elif worker.serving and now - worker.spoke_at > self.stuck:
+            log.warning("the worker has said nothing for %.0f s; it is replaced", now - worker.spoke_at)
             worker.kill()
         elif not worker.serving and now - worker.spoke_at > max(self.stuck, _SILENT_S):
             log.warning(

@@ -16,7 +16,9 @@ TO_FRONT = {
     "ended?": list,
     "beat?": dict,
     "failed?": dict,
+    "problem?": str,
     "draining?": bool,
     "reply?": list,
 }
-"""tokens: [id, token] or [id, token, logprobs]; ended: [id, reason, error]; failed: ids and why, of a step that failed."""
+"""tokens: [id, token] or [id, token, logprobs]; ended: [id, reason, error]; failed: ids and why, of a step that failed;
+problem: why the worker ends."""

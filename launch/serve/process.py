@@ -6,6 +6,7 @@ from typing import BinaryIO
 
 import jax.numpy as jnp
 
+from dancemoe_jax.errors import DanceMoEError
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.text.tokenizer import load_tokenizer_bundle
 from launch.cluster.addresses import coordinator_address
@@ -19,9 +20,10 @@ from launch.serve.front_link import FrontLink
 from launch.serve.json_lines import Feeder
 from launch.serve.requests import RequestMaker
 from launch.serve.server import Server
-from placement import Cluster, Placement
+from placement import Cluster, InputError, Placement
 from placement.migration.decide import Policy
 
+_PATIENCE_S = 20.0  # for the port where the last worker of the first server met the others
 _ANSWER_S = 10.0  # for the last answers to be written, once serving has ended
 
 
@@ -44,11 +46,7 @@ def serve(
     if cluster is None:
         cluster = alone(config, args.sequences, itemsize=jnp.dtype(args.dtype).itemsize, int8=args.int8)
         args.server = cluster.names[0]
-    if lines is None:
-        source: Feeder | FrontLink = FrontLink(args.front_door, args.secret)
-    else:
-        maker = RequestMaker(load_tokenizer_bundle(path, config), config)
-        source = Feeder(maker, lines, shared=args.requests != "-", shares=not args.join)
+    source = _source(args, path, config, lines)
     facts = facts_of(args, path, config, policy)
     state = open_state(args.state) if args.state and args.server == cluster.names[0] else None
     record = read_record(state) if state else None
@@ -71,18 +69,31 @@ def serve(
         source.settle,
     )
     if isinstance(source, FrontLink):
-        server.phase, server.failed_step = source.phase, source.failed_step
-    if args.join:
-        server.join_serving(args.join, cluster)
-    else:
-        coordinator = args.coordinator or coordinator_address(cluster)
-        given = folder_fingerprint(args.placement) if args.placement else "none"
-        limits = record.limits if record else {}
-        server.serve(ProcessGroup(cluster, coordinator, placed, limits=limits), given, record)
+        server.phase, server.failed_step, server.patience = source.phase, source.failed_step, _PATIENCE_S
+        server.watch = source.watch
+    try:
+        if args.join:
+            server.join_serving(args.join, cluster)
+        else:
+            coordinator = args.coordinator or coordinator_address(cluster)
+            given = folder_fingerprint(args.placement) if args.placement else "none"
+            limits = record.limits if record else {}
+            server.serve(ProcessGroup(cluster, coordinator, placed, limits=limits), given, record)
+    except (InputError, DanceMoEError) as error:
+        if isinstance(source, FrontLink):
+            source.end_because(str(error))
+        raise
     source.settle(_ANSWER_S)
     if source.problem:
         return 1
     return 128 + drain.cancelled if drain.cancelled else 0
+
+
+def _source(args: argparse.Namespace, path: Path, config: ModelConfig, lines: BinaryIO | None) -> Feeder | FrontLink:
+    if lines is None:
+        return FrontLink(args.front_door, args.secret)
+    maker = RequestMaker(load_tokenizer_bundle(path, config), config)
+    return Feeder(maker, lines, shared=args.requests != "-", shares=not args.join)
 
 
 def facts_of(args: argparse.Namespace, path: Path, config: ModelConfig, policy: Policy) -> dict[str, str]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from dancemoe_jax.checkpoint.reader import ExpertFile
@@ -20,7 +19,7 @@ from dancemoe_jax.kernels.library import Kernels
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.model.experts import ExpertWeights
 from launch.cluster.channel import ChannelLost
-from launch.cluster.jax_runtime import leave_at_once, leave_program
+from launch.cluster.jax_runtime import is_of_exchange, leave_at_once, leave_program
 from launch.cluster.join import join
 from launch.elastic.newcomer import report
 from launch.elastic.process_group import GroupChange, ProcessGroup
@@ -28,6 +27,7 @@ from launch.engine.host import Host
 from launch.engine.loading import Loaded, load
 from launch.engine.memory import sizes
 from launch.migration.record import Record
+from launch.migration.worker import MigrationWorker
 from launch.serve.attach_migration import Start, migrating, resumed
 from launch.serve.drain import Drain
 from launch.serve.warm_up import warm_up
@@ -55,7 +55,8 @@ class Server:
         drain: ends serving on request; settle: takes no more requests, and waits so many seconds until those that were
             taken are answered.
         phase: called with what it does on its way to serving; failed_step: with why a step has failed that no other
-            server's end explains.
+            server's end explains; patience: seconds for the first server's port to become free.
+        watch: called with what each program serves, before its loop starts.
     """
 
     name: str
@@ -73,8 +74,10 @@ class Server:
     changed: Callable[[Cluster], None]
     drain: Drain
     settle: Callable[[float], None]
-    phase: Callable[[str], None] = field(default=lambda _: None, init=False)
-    failed_step: Callable[[str], None] = field(default=lambda _: None, init=False)
+    phase: Callable[[str], None] = field(default_factory=lambda: _ignore, init=False)
+    failed_step: Callable[[str], None] = field(default_factory=lambda: _ignore, init=False)
+    watch: Callable[[Host, Loaded, MigrationWorker | None], None] | None = field(default=None, init=False)
+    patience: float = field(default=0.0, init=False)
     host: Host | None = field(default=None, init=False)
     _gone: threading.Event = field(default_factory=threading.Event, init=False)  # whether another server has ended
     _since: float = field(default=0.0, init=False)  # when it began to load, or to serve nobody
@@ -98,7 +101,7 @@ class Server:
             InputError, ModelError: it does not take in this server, or the model cannot be loaded.
         """
         assert self.policy is not None
-        file = ExpertFile(self.path, jnp.dtype(self.options["dtype"]), self.options["int8"])
+        file = ExpertFile(self.path, jnp.dtype(self.options["dtype"]), self.options["int8"], self.facts["model"])
         group, read = report(
             address, cluster, self.name, self.facts, file.read, self.policy.staging_bytes, self.timeout, self.secret
         )
@@ -133,39 +136,61 @@ class Server:
             devices = self._join(stack, group, also or {})
             self.phase("loading the model")
             self._since = self._since or time.monotonic()
-            profile = sizes(self.path, self.config, cluster, **self.options)
-            placed, epoch, fits = group.placement, group.epoch, False
-            if first:
-                placed, epoch, fits = resumed(record, placed, profile, cluster)
-            planned = {"placed": placed, "profile": profile, "fits": fits, "kernels": self.kernels}
-            loaded = load(
-                self.path, self.config, cluster, devices, chunk=self.chunk, read=read, **planned, **self.options
-            )
+            loaded, epoch = self._load(group, devices, record, read)
             self.phase("compiling")
             warm_up(loaded.engine, self.name)
             host = self._moved(loaded, cluster)
             stack.enter_context(self.drain.watching(host))
             change = GroupChange(host, cluster)
             stack.callback(change.end)
+            worker = None
             if self.policy is not None:
                 start = Start(epoch, group.reason, group.limits, self.facts, group.coordinator, self.secret)
-                stack.enter_context(migrating(host, loaded, self.policy, self.state, start))
+                worker = stack.enter_context(migrating(host, loaded, self.policy, self.state, start))
+            if self.watch is not None:
+                self.watch(host, loaded, worker)
             log.info("%s: serving after %.1f s", self.name, time.monotonic() - self._since)
             if first or read is not None:
                 self.begin(host, cluster)
             try:
                 moves = host.run()
-            except (jax.errors.JaxRuntimeError, ChannelLost) as error:
-                self._failed(error, alone=len(cluster.names) == 1)
-                raise
             except Exception as error:
-                self.failed_step(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+                if is_of_exchange(error) or isinstance(error, ChannelLost):
+                    self._failed(error, alone=len(cluster.names) == 1)
+                else:
+                    self.failed_step(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
                 raise
             if not moves:
                 return None
             self._since = time.monotonic()
             loaded.engine.release()
             return change.group
+
+    def _load(
+        self,
+        group: ProcessGroup,
+        devices: list[Any],
+        record: Record | None,
+        read: Callable[[int, int], ExpertWeights] | None,
+    ) -> tuple[Loaded, int]:
+        """This server's share of the model, and the number of its placement."""
+        profile = sizes(self.path, self.config, group.cluster, **self.options)
+        placed, epoch, fits = group.placement, group.epoch, False
+        if self.host is None and read is None:
+            placed, epoch, fits = resumed(record, placed, profile, group.cluster)
+        planned = {"placed": placed, "profile": profile, "fits": fits, "kernels": self.kernels}
+        loaded = load(
+            self.path,
+            self.config,
+            group.cluster,
+            devices,
+            chunk=self.chunk,
+            read=read,
+            fingerprint=self.facts["model"],
+            **planned,
+            **self.options,
+        )
+        return loaded, epoch
 
     def _join(self, stack: contextlib.ExitStack, group: ProcessGroup, also: Mapping[str, str]) -> list[Any]:
         """All devices of a program, which the stack leaves. Raises _NotTogether where others serve on without it."""
@@ -177,6 +202,10 @@ class Server:
             timeout=self.timeout if self.host is None else _REFORM_S,
             secret=self.secret,
             lost=self._lost,
+            absent=lambda names: self.phase(
+                f"waiting for {', '.join(names)}" if names else "joining the other servers"
+            ),
+            patience=self.patience,
         )
         try:
             return stack.enter_context(joined)
@@ -198,6 +227,7 @@ class Server:
         """Another server has ended (the log says which): no step can be taken any more, so this one ends too, once all
         that was asked of it is answered."""
         self._gone.set()
+        self.phase(f"ending: server {name} has ended or cannot be reached")
         if self.host is not None:
             self.host.close()
             self.settle(_SETTLE_S)
@@ -221,3 +251,7 @@ class Server:
 
 class _NotTogether(Exception):
     """The servers of the next program have not come together."""
+
+
+def _ignore(_: str) -> None:
+    """Where nobody wants to know."""

@@ -7,6 +7,7 @@ import jax
 
 from dancemoe_jax.inference.sampling_params import SamplingParams
 from launch.engine.engine import Engine
+from launch.engine.programs import check_programs
 from launch.engine.request import Request
 
 log = logging.getLogger(__name__)
@@ -21,8 +22,12 @@ def warm_up(engine: Engine, server: str) -> None:
 
     Args:
         server: name of this one, for progress.
+
+    Raises:
+        InputError: the steps do not fit a card, or the servers' programs do not fit together (engine.programs).
     """
     begin = time.monotonic()
+    check_programs(engine)
     for kind, params in _KINDS:
         log.info("%s: compiling the steps (%s)", server, kind)
         for own in sorted({int(engine.device_server[device]) for device in engine.own}):

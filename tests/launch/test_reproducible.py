@@ -48,9 +48,10 @@ def test_a_text_depends_on_its_request_alone(native, count, rng):
         slots = assign_slots(layout, random_resident(np.random.default_rng(seed), capacity, config))
         tables = place_tables(routing_tables(layout, slots), mesh)
         weights = Weights(place_decoder(decoder, mesh), fill_pool(mesh, layout, slots, file.read), tables)
-        sequences = 16 if count == 10 else int(rng.choice([1, 2, 4, 8, 16]))
+        # XLA's own products may add up otherwise in a program for another number of rows.
+        sequences = [16, 1, 3, 8, 2][seed % 5] if native else 8
         how = {"kernels": "auto" if native else "xla"}
-        engine = Engine(config, layout, mesh, weights, DEVICE_SERVER, 1 if seed == 1 else sequences, chunk=32, **how)
+        engine = Engine(config, layout, mesh, weights, DEVICE_SERVER, sequences, chunk=32, **how)
         served = [dataclasses.replace(request, output=[], epochs=set()) for request in requests]
         for number in rng.permutation(count):
             engine.submit(served[number])

@@ -371,3 +371,10 @@ def test_thin_statistics_of_a_real_model(tokens, most):
     cluster = Cluster.from_dict({"server": servers, "network": {"bandwidth": "500Mbps", "latency": "0.2ms"}})
     placed = plan(few, cluster, "latency", prior=DEFAULT_PRIOR)
     assert evaluate(evaluation, cluster, placed)["decode_network_seconds"] <= most / 1e3
+
+
+def test_windows_that_were_summed_are_compared_by_shares_and_not_by_amounts(rng):
+    counts = rng.integers(1, 1000, (2, 3, 8))
+    found = drift(counts, 50 * counts)
+    np.testing.assert_allclose(found["between_windows"], 0, atol=1e-12)
+    assert (found["between_windows_by_chance"] < drift(counts, counts)["between_windows_by_chance"]).all()
