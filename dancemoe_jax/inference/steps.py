@@ -172,7 +172,7 @@ def decode_step(
     check_array("positions", positions, "integers", rows)
     check_array("active", active, "booleans", rows)
     check_rest(control, routing, config, mesh, sequences)
-    native, gpu = _native(kernels, mesh, weights), gpu_kernels(kernels, mesh.devices.flat[0])
+    native, gpu = _native(kernels, mesh, weights), gpu_kernels(kernels, mesh.devices.flat)
 
     def local(weights, state, tokens, positions, active, *rest):
         rows = jnp.where(active[0], positions[0], config.max_position)[:, None]
@@ -224,7 +224,7 @@ def prefill(
     for name, array in (("sequences", sequences), ("starts", starts), ("lengths", lengths)):
         check_array(name, array, "integers", {"devices": mesh.size, "rows": rows})
     check_rest(control, routing, config, mesh, rows * chunk)
-    native, gpu = _native(kernels, mesh, weights), gpu_kernels(kernels, mesh.devices.flat[0])
+    native, gpu = _native(kernels, mesh, weights), gpu_kernels(kernels, mesh.devices.flat)
 
     def local(weights, state, tokens, sequences, starts, lengths, *rest):
         index = jnp.arange(tokens.shape[2])[None]

@@ -168,7 +168,7 @@ def test_products_are_those_of_float64(heads, transposed, rng):
 
 
 def test_whole_steps_with_the_kernels_give_the_reference_tokens(monkeypatch, rng):
-    monkeypatch.setattr(steps, "gpu_kernels", lambda kernels, device: HOW)
+    monkeypatch.setattr(steps, "gpu_kernels", lambda kernels, devices: HOW)
     monkeypatch.setattr(steps, "use_native", lambda *_: False)
     # What carries kernels out operation by operation does not know of axes over which values vary.
     monkeypatch.setattr(jax, "shard_map", functools.partial(jax.shard_map, check_vma=False))
@@ -194,10 +194,10 @@ class Card:
 
 
 def test_kernels_are_for_cards_that_their_compiler_knows():
-    assert gpu_kernels("auto", Card()) == "compiled"
-    assert gpu_kernels("xla", Card()) is None
     turing, other = Card(), Card()
     turing.compute_capability = "7.5"
     other.device_kind = "AMD Instinct"
-    assert gpu_kernels("auto", turing) == gpu_kernels("auto", other) == "loop"
-    assert gpu_kernels("auto", jax.devices("cpu")[0]) is None
+    assert gpu_kernels("auto", [Card(), Card()]) == "compiled"
+    assert gpu_kernels("xla", [Card()]) is None
+    assert gpu_kernels("auto", [Card(), turing]) == gpu_kernels("auto", [other]) == "loop"
+    assert gpu_kernels("auto", jax.devices("cpu")) is None
