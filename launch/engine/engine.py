@@ -13,16 +13,19 @@ from jax.sharding import Mesh
 
 from dancemoe_jax.expert_parallel.pool import PoolLayout, local_devices
 from dancemoe_jax.inference.steps import GivenRouting, StepResult, Weights, decode_step, init_state, prefill
+from dancemoe_jax.kernels.library import Kernels, use_native
 from dancemoe_jax.mesh import own_rows, shard_rows
 from dancemoe_jax.model.config import ModelConfig
 from launch.engine.batch import Batch, Member
 from launch.engine.control_word import ControlWord, MigrationProgress, blank
 from launch.engine.request import Request
 from launch.engine.step_counters import StepCounters
-from launch.engine.step_inputs import decode_inputs, first_row, given_routing, prefill_inputs
+from launch.engine.step_inputs import decode_inputs, given_routing, prefill_inputs, row_numbers
 from launch.engine.token_choice import TokenChoice
 from launch.engine.token_sample import Sampler
-from placement.scheduling import Kind, Step, next_kind
+from placement.scheduling import Step, Turn, Width, Wish, chunks_of, next_turn, widths
+
+_A_PROMPT = Wish(1, 1, False)
 
 
 class Engine:
@@ -34,7 +37,7 @@ class Engine:
 
     Args:
         device_server: int [devices], the server of each device.
-        sequences: batch slots of a device; chunk: prompt tokens a step takes from one sequence.
+        sequences: batch slots of a device; chunk: prompt tokens that a step takes of a sequence where somebody decodes.
         replays: all requests bring the experts of their tokens (`Request.routed`), and the router's choice is not used.
         steps: what else the steps take: `transport`, `wire_dtype` (dancemoe_jax.inference.steps).
 
@@ -62,7 +65,7 @@ class Engine:
     ):
         self.shapes: dict[str, Any] = {"config": config, "layout": layout, "mesh": mesh, **steps}
         self.replays = replays
-        self.config, self.weights, self.device_server, self.chunk = config, weights, np.asarray(device_server), chunk
+        self.config, self.weights, self.device_server = config, weights, np.asarray(device_server)
         self.mesh, self.own = mesh, local_devices(mesh)
         self.batch = Batch(self.device_server.tolist(), self.own, sequences, config.max_position)
         self._sequences = sequences
@@ -72,7 +75,8 @@ class Engine:
         self.migration_progress = MigrationProgress()
         self.received = ControlWord.of(blank(mesh.size))
         self.sampler: Sampler | None = None
-        self._next: Kind | None = None
+        self._chunks = (chunk,) if replays or not self._native() else chunks_of(chunk, config.max_position)
+        self._next: Turn | None = None
 
     def forget(self) -> None:
         """Begin with empty caches and counts, as if nothing had been served. No request may be in a batch slot."""
@@ -112,9 +116,14 @@ class Engine:
         """Whether all have agreed to end."""
         return bool(self.received.stop.any() or self.received.done.all())
 
-    def wake(self) -> None:
-        """Have a next step after all; the process that wakes the others has a prompt."""
-        self._next = "prefill"
+    @property
+    def widths(self) -> tuple[Width, ...]:
+        """All that prefill steps may have."""
+        return widths(self._chunks)
+
+    def wake(self, wish: Wish = _A_PROMPT) -> None:
+        """Have a next step after all, a prefill step of the width that is wished; all processes wish for the same."""
+        self._next = next_turn(None, [wish], self._chunks)
 
     def adopt(self, weights: Weights) -> None:
         """Take new weights (pool and tables of another placement) from the next step on."""
@@ -141,69 +150,72 @@ class Engine:
 
     def step(self) -> list[Request]:
         """Take the next step, if there is one; the requests that it finished (their `finished_s` is the caller's)."""
-        if self._next is None and len(self.own) == self.mesh.size and not self.idle:
-            self.wake()
-        if self._next is None:
+        alone = len(self.own) == self.mesh.size
+        if self._next is None and (not alone or self.idle):
             return []
         finished = self.batch.drop_cancelled()
         self.batch.admit()
+        turn = self._next or next_turn(None, self.batch.wishes(), self._chunks) or Turn("prefill", self.widths[0])
         for request in self.in_flight:
             request.epochs.add(self.epoch)
-        step, members = self.batch.plan(self._next, self.chunk)
-        result = self._take(step, members)
-        self._count(step.kind, members, result)
-        finished += self._give(step.kind, members, result)
+        step, members = self.batch.plan(turn)
+        result = self._take(step, members, turn.width)
+        self._count(turn, members, result)
+        finished += self._give(turn, members, result)
         self.received = ControlWord.of(np.asarray(result.control))
-        self._next = next_kind(step.kind, bool(self.received.prefill.any()), bool(self.received.decode.any()))
+        self._next = next_turn(turn.kind, [self.received.wish], self._chunks)
         return finished
 
-    def _take(self, step: Step, members: Sequence[Member]) -> StepResult:
+    def _take(self, step: Step, members: Sequence[Member], width: Width) -> StepResult:
         """Run a step on the devices."""
         if step.kind == "prefill":
-            take, inputs = prefill, prefill_inputs(members, self.mesh.size, self.chunk)
+            take, inputs = prefill, prefill_inputs(members, self.mesh.size, width)
         else:
             take, inputs = decode_step, decode_inputs(members, self.mesh.size, self._sequences)
         on_devices = [shard_rows(self.mesh, part) for part in (*inputs, self._control(step))]
-        self.state, result = take(
-            self.weights, self.state, *on_devices, self._routing(step.kind, members), **self.shapes
-        )
+        routing = self._routing(step, members, width)
+        self.state, result = take(self.weights, self.state, *on_devices, routing, **self.shapes)
         return result
+
+    def _native(self) -> bool:
+        """Whether a row's bits are the same in steps of every width: of XLA's products they are not."""
+        kernels: Kernels = self.shapes.get("kernels", "auto")
+        return use_native(kernels, self.mesh.devices.flat[0].platform, self.weights.decoder.embedding[...].dtype)
 
     def _control(self, step: Step) -> np.ndarray:
         """What this process's devices send with a step, as control words."""
         words = blank(self.mesh.size)
         control = ControlWord.of(words)
-        control.prefill[:], control.decode[:] = step.prefill, step.decode
+        control.prefill[:], control.prompts[:], control.decode[:] = zip(*step.wishes, strict=True)
         control.done[:], control.stop[:], control.reform[:] = self.done and self.idle, self.stop, self.reform
         control.command[:], control.stage[:], control.given_up[:] = self.migration_progress
         return words
 
-    def _routing(self, kind: Kind, members: Sequence[Member]) -> GivenRouting | None:
+    def _routing(self, step: Step, members: Sequence[Member], width: Width) -> GivenRouting | None:
         if not self.replays:
             return None
-        rows = self.chunk if kind == "prefill" else self._sequences
-        shape = (self.mesh.size, rows, self.config.num_moe_layers, self.config.top_k)
-        return GivenRouting(*(shard_rows(self.mesh, part) for part in given_routing(kind, members, shape)))
+        rows, tokens = (self._sequences, 1) if step.kind == "decode" else width
+        shape = (self.mesh.size, rows * tokens, self.config.num_moe_layers, self.config.top_k)
+        return GivenRouting(*(shard_rows(self.mesh, part) for part in given_routing(step.kind, members, shape, tokens)))
 
-    def _count(self, kind: Kind, members: Sequence[Member], result: StepResult) -> None:
+    def _count(self, turn: Turn, members: Sequence[Member], result: StepResult) -> None:
         """Count a step, and sample its tokens."""
-        self.steps[kind] += 1
-        self.tokens_processed[kind] += sum(rows.count for rows, _ in members)
+        self.steps[turn.kind] += 1
+        self.tokens_processed[turn.kind] += sum(rows.count for rows, _ in members)
         self._counters.add(result.traffic)
         if self.sampler is not None and members:
-            routed = own_rows(result.routed)
-            for rows, _ in members:
-                first = first_row(kind, rows)
-                own = routed[rows.device][first : first + rows.count]
+            routed, width = own_rows(result.routed), 1 if turn.kind == "decode" else turn.width.chunk
+            for (rows, _), number in zip(members, row_numbers(turn.kind, members), strict=True):
+                own = routed[rows.device][number * width : number * width + rows.count]
                 self.sampler.add(int(self.device_server[rows.device]), own)
 
-    def _give(self, kind: Kind, members: Sequence[Member], result: StepResult) -> list[Request]:
+    def _give(self, turn: Turn, members: Sequence[Member], result: StepResult) -> list[Request]:
         """Give the step's tokens to requests that have their whole prompt behind them; those that ended with it."""
-        width = self.chunk if kind == "prefill" else 1
-        tokens = self._choice.next_tokens(kind, members, self.batch.running, result, width)
+        width = 1 if turn.kind == "decode" else turn.width.chunk
+        tokens = self._choice.next_tokens(turn.kind, members, self.batch.running, result, width)
         ready, given = [], []
         for (rows, request), token in zip(members, tokens, strict=True):
-            if kind == "prefill":
+            if turn.kind == "prefill":
                 request.done = rows.start + rows.count
             if request.prefilled:
                 ready.append((rows, request))

@@ -12,7 +12,7 @@ from dancemoe_jax.inference.steps import StepResult
 from dancemoe_jax.mesh import own_rows, shard_rows, sharded
 from launch.engine.batch import Member
 from launch.engine.request import Request
-from launch.engine.step_inputs import SampledInputs, first_row, sampled_inputs
+from launch.engine.step_inputs import SampledInputs, row_numbers, sampled_inputs
 from placement.scheduling import Kind
 
 
@@ -43,8 +43,9 @@ class TokenChoice:
         """
         if all(request.greedy for _, request in members):
             likeliest = own_rows(result.tokens)
-            return [int(likeliest[rows.device][first_row(kind, rows)]) for rows, _ in members]
-        inputs = sampled_inputs(members, len(running), len(running[0]), width)
+            numbers = row_numbers(kind, members)
+            return [int(likeliest[rows.device][n]) for (rows, _), n in zip(members, numbers, strict=True)]
+        inputs = sampled_inputs(kind, members, len(running), len(running[0]), width)
         chosen = own_rows(self._choose(inputs, running, result.logits))
         return [int(chosen[rows.device][rows.slot]) for rows, _ in members]
 
@@ -55,6 +56,7 @@ class TokenChoice:
         rows = [stack_params([request and request.params for request in row]) for row in running]
         rules = SamplingRows(*(shard_rows(self._mesh, np.stack(column)) for column in zip(*rows, strict=True)))
         index = np.array([[len(r.output) if r else 0 for r in row] for row in running], np.int32)
-        given = [shard_rows(self._mesh, part) for part in inputs]
-        self._seen, chosen = choose(self._seen, *given, logits, rules, shard_rows(self._mesh, index), mesh=self._mesh)
+        *given, row = (shard_rows(self._mesh, part) for part in inputs)
+        index = shard_rows(self._mesh, index)
+        self._seen, chosen = choose(self._seen, *given, logits, rules, index, row, mesh=self._mesh)
         return chosen

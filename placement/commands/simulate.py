@@ -102,7 +102,7 @@ def _run_lock_step(
         resident = plan(profile, cluster, name, seed=arguments.seed).resident
         # The runtime is told by the profile that was planned on which rows go unasked.
         likely = likely_links(planned, serving_server(planned, planned.held(resident)))
-        options = {"sequences": arguments.sequences, "chunk": arguments.chunk, "seed": arguments.seed}
+        options = {"sequences": arguments.sequences, "chunks": (arguments.chunk,), "seed": arguments.seed}
         done[name] = lock_step(problem, resident, arrivals, costs, likely=likely, **options).summary()
     if arguments.json:
         inputs = {"cluster": cluster.source, "profile": profile.source, "eval": arguments.eval or profile.source}

@@ -1,5 +1,6 @@
 """A random model of a shape as a GGUF file, which llama.cpp reads. Needs the package `gguf`."""
 
+import importlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,8 +31,7 @@ def write_gguf(path: Path, config: dict[str, Any], kind: str) -> None:
         config: the fields of its `config.json` (peer_shapes.Shape.config).
         kind: of its matrices: "float32", "bfloat16" or "q8_0". Norms and routers are float32, as converters leave them.
     """
-    import gguf
-
+    gguf: Any = importlib.import_module("gguf")
     stored = {"float32": gguf.GGMLQuantizationType.F32, "bfloat16": gguf.GGMLQuantizationType.BF16}
     of_matrix = stored.get(kind, gguf.GGMLQuantizationType.Q8_0)
     numbers = random_numbers() * np.float32(_SCALE)

@@ -1,6 +1,7 @@
 """llama.cpp through the package `llama-cpp-python`: its own steps, called as its own tools call them."""
 
 import ctypes
+import importlib
 import time
 from typing import Any
 
@@ -20,9 +21,8 @@ class LlamaCpp:
     """
 
     def __init__(self, path: str, vocabulary: int, threads: int, sequences: int, context: int, cache: str) -> None:
-        import llama_cpp
-
-        self._api: Any = llama_cpp
+        llama_cpp: Any = importlib.import_module("llama_cpp.llama_cpp")
+        self._api = llama_cpp
         quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
         self._quiet = quiet  # kept as long as it may be called
         llama_cpp.llama_log_set(quiet, None)

@@ -1,6 +1,7 @@
 """transformers on torch as a peer: its own model classes with random weights, on the CPU."""
 
 import copy
+import importlib
 import time
 from typing import Any
 
@@ -15,10 +16,9 @@ class Transformers:
     """
 
     def __init__(self, fields: dict[str, Any], kind: str, threads: int) -> None:
-        import torch
-        import transformers
-
-        self._torch: Any = torch
+        torch: Any = importlib.import_module("torch")
+        transformers: Any = importlib.import_module("transformers")
+        self._torch = torch
         torch.set_num_threads(threads)
         torch.manual_seed(0)
         given = {name: value for name, value in fields.items() if name not in ("model_type", "architectures")}
