@@ -145,7 +145,11 @@ class Worker:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
-        self.ask(side=side, **load)
+        try:
+            self.ask(side=side, **load)
+        except BaseException:
+            self.close()
+            raise
 
     def ask(self, **question: Any) -> dict[str, Any]:
         """Its answer. Raises InputError where the engine cannot do what is asked."""
