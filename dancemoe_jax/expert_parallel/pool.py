@@ -28,6 +28,7 @@ from dancemoe_jax.model.experts import ExpertWeights
 
 # Slots written by one call: the shape of a write, and so compiled once for each device and size of bank.
 WRITE_ROWS = 8
+LARGE_EXPERT = 2**21  # bytes from which on experts are written one by one: several would fill the host's memory
 
 # How bfloat16 weights lie in a pool on CPUs: as their bits. XLA has no bfloat16 arithmetic there, and would turn a whole
 # pool into float32 rather than the one expert that is sliced out of it.
@@ -243,12 +244,16 @@ def write_experts(
         writes: device -> (slot, weights) of what is new there, taken a few at a time; this process's devices only.
     """
     buffers = buffers_of(layout, pool, mesh)
+    together = (
+        1 if sum(part.nbytes // len(part) for part in jax.tree.leaves(pool.banks[0])) >= LARGE_EXPERT else WRITE_ROWS
+    )
 
     def flush(device: int, bank: int, rows: list[tuple[int, ExpertWeights]]) -> None:
-        rows = rows + [rows[-1]] * (WRITE_ROWS - len(rows))
+        rows = rows + [rows[-1]] * (together - len(rows))
         at = np.array([row for row, _ in rows], np.int32)
         own = buffers[device]
         weights = jax.tree.map(_stacked, own[bank], *(one for _, one in rows))
+        jax.block_until_ready(own[bank])  # no queue of writes, each with memory of its own
         own[bank] = _write(own[bank], *jax.device_put((at, weights), mesh.devices[device]))
 
     for device, own_writes in writes.items():
@@ -256,7 +261,7 @@ def write_experts(
         for slot, weights in own_writes:
             bank, row = layout.locate(slot)
             pending.setdefault(bank, []).append((row, weights))
-            if len(pending[bank]) == WRITE_ROWS:
+            if len(pending[bank]) == together:
                 flush(device, bank, pending.pop(bank))
         for bank, rows in pending.items():
             flush(device, bank, rows)
@@ -265,7 +270,8 @@ def write_experts(
 
 def _stacked(array: jax.Array, *parts: np.ndarray) -> np.ndarray:
     """Parts in a row, as they lie in an array of the pool."""
-    stacked = np.stack(parts).astype(jnp.bfloat16 if array.dtype == BFLOAT16_BITS else array.dtype, copy=False)
+    stacked = parts[0][None] if len(parts) == 1 else np.stack(parts)
+    stacked = stacked.astype(jnp.bfloat16 if array.dtype == BFLOAT16_BITS else array.dtype, copy=False)
     return stacked.view(array.dtype)
 
 
@@ -274,7 +280,7 @@ def _write(bank, at, values):
     """bank[at[i]] = values[i] in place; a row named twice has the same value twice."""
 
     def put(array, rows):
-        for i in range(WRITE_ROWS):
+        for i in range(len(at)):
             array = jax.lax.dynamic_update_index_in_dim(array, rows[i], at[i], axis=0)
         return array
 

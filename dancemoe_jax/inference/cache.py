@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Int
 from dancemoe_jax.expert_parallel.pool import BFLOAT16_BITS
 from dancemoe_jax.kernels.attention import cached_attention_native
 from dancemoe_jax.mesh import sharded
+from dancemoe_jax.model.decoder import where_present
 
 
 def empty_cache(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -62,9 +63,13 @@ def attend_cached(rows: CacheRows, layer, caches, how, q, *new):
         start, length = rows.positions[:, 0], rows.valid.sum(1)
         return cached_attention_native(q, keys, values, layer, sequence, start, length, **how._asdict()), caches
     own = (layer,) if rows.sequences is None else (layer, sequence)
-    k, v = _as_computed(keys[own]), None if values is None else _as_computed(values[own])
-    every = jnp.broadcast_to(jnp.arange(k.shape[1])[None], k.shape[:2])
-    return how(q, k, v, jnp.where(rows.valid, rows.positions, 0), every), caches
+
+    def attended(q):
+        k, v = _as_computed(keys[own]), None if values is None else _as_computed(values[own])
+        every = jnp.broadcast_to(jnp.arange(k.shape[1])[None], k.shape[:2])
+        return how(q, k, v, jnp.where(rows.valid, rows.positions, 0), every)
+
+    return where_present(rows.valid.any(), attended, q), caches
 
 
 def _as_stored(part, dtype):

@@ -24,10 +24,11 @@ from dancemoe_jax.expert_parallel.slot_experts import slot_experts
 from dancemoe_jax.expert_parallel.tables import Tables
 from dancemoe_jax.inference.cache import CacheRows, attend_cached, empty_cache
 from dancemoe_jax.inference.step_arguments import check_model, check_rest
+from dancemoe_jax.kernels.argmax import likeliest_native, likeliest_xla
 from dancemoe_jax.kernels.library import Kernels, use_native
 from dancemoe_jax.mesh import AXIS, put, replicated, sharded
 from dancemoe_jax.model.config import ModelConfig
-from dancemoe_jax.model.decoder import Decoder, decoder_layer, head_logits, scan_layers
+from dancemoe_jax.model.decoder import Decoder, decoder_layer, head_logits, scan_layers, where_present
 
 DECODE_TILE, PREFILL_TILE = 8, 32
 
@@ -265,9 +266,9 @@ class _Step(NamedTuple):
 def _run(step, weights, state, tokens, positions, sequences, all_logits=False):
     """One step of one device. tokens, positions [rows, chunk]; a position of max_position marks a row as empty."""
     config, valid = step.config, positions < step.config.max_position
-    rows = CacheRows(sequences, positions, valid, step.native)
+    rows, present = CacheRows(sequences, positions, valid, step.native), valid.any()
     tables = weights.tables._replace(device=weights.tables.device[0], slot=weights.tables.slot[0])
-    busy, control = _share(valid.any(), step.control)
+    busy, control = _share(present, step.control)
     compute = functools.partial(
         slot_experts, weights.pool, native=step.native, tile=step.tile, limit=config.swiglu_limit
     )
@@ -278,7 +279,9 @@ def _run(step, weights, state, tokens, positions, sequences, all_logits=False):
         layer, index, window, own = layer_inputs
 
         attention = functools.partial(attend_cached, rows, index, caches)
-        x, caches, aux = decoder_layer(config, layer, x, positions, attention, functools.partial(moe, own), window)
+        x, caches, aux = decoder_layer(
+            config, layer, x, positions, attention, functools.partial(moe, own), window, present
+        )
         return (x, *caches), aux
 
     per_layer = (tables, jax.tree.map(lambda a: jnp.swapaxes(a[0], 0, 1), step.routing))
@@ -286,22 +289,28 @@ def _run(step, weights, state, tokens, positions, sequences, all_logits=False):
     (x, k, v), (traffic, counts, routed) = scan_layers(
         config, weights.decoder, body, carry, per_layer, native=step.native, active=valid.reshape(-1)
     )
-    last = jnp.maximum(valid.sum(1) - 1, 0)[:, None]
-    if all_logits:
-        logits = head_logits(config, weights.decoder, x, step.native, valid.reshape(-1))
-        final = jnp.take_along_axis(logits, last[:, :, None], axis=1)[:, 0]
-    else:
-        final = logits = head_logits(
-            config, weights.decoder, jnp.take_along_axis(x, last[:, :, None], axis=1)[:, 0], step.native, valid.any(1)
-        )
+    logits, likeliest = _next_tokens(step, weights.decoder, x, valid, all_logits)
     result = StepResult(
-        jnp.argmax(final, -1).astype(jnp.int32)[None],
+        likeliest[None],
         logits[None],
         jax.tree.map(lambda a: a[None], traffic),
         control,
         jnp.swapaxes(routed, 0, 1).astype(jnp.int32)[None],
     )
     return State(k, v, state.counts + counts[None]), result
+
+
+def _next_tokens(step, decoder, x, valid, all_logits):
+    """Logits of each row's last token, or of all tokens, and the likeliest next token of each row."""
+    config, native, active = step.config, step.native, valid.any(1)
+    last = jnp.maximum(valid.sum(1) - 1, 0)[:, None, None]
+    if all_logits:
+        logits = head_logits(config, decoder, x, native, valid.reshape(-1))
+        final = jnp.take_along_axis(logits, last, axis=1)[:, 0]
+    else:
+        of_last = jnp.take_along_axis(x, last, axis=1)[:, 0]
+        final = logits = where_present(valid.any(), lambda x: head_logits(config, decoder, x, native, active), of_last)
+    return logits, (likeliest_native if native else likeliest_xla)(final, active)
 
 
 def _routed_experts(step, compute, valid, busy, own, h, topk_weights, topk_ids, logits):

@@ -190,6 +190,20 @@ class Attention(NamedTuple):
         return attend(q, k, v, q_positions, k_positions, self.scale, self.window, self.sinks)
 
 
+def where_present(present: Bool[Array, ""] | None, compute: Callable, *arguments: Any) -> Any:
+    """compute(*arguments), or zeros in its place, which cost nothing, where nothing is present; None: something is."""
+    if present is None:
+        return compute(*arguments)
+    axes = tuple(jax.typeof(present).manual_axis_type.varying)
+    shapes = jax.eval_shape(compute, *arguments)
+
+    def nothing(*_: Any) -> Any:
+        zeros = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), shapes)
+        return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
+
+    return jax.lax.cond(present, compute, nothing, *arguments)
+
+
 def decoder_layer(
     config: ModelConfig,
     layer: LayerWeights,
@@ -198,6 +212,7 @@ def decoder_layer(
     attention: Callable,
     moe: Callable,
     window: Int[Array, ""] | None = None,
+    present: Bool[Array, ""] | None = None,
 ):
     """One layer on the residual stream `x`.
 
@@ -206,32 +221,45 @@ def decoder_layer(
             None where the keys are the values too (latent attention).
         moe: (tokens [n, hidden], topk_weights, topk_ids, logits) -> (sum of routed experts, anything). Not called in a
             dense layer.
+        present: whether any token counts; where none does nothing is computed but what `attention` and `moe` do. None:
+            some do.
 
     Returns:
         The new residual stream and what `attention` and `moe` (None in a dense layer) handed back.
     """
     latent = config.latent
     width = config.head_dim if latent is None else latent.nope_dim + latent.rope_dim
-    with jax.named_scope("attention"):
+
+    def project(x):
         h = rms_norm(x, layer.attention_norm, config.rms_eps)
-        q, k, v = (_grouped_qkv if latent is None else _latent_qkv)(config, layer, h, positions)
-        how = Attention(config.attention_scale or width**-0.5, window, layer.sinks, latent and latent.kv_rank)
-        heads, kept = attention(how, q, k, v)
+        return (_grouped_qkv if latent is None else _latent_qkv)(config, layer, h, positions)
+
+    def finish(x, heads):
         if latent is not None:
             heads = linear_of_heads(heads, layer.v_up)
         x = x + linear(heads.reshape(*heads.shape[:2], -1), layer.o)
-        if layer.o_bias is not None:
-            x = x + along_last(layer.o_bias, x)
-    with jax.named_scope("moe"):
+        return x if layer.o_bias is None else x + along_last(layer.o_bias, x)
+
+    def routed(x):
         h = rms_norm(x, layer.moe_norm, config.rms_eps).reshape(-1, config.hidden_size)
-        out, aux = jnp.zeros_like(h), None
-        if layer.router is not None:
-            out, aux = moe(h, *route(config, layer.router, h, layer.router_bias, layer.router_correction))
+        if layer.router is None:
+            return h, None
+        return h, route(config, layer.router, h, layer.router_bias, layer.router_correction)
+
+    def visited_by_all(h):
+        shared = swiglu(h, layer.shared_in, layer.shared_out)
+        return shared if layer.shared_gate is None else jax.nn.sigmoid(linear(h, layer.shared_gate)) * shared
+
+    with jax.named_scope("attention"):
+        q, k, v = where_present(present, project, x)
+        how = Attention(config.attention_scale or width**-0.5, window, layer.sinks, latent and latent.kv_rank)
+        heads, kept = attention(how, q, k, v)
+        x = where_present(present, finish, x, heads)
+    with jax.named_scope("moe"):
+        h, routing = where_present(present, routed, x)
+        out, aux = (jnp.zeros_like(h), None) if routing is None else moe(h, *routing)
         if layer.shared_in is not None and layer.shared_out is not None:
-            shared = swiglu(h, layer.shared_in, layer.shared_out)
-            if layer.shared_gate is not None:
-                shared = jax.nn.sigmoid(linear(h, layer.shared_gate)) * shared
-            out = out + shared
+            out = out + where_present(present, visited_by_all, h)
         return x + out.reshape(x.shape).astype(x.dtype), kept, aux
 
 
