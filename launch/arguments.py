@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from placement.registry import STRATEGIES
+from placement.registry import home_strategies
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Contexts of published models reach 131,072 tokens and more, and each sequence's cache is made for the whole of it.
@@ -65,9 +65,10 @@ def _add_secret(parser: argparse.ArgumentParser) -> None:
 
 def serve(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--cluster", required=True, metavar="C.toml", help="the servers")
+    add("--cluster", metavar="C.toml", help="the servers (default: one, this machine)")
     add("--server", metavar="NAME", help="be this one (default: start every server of the file that is this machine)")
     add("--model", type=Path, metavar="DIR", help="model directory or store (default: the bundled model)")
+    _add_http(parser)
     add("--placement", metavar="X.json", help="what is where (default: planned for users who are all alike)")
     add("--requests", default="-", metavar="FILE", help="JSON lines; - for standard input (default)")
     add("--coordinator", metavar="HOST:PORT", help="where the servers meet (default: the first server's host)")
@@ -81,7 +82,7 @@ def serve(parser: argparse.ArgumentParser) -> None:
     add("--drain", type=float, default=30.0, metavar="S", help="seconds for running requests when told to end (30)")
     add("--compile-cache", metavar="DIR|off", help="where compiled programs are kept (the user's cache folder)")
     add("--sequences", type=int, default=8, metavar="N", help="sequences a device serves at once (8)")
-    add("--chunk", type=int, default=64, metavar="N", help="prompt tokens of a step (64)")
+    add("--chunk", type=int, default=64, metavar="N", help="prompt tokens of a step while others decode (64)")
     add("--dtype", choices=DTYPES, default="float32", help="of weights and activations (float32)")
     add("--int8", action="store_true", help="hold routed experts as int8")
     _add_kernels(parser)
@@ -94,12 +95,23 @@ def serve(parser: argparse.ArgumentParser) -> None:
     add("--interval", default="60s", metavar="T", help="between revisions of the placement (60s); 0s for none")
     add("--half-life", metavar="T", help="after which an activation counts half (the interval, or 60s)")
     add("--horizon", default="300s", metavar="T", help="over which a migration has to pay (300s)")
-    add("--strategy", default="latency", choices=sorted(STRATEGIES), help="of revised placements (latency)")
+    add("--strategy", default="latency", choices=sorted(home_strategies()), help="of revised placements (latency)")
     add(
         "--staging-memory", default="1GB", metavar="SIZE", help="host memory of a server for experts on their way (1GB)"
     )
     add("--staging-bandwidth", metavar="RATE", help="at which a server reads them at most, such as 200MB/s (no limit)")
     add("--context", type=int, metavar="N", help="longest sequence (the model's, at most 4096)")
+
+
+def _add_http(parser: argparse.ArgumentParser) -> None:
+    """Flags of the front door; `--front-door` is how it starts its worker."""
+    add = parser.add_argument
+    add("--http", metavar="HOST:PORT", help="answer HTTP there, as OpenAI's API has it, instead of JSON lines")
+    add("--queue", type=int, default=256, metavar="N", help="HTTP requests that may be under way at once (256)")
+    add("--hold", type=float, default=60.0, metavar="S", help="seconds that requests wait for a lost server (60)")
+    add("--stuck", type=float, default=30.0, metavar="S", help="seconds without a step until a worker is replaced (30)")
+    add("--deadline", type=float, default=600.0, metavar="S", help="seconds for a request to be answered (600)")
+    add("--front-door", metavar="SOCKET", help=argparse.SUPPRESS)
 
 
 def migrate(parser: argparse.ArgumentParser) -> None:
@@ -140,6 +152,10 @@ def calibrate(parser: argparse.ArgumentParser) -> None:
 
 
 def generate(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "The bundled model continues Python code, documentation prose and worked lines of arithmetic; a sum needs a line "
+        r"before it: --prompt $'1 + 1 = 2\n47 + 38 =' is continued by 85."
+    )
     parser.add_argument(
         "--model", type=Path, default=None, help="model directory or store (default: the bundled model)"
     )

@@ -120,13 +120,13 @@ def _open_sum(domain: Domain, rng: np.random.Generator, length: int) -> bytes:
     pairs = held_out_sums()
     a, b = pairs[rng.integers(len(pairs))]
     question = f"{a} + {b} ="
-    lines = domain.held_out[rng.integers(len(domain.held_out))].splitlines(keepends=True)
+    lines = domain.held_out[rng.integers(len(domain.held_out))].split("\n")[:-1]
     start = int(rng.integers(len(lines) // 2))
     shown = ""
     for line in lines[start:]:
-        if len(shown) + len(line) + len(question) > length:
+        if len(shown) + len(line) + 1 + len(question) > length:
             break
-        shown += line
+        shown += f"{line}\n"
     return (shown + question).encode()
 
 

@@ -140,12 +140,13 @@ def decode(data: bytes, where: str, line: int | None = None) -> str:
         raise InputError(f"{where}: not text: {place} is not UTF-8; save it as UTF-8") from None
 
 
-def parse_json(data: str | bytes, where: str) -> Any:
+def parse_json(data: str | bytes, where: str, *, any_number: bool = False) -> Any:
     """Value of one JSON document: nothing nested deeper than `MAX_DEPTH`, all numbers finite, integers of at most 64 bits.
 
     Args:
         data: the document, text or UTF-8.
         where: file, and line or field, for messages.
+        any_number: the caller looks at the numbers, and can name the field of one that is too large or not finite.
 
     Raises:
         InputError: too large, no JSON, nested too deep, NaN, Infinity or a number too large to be one.
@@ -160,11 +161,11 @@ def parse_json(data: str | bytes, where: str) -> Any:
     depth = _depth(bare.translate(None, _NO_BRACKETS))
     if depth > MAX_DEPTH:
         raise InputError(f"{where}: JSON nested {depth} deep; at most {MAX_DEPTH} is read, so write it flatter")
-    if huge := _JSON_HUGE.search(bare):
+    if not any_number and (huge := _JSON_HUGE.search(bare)):
         digits = len(huge[0])
         raise InputError(f"{where}: an integer of {digits} digits; at most {_LONGEST_INTEGER} are read, so correct it")
     try:
-        return json.loads(text, parse_constant=_no_number, parse_float=_finite)
+        return json.loads(text) if any_number else json.loads(text, parse_constant=_no_number, parse_float=_finite)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     except (ValueError, RecursionError) as error:

@@ -15,7 +15,7 @@ from placement.data.problem import Problem
 from placement.data.profile import Profile
 from placement.data.workload import Workload
 from placement.files import InputError, show
-from placement.registry import Strategy, strategy_named
+from placement.registry import HOSTED, Strategy, strategy_hosts, strategy_named
 from placement.strategies.equal_slots import project, restricted, slots_per_device
 from placement.strategies.exact.optimum import gap, least_remote
 from placement.strategies.latency.equal_slots import equal_latency
@@ -72,17 +72,26 @@ def plan(
     slots = slots_per_device(problem) if equal_slots else 0
     together = _groups(planning, chosen, groups)
     resident = _resident(planning, chosen, strategy, in_force, seed, slots, together)
-    resident.setflags(write=False)
-    placement = Placement(resident, cluster.device_names, strategy, _model(problem, profile), source=strategy)
-    placement.validate(cluster)
-    predicted = _costs(problem, resident)
+    placement = _placement(problem, profile, cluster, strategy, resident)
+    predicted = _costs(problem, resident, placement.host)
     if len(together) > 1:
         predicted["groups"] = [[problem.names[n] for n in group] for group in together]
     if optimum is not None:
-        predicted["gap"] = gap(planning, resident, optimum)
+        predicted["gap"] = gap(planning, resident, optimum) if placement.host is None else None
     if slots:
         predicted["equal_slots"] = _slots_cost(slots, problem, chosen, planning, in_force, seed, strategy)
     return replace(placement, predicted=predicted, source="placement")
+
+
+def _placement(problem: Problem, profile: Profile, cluster: Cluster, strategy: str, resident: np.ndarray) -> Placement:
+    """A strategy's plan, bool [D, L, E], as a placement, checked."""
+    resident.setflags(write=False)
+    host = strategy_hosts(strategy, problem, resident)
+    placement = Placement(
+        resident, cluster.device_names, strategy, _model(problem, profile), source=strategy, host=host
+    )
+    placement.validate(cluster)
+    return placement
 
 
 def _groups(problem: Problem, chosen: Strategy, names: list[list[str]] | None) -> list[np.ndarray]:
@@ -127,6 +136,8 @@ def _resident(
         if slots:
             return equal_latency(problem, slots, previous, seed)
         return latency(problem, previous=previous, seed=seed, groups=groups)
+    if slots and name in HOSTED:
+        raise InputError(f"strategy {name} places whole layers; it cannot plan equal slots: leave out --equal-slots")
     if slots:
         return project(problem, _run(chosen, restricted(problem, slots), previous, seed, name), slots)
     return _run(chosen, problem, previous, seed, name)
@@ -170,7 +181,8 @@ def evaluate(
         profile: what is activated.
         cluster: the servers the placement is for.
         placement: which device holds which experts.
-        optimum: what `placement.optimum` found for this profile and cluster; the result then has the `gap` to it.
+        optimum: what `placement.optimum` found for this profile and cluster; the result then has the `gap` to it, None where
+            layers are hosted elsewhere.
         workload: what the servers do at once, for predicted seconds; None is the usual one.
 
     Raises:
@@ -188,12 +200,14 @@ def evaluate(
     _check_model(placement, profile)
     problem = Problem.build(profile, cluster, workload)
     placement.validate(cluster, profile.reserved_bytes)
-    costs = _costs(problem, placement.resident)
-    return costs if optimum is None else {**costs, "gap": gap(problem, placement.resident, optimum)}
+    costs = _costs(problem, placement.resident, placement.host)
+    if optimum is None:
+        return costs
+    return {**costs, "gap": gap(problem, placement.resident, optimum) if placement.host is None else None}
 
 
-def _costs(problem: Problem, resident: np.ndarray) -> dict[str, Any]:
-    return {**cost.summary(problem, resident), **predict(problem, resident)}
+def _costs(problem: Problem, resident: np.ndarray, host: np.ndarray | None) -> dict[str, Any]:
+    return {**cost.summary(problem, resident, host), **predict(problem, resident, host)}
 
 
 def optimum(profile: Profile, cluster: Cluster, *, prior: float = 0.0) -> float:

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
+from placement.costs.hosting import at_home, layer_hosts
+from placement.data.problem import Problem
 from placement.files import InputError, show
 from placement.strategies.baselines import redundance, smartmoe, uniform
 from placement.strategies.dance import dance
 from placement.strategies.eplb import eplb, eplb_nodup
 from placement.strategies.exact.optimum import exact
 from placement.strategies.latency.plan import latency
+from placement.strategies.layer_ranges import parallax, pipeline
 from placement.strategies.swift import swift
 
 # strategy(problem, *, previous: bool [D, L, E] | None, seed: int) -> bool [D, L, E]; pure.
@@ -25,10 +28,13 @@ STRATEGIES: dict[str, Strategy] = {
     "eplb": eplb,
     "eplb-nodup": eplb_nodup,
     "swift": swift,
+    "pipeline": pipeline,
+    "parallax": parallax,
     "dance": dance,
     "latency": latency,
     "exact": exact,
 }
+HOSTED = ("pipeline", "parallax")  # layers' attention and KV cache are where the layers are; others leave it at home
 _FORM = "strategy(problem, *, previous=None, seed=0)"
 _files: dict[str, Strategy] = {}
 
@@ -77,6 +83,23 @@ def strategy_named(name: str, where: str = "strategy") -> Strategy:
         )
     _files[name] = _from_file(path, function, where)
     return _files[name]
+
+
+def home_strategies() -> list[str]:
+    """Names of the strategies that leave a layer's attention and KV cache at home, as this project serves."""
+    return [name for name in STRATEGIES if name not in HOSTED]
+
+
+def strategy_hosts(name: str, problem: Problem, resident: np.ndarray) -> np.ndarray | None:
+    """Who hosts each source's layers under a strategy's plan, int64 [N, L]; None is at home.
+
+    Args:
+        name: of the strategy; resident: its plan, bool [D, L, E].
+    """
+    if name not in HOSTED:
+        return None
+    host = layer_hosts(problem, resident)
+    return None if (host == at_home(problem)).all() else host
 
 
 def strategy_names(text: str, where: str = "--strategies") -> list[str]:

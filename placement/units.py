@@ -28,6 +28,8 @@ def _parse(value: Any, units: dict[str, Fraction], where: str, example: str) -> 
     if match is None:
         raise InputError(f'{where} = {show(value)}: not a quantity >= 0; write for example "{example}"')
     number, unit = match.groups()
+    if not unit:
+        raise InputError(f'{where} = {show(value)}: needs a unit; write for example "{example}"')
     if unit not in units:
         known = ", ".join(units)
         raise InputError(f"{where} = {show(value)}: unknown unit {unit!r}; use one of {known}")

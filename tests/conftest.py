@@ -5,6 +5,7 @@ every run. They are kept in `.pytest_cache/jax`; a test that counts compilations
 """
 
 import os
+import random
 from collections.abc import Iterator
 
 import jax
@@ -24,6 +25,23 @@ for _name, _value in {
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Draw the seed of the long random runs before pytest-xdist starts its workers, which inherit the environment."""
+    os.environ.setdefault("FUZZ_SEED", str(random.SystemRandom().randrange(2**31)))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    seed = os.environ["FUZZ_SEED"]
+    if config.getoption("markexpr") == "slow":
+        terminalreporter.write_line(f"seed {seed} of the long random runs; FUZZ_SEED={seed} repeats them")
+
+
+@pytest.fixture(scope="session")
+def fuzz_seed() -> int:
+    """One for a whole run, whatever number of processes it has."""
+    return int(os.environ["FUZZ_SEED"])
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -51,6 +51,7 @@ ORDER = {
         __main__
         commands bench demo
         bench.harness
+        http
         serve
         elastic
         migration
@@ -175,9 +176,17 @@ def test_imports_make_no_circle(package):
 
 
 @pytest.mark.parametrize(
-    "statement", ["import placement", "import placement.__main__", "import launch.migration.planner_process"]
+    "statement",
+    [
+        "import placement",
+        "import placement.__main__",
+        "import launch.migration.planner_process",
+        "import dancemoe_jax.text.tokenizer",
+        "import launch.commands.serve",
+        "import launch.http.run",
+    ],
 )
-def test_importing_what_plans_loads_no_jax(statement):
+def test_importing_what_plans_or_opens_the_door_loads_no_jax(statement):
     code = f"{statement}, sys; sys.exit(any(m.split('.')[0] in ('jax', 'flax', 'scipy') for m in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
@@ -254,3 +263,18 @@ def test_the_formatter_decides():
         str(file) for file in python_files() if "# fmt: skip" in file.read_text("utf-8") and file != Path(__file__)
     ]
     assert len(skipped) < 5
+
+
+def test_json_and_lines_have_one_reader():
+    """With limits on size, depth and numbers (placement.files), and lines that end at a newline alone."""
+    found = [
+        f"{path.relative_to(ROOT)}: line {node.lineno}: {ast.unparse(node.func)}"
+        for package in ("placement", "launch")
+        for path in sorted((ROOT / package).rglob("*.py"))
+        if path != ROOT / "placement" / "files.py"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and (ast.unparse(node.func) in ("json.loads", "json.load") or node.func.attr == "splitlines")
+    ]
+    assert not found, "use placement.files: parse_json, read_json, read_lines"

@@ -45,7 +45,8 @@ def config_from_fields(fields: Any, where: str) -> ModelConfig:
     """The same from the parsed fields; `where` is named in errors."""
     kind = fields.get("model_type") if isinstance(fields, dict) else type(fields).__name__
     if not isinstance(fields, dict) or not isinstance(kind, str) or kind not in FAMILIES | _OTHER_NAMES:
-        raise ModelError(f"{where}: model_type = {show(kind)} is not supported; supported: {', '.join(FAMILIES)}")
+        known = ", ".join([*FAMILIES, *_OTHER_NAMES])
+        raise ModelError(f"{where}: model_type = {show(kind)} is not supported; supported: {known}")
     kind = _OTHER_NAMES.get(kind, kind)
     fields = fields | {"model_type": kind}
     try:

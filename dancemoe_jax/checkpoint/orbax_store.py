@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import tensorstore as ts
-from orbax.checkpoint import v1 as ocp
 
 from dancemoe_jax.checkpoint.arena import Arena
 from dancemoe_jax.checkpoint.extents import Extent, find_extents, read_extent
@@ -88,6 +87,11 @@ class ExpertStore:
             return arrays
         keys = {name: (f"{expert:05}.{name}", array) for name, array in self._arrays.items()}
         return _read_checked(self.path / bundle, keys, checksum, where)
+
+    def is_stored(self, layer: int, expert: int, arrays: Arrays) -> bool:
+        """Whether arrays, by name, are what is stored of an expert, by their types and their checksum."""
+        types = {name: ArrayType(array.shape, array.dtype) for name, array in arrays.items()}
+        return types == self._arrays and _checksum(arrays) == self._crc32[layer][expert]
 
     def _read_extents(self, bundle: str, expert: int, arena: Arena | None) -> Arrays | None:
         """An expert's arrays from where they lie, unchecked; None where they are stored in another way, or not to be read."""
@@ -218,6 +222,8 @@ class StoreWriter:
 
     def _save(self, bundle: str, leaves: Mapping[str, Callable[[], Any]]) -> None:
         """One Orbax checkpoint, unless it is there. Orbax makes it appear whole."""
+        from orbax.checkpoint import v1 as ocp  # here, because servers only read, and loading it takes long
+
         if (self._part / bundle).exists():
             return
         for leftover in (self._part / bundle).parent.glob("*.orbax-checkpoint-tmp"):
@@ -233,6 +239,8 @@ class StoreWriter:
 
     def _saved(self, bundle: str) -> dict[str, Any]:
         """What `_save` wrote about the leaves."""
+        from orbax.checkpoint import v1 as ocp
+
         described = ocp.metadata(str(self._part / bundle)).custom_metadata
         assert isinstance(described, dict)
         return described

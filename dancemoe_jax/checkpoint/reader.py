@@ -6,7 +6,6 @@ at a time straight from the file, because which device gets which expert is not 
 """
 
 import functools
-import importlib.resources
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +25,7 @@ from dancemoe_jax.checkpoint.expected_tensors import (
     present,
 )
 from dancemoe_jax.checkpoint.families import read_config
+from dancemoe_jax.checkpoint.fingerprint import model_fingerprint
 from dancemoe_jax.checkpoint.finite import cast
 from dancemoe_jax.checkpoint.orbax_store import DecoderTensors, ExpertStore, is_store
 from dancemoe_jax.checkpoint.sources import Source, expert_sources, layer_sources, stored_dtype, whole_sources
@@ -59,16 +59,20 @@ class ExpertFile:
         dtype: of all weights that are read.
         int8: whether experts are rounded to int8 with a scale per output channel as they are read. A store may hold them
             like that already; they stay so.
+        fingerprint: of the model that it has to stay (`model_fingerprint`). With it a file that was only touched or copied
+            since is compared and read on; without it such a file is refused.
 
     Raises:
         ModelError: the configuration or a tensor is missing, misshapen, of an unreadable type, or in a damaged file.
     """
 
-    def __init__(self, path: str | Path, dtype: Any = np.float32, int8: bool = False):
+    def __init__(self, path: str | Path, dtype: Any = np.float32, int8: bool = False, fingerprint: str = ""):
         self.config, self._path = read_config(path), Path(path)
         self._dtype, self._int8 = np.dtype(dtype), int8
         self._store = ExpertStore(path) if is_store(path) else None
-        self._tensors = TensorFiles(path) if self._store is None else self._store.decoder
+        self._fingerprint = fingerprint
+        same = self._is_same if fingerprint else None
+        self._tensors = TensorFiles(path, same) if self._store is None else self._store.decoder
         _check(Path(path), self.config, self._tensors, self._store)
 
     def read(self, layer: int, expert: int, arena: Arena | None = None) -> ExpertWeights:
@@ -87,6 +91,44 @@ class ExpertFile:
         sources = expert_sources(self.config, layer, expert)
         weights = ExpertWeights(**{field: self._read(source, shapes[field]) for field, source in sources.items()})
         return quantize(weights) if self._int8 else weights
+
+    def check(self, layer: int, expert: int, weights: ExpertWeights, whole: bool) -> None:
+        """Raise ModelError unless weights that came from elsewhere are those of this model's expert.
+
+        Their types and shapes are compared, and their checksum where a store has one of what is served.
+
+        Args:
+            whole: compare every number with the expert as it is read here, where there is no checksum.
+        """
+        where = f"expert {expert} of MoE layer {layer}"
+        mine = {field: part for field, part in weights._asdict().items() if part is not None}
+        if not self._fits(mine):
+            raise ModelError(f"{where} has other shapes or types")
+        if self._store is not None and self._as_stored:
+            same = self._store.is_stored(layer, expert, mine)
+        else:
+            own = self.read(layer, expert) if whole else weights
+            pairs = zip(weights, own, strict=True)
+            same = all((a is None) == (b is None) and (a is None or _same_bits(a, b)) for a, b in pairs)
+        if not same:
+            raise ModelError(f"{where} has other numbers")
+
+    def _fits(self, arrays: dict[str, np.ndarray]) -> bool:
+        """Whether an expert's arrays, by field, have the types and shapes that are read here."""
+        shapes, biases = expert_shapes(self.config), {"b_in", "b_out"} if self.config.expert_bias else set()
+        int8 = self._int8 or (self._store is not None and "s_in" in self._store.expert_arrays())
+        types = {"w": np.dtype(np.int8) if int8 else self._dtype, "b": self._dtype, "s": np.dtype(np.float32)}
+        fields = {"w_in", "w_out"} | biases | ({"s_in", "s_out"} if int8 else set())
+        return arrays.keys() == fields and all(
+            array.dtype == types[field[0]] and array.shape == shapes.get(field, array.shape)
+            for field, array in arrays.items()
+        )
+
+    def _is_same(self) -> bool:
+        try:
+            return model_fingerprint(self._path) == self._fingerprint
+        except ModelError:
+            return False
 
     @functools.cached_property
     def _as_stored(self) -> bool:
@@ -160,6 +202,10 @@ class ExpertFile:
         return np.ascontiguousarray(array.reshape(shape))
 
 
+def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.dtype == b.dtype and np.array_equal(_bits(a), _bits(b))
+
+
 def _transpose_into(out: np.ndarray, matrix: np.ndarray) -> None:
     """out = matrix.T, a strip of rows at a time: ten times as fast as numpy's own way through a large matrix."""
     strip = 64 // out.itemsize  # a strip's column is then one line of the cache
@@ -189,11 +235,6 @@ def load_model(path: str | Path, dtype: Any = jnp.float32, int8: bool = False) -
     file = ExpertFile(path, dtype, int8)
     tokenizer = load_tokenizer(path, file.config)
     return Model(file.config, file.decoder(), file.read_all(), tokenizer)
-
-
-def bundled_model() -> Path:
-    """The directory of the small model that comes with the package."""
-    return Path(str(importlib.resources.files("dancemoe_jax") / "assets" / "tiny-moe"))
 
 
 def on_device(config: ModelConfig, experts: ExpertWeights) -> Experts:

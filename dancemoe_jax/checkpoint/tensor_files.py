@@ -7,6 +7,7 @@ they stand for. What the names mean to a model is not known here.
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,10 +17,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dancemoe_jax.checkpoint.extents import Extent
+from dancemoe_jax.checkpoint.shard import Shard
 from dancemoe_jax.errors import ModelError
 from dancemoe_jax.files import read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_SHARD_NAME = re.compile(r"model-([0-9]{1,9})-of-([0-9]{1,9})\.safetensors")
 DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
@@ -42,24 +45,10 @@ _SCALE, _BLOCKS, _SCALES = "_scale_inv", "_blocks", "_scales"
 _MXFP4_PACKED = 16  # bytes of 32 values that share a scale
 
 
-class _Shard(NamedTuple):
-    """A file, and what it was when its header was read: device, inode, size, time of the last change."""
-
-    path: Path
-    identity: tuple[int, int, int, int]
-
-    def __str__(self) -> str:
-        return str(self.path)
-
-
-def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
 class _Stored(NamedTuple):
     """Where a tensor's bytes are."""
 
-    file: _Shard
+    file: Shard
     kind: str
     shape: tuple[int, ...]
     start: int
@@ -82,14 +71,16 @@ class TensorFiles:
 
     Args:
         path: directory with the weights and, for float8 blocks other than 128 x 128, `config.json`.
+        same_content: whether the files hold what they held when they were opened; asked before a file is refused that was
+            only touched or copied since. None: it is refused.
 
     Raises:
         ModelError: a file is missing, damaged, or contradicts the index, or a tensor's encoding is not supported.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, same_content: Callable[[], bool] | None = None):
         self.path = Path(path)
-        self._stored = _stored_tensors(self.path)
+        self._stored = _stored_tensors(self.path, same_content)
         self._tensors = dict(_logical_tensors(self._stored, _float8_block(self.path)))
 
     def names(self) -> list[str]:
@@ -142,19 +133,50 @@ class TensorFiles:
         return self._tensors[name]
 
 
-def _stored_tensors(path: Path) -> dict[str, _Stored]:
-    """Every tensor that the directory declares, from its index and its shards' headers."""
+def _stored_tensors(path: Path, same_content: Callable[[], bool] | None) -> dict[str, _Stored]:
+    """Every tensor that the directory declares, from its index and its shards' headers, or from these alone."""
     index = path / INDEX
     if (path / WEIGHTS).exists() or not index.exists():
-        return _header(path / WEIGHTS)
+        shards = [] if (path / WEIGHTS).exists() else _numbered_shards(path)
+        headers = [_header(file, same_content) for file in shards or [path / WEIGHTS]]
+        return _joined(headers, shards)
     shards = _weight_map(index)
-    headers = {shard: _header(path / shard) for shard in sorted(set(shards.values()))}
+    headers = {shard: _header(path / shard, same_content) for shard in sorted(set(shards.values()))}
     for name, shard in shards.items():
         if name not in headers[shard]:
             raise ModelError(
                 f"{path / shard}: tensor {name!r} is missing, {INDEX} says it is here; download the shard again"
             )
     return {name: headers[shard][name] for name, shard in shards.items()}
+
+
+def _numbered_shards(path: Path) -> list[Path]:
+    """Shards of a directory without an index, by their names; none if there are none.
+
+    Raises:
+        ModelError: not all of them are there.
+    """
+    found = {match[1]: match[2] for file in path.glob("*.safetensors") if (match := _SHARD_NAME.fullmatch(file.name))}
+    if not found:
+        return []
+    count = max(found.values())
+    names = [f"model-{number:0{len(count)}}-of-{count}.safetensors" for number in range(1, min(int(count), 10**5) + 1)]
+    for name in names:
+        if not (path / name).is_file():
+            raise ModelError(f"{path}: {INDEX} is missing and so is {name}; download the model again")
+    return [path / name for name in names]
+
+
+def _joined(headers: list[dict[str, _Stored]], files: list[Path]) -> dict[str, _Stored]:
+    tensors: dict[str, _Stored] = {}
+    for number, header in enumerate(headers):
+        if both := sorted(tensors.keys() & header.keys()):
+            raise ModelError(
+                f"{files[number]}: tensor {both[0]!r} is in another shard too, and {INDEX}, which would say which one "
+                "counts, is missing; download the model again"
+            )
+        tensors |= header
+    return tensors
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -168,11 +190,11 @@ def _weight_map(index: Path) -> dict[str, str]:
     raise ModelError(f"{index}: not an index of shards ('weight_map'); download it again")
 
 
-def _header(file: Path) -> dict[str, _Stored]:
+def _header(file: Path, same_content: Callable[[], bool] | None) -> dict[str, _Stored]:
     """One shard's tensors. safetensors judges the file; it keeps the offsets to itself, so they are read here again."""
     try:
         with safe_open(file, framework="numpy"), file.open("rb") as opened:
-            shard = _Shard(file, _identity(os.fstat(opened.fileno())))
+            shard = Shard(file, os.fstat(opened.fileno()), same_content)
             size = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(size))
     except FileNotFoundError:
@@ -322,26 +344,5 @@ def _read_rows(tensor: _Stored, rows: range | None) -> np.ndarray:
     if rows is not None:
         offset += rows.start * math.prod(tensor.shape[1:]) * dtype.itemsize
     array = np.empty(shape, dtype)
-    _read_into(tensor.file, offset, array)
+    tensor.file.read_into(offset, array)
     return array
-
-
-def _read_into(file: _Shard, offset: int, array: np.ndarray) -> None:
-    view = array.reshape(-1).view(np.uint8).data
-    try:
-        with file.path.open("rb", buffering=0) as opened:
-            # Experts of another model beside those that are being served would go unnoticed.
-            if _identity(os.fstat(opened.fileno())) != file.identity:
-                raise ModelError(
-                    f"{file}: changed since it was opened; put the old file back, or start again with the new one"
-                )
-            if hasattr(os, "posix_fadvise"):  # not on macOS
-                os.posix_fadvise(opened.fileno(), offset, len(view), os.POSIX_FADV_SEQUENTIAL)
-            done = 0
-            while done < len(view):  # one call moves 2 GB at most
-                count = os.preadv(opened.fileno(), [view[done:]], offset + done)
-                if not count:
-                    raise ModelError(f"{file}: ends before byte {offset + len(view)}; it changed since it was opened")
-                done += count
-    except OSError as error:
-        raise ModelError(f"{file}: not readable ({error.strerror}); export or download it again") from None

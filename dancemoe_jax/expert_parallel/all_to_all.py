@@ -6,6 +6,7 @@ It is also the reference for the two-stage exchange over slow links (two_stage.p
 import jax
 import jax.numpy as jnp
 
+from dancemoe_jax.expert_parallel.ragged import add_replies
 from dancemoe_jax.mesh import AXIS
 
 
@@ -28,10 +29,10 @@ def all_to_all_experts(compute, server, need, x, topk_weights, device, slot, fix
         server: int [devices], of each device.
         need: whether any device may need another in this layer, the same on all devices.
         device, slot: int [tokens, k], where each assignment is served; device -1 for none.
-        wire: dtype of rows on the wire.
+        wire: dtype of rows and sums on the wire; None for that of x, and float32 for sums.
 
     Returns:
-        The sums [tokens, hidden], and how many rows this device sent to other servers.
+        The sums float32 [tokens, hidden], and how many rows this device sent to other servers.
     """
     me, devices = jax.lax.axis_index(AXIS), server.size
     out = compute(x, jnp.where(device == me, slot, -1), topk_weights)
@@ -47,7 +48,7 @@ def all_to_all_experts(compute, server, need, x, topk_weights, device, slot, fix
         return branch
 
     def nowhere(x, topk_weights):
-        return jnp.zeros_like(x), 0 * away
+        return jnp.zeros_like(x, dtype=jnp.float32), 0 * away
 
     sizes = [x.shape[0]] if fixed else size_classes(x.shape[0])
 
@@ -69,12 +70,12 @@ def _send_and_return(compute, x, topk_weights, device, slot, needs, size, wire):
     sent = jnp.take_along_axis(needs.T, token, axis=1)
     theirs = (device[token] == jnp.arange(devices)[:, None, None]) & sent[:, :, None]
     parcel = {
-        "x": x[token].astype(wire),
+        "x": x[token].astype(wire or x.dtype),
         "weights": topk_weights[token],
         "slots": jnp.where(theirs, slot[token], -1),
     }
     parcel = jax.tree.map(lambda a: jax.lax.all_to_all(a, AXIS, 0, 0).reshape(devices * size, -1), parcel)
-    partial = compute(parcel["x"].astype(x.dtype), parcel["slots"].reshape(-1, k), parcel["weights"]).astype(wire)
-    partial = jax.lax.all_to_all(partial.reshape(devices, size, -1), AXIS, 0, 0).astype(x.dtype)
-    rows = jnp.where(sent, token, x.shape[0]).reshape(-1)
-    return jnp.zeros_like(x).at[rows].add(partial.reshape(devices * size, -1), mode="drop")
+    partial = compute(parcel["x"].astype(x.dtype), parcel["slots"].reshape(-1, k), parcel["weights"])
+    partial = partial.astype(wire or jnp.float32).reshape(devices, size, -1)
+    partial = jax.lax.all_to_all(partial, AXIS, 0, 0).reshape(devices * size, -1)
+    return add_replies(jnp.zeros_like(x, dtype=jnp.float32), partial, needs, size * jnp.arange(devices))

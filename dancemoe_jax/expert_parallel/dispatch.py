@@ -59,7 +59,7 @@ def dispatch(
     transport: Transport,
     wire_dtype: Any = None,
 ) -> tuple[Float[Array, "tokens hidden"], Traffic]:
-    """Sum of each token's routed experts, wherever they are (inside shard_map).
+    """Float32 sum of each token's routed experts, wherever they are (inside shard_map).
 
     Args:
         compute: (x, slots, topk_weights) -> weighted sum of the slots' experts on this device (slot_experts.slot_experts).
@@ -87,9 +87,7 @@ def dispatch(
     else:
         need = (tables.needs & busy[None, None]).any()
         fixed = transport == "fixed"
-        out, rows = all_to_all_experts(
-            compute, server, need, x, topk_weights, device, slot, fixed, wire_dtype or x.dtype
-        )
+        out, rows = all_to_all_experts(compute, server, need, x, topk_weights, device, slot, fixed, wire_dtype)
     there = server[device]
     here = server[jax.lax.axis_index(AXIS)]
     servers = jnp.array(sorted(set(links.server)))

@@ -26,9 +26,9 @@ from dancemoe_jax.expert_parallel.links import Links, make_links
 from dancemoe_jax.mesh import sharded
 from dancemoe_jax.model.experts import ExpertWeights
 
-# Slots written by one call: the shape of a write, and so compiled once for each device and size of bank.
-WRITE_ROWS = 8
-LARGE_EXPERT = 2**21  # bytes from which on experts are written one by one: several would fill the host's memory
+# Slots written by one call: the shape of a write, and so compiled once for each device and size of bank. As many as stay
+# below so many bytes, because they lie on the device twice until the call has ended; at least one.
+WRITE_ROWS, WRITE_BYTES = 8, 8 * 2**20
 
 # How bfloat16 weights lie in a pool on CPUs: as their bits. XLA has no bfloat16 arithmetic there, and would turn a whole
 # pool into float32 rather than the one expert that is sliced out of it.
@@ -244,12 +244,10 @@ def write_experts(
         writes: device -> (slot, weights) of what is new there, taken a few at a time; this process's devices only.
     """
     buffers = buffers_of(layout, pool, mesh)
-    together = (
-        1 if sum(part.nbytes // len(part) for part in jax.tree.leaves(pool.banks[0])) >= LARGE_EXPERT else WRITE_ROWS
-    )
+    count = write_rows(sum(leaf.nbytes // len(leaf) for leaf in jax.tree.leaves(pool.banks[0])))
 
     def flush(device: int, bank: int, rows: list[tuple[int, ExpertWeights]]) -> None:
-        rows = rows + [rows[-1]] * (together - len(rows))
+        rows = rows + [rows[-1]] * (count - len(rows))
         at = np.array([row for row, _ in rows], np.int32)
         own = buffers[device]
         weights = jax.tree.map(_stacked, own[bank], *(one for _, one in rows))
@@ -261,11 +259,16 @@ def write_experts(
         for slot, weights in own_writes:
             bank, row = layout.locate(slot)
             pending.setdefault(bank, []).append((row, weights))
-            if len(pending[bank]) == together:
+            if len(pending[bank]) == count:
                 flush(device, bank, pending.pop(bank))
         for bank, rows in pending.items():
             flush(device, bank, rows)
     return assemble(mesh, layout, buffers)
+
+
+def write_rows(expert_bytes: int) -> int:
+    """Slots written by one call, of experts of this size."""
+    return max(1, min(WRITE_ROWS, WRITE_BYTES // max(1, expert_bytes)))
 
 
 def _stacked(array: jax.Array, *parts: np.ndarray) -> np.ndarray:

@@ -30,10 +30,21 @@ def ragged_hop(rounds, me, wants, live, eager, take, buffer, fill, wire):
         sums = to_words(out.astype(wire))
         reply = jnp.zeros_like(sums, shape=(len(order), sums.shape[1]))
         reply = _ragged_all_to_all(sums, reply, fill + _before(into), into, _before(matrix.T)[me], counts)
-        at = jnp.where(jnp.arange(len(order)) < counts.sum(), order % count, len(out))
-        return out.at[at].add(from_words(reply, wire).astype(out.dtype), mode="drop")
+        return add_replies(out, from_words(reply, wire), wants, _before(counts))
 
     return buffer, fill + into.sum(), back, counts.sum()
+
+
+def add_replies(out, reply, wants, first):
+    """Add to each row the replies of all devices that it wanted, by device: a scatter would add in any order on a GPU.
+
+    Args:
+        reply: rows by device, those of one in the order of the rows that wanted it.
+        wants: bool [rows, devices]; first: int [devices], where each device's replies begin.
+    """
+    at = first[None] + jnp.cumsum(wants, axis=0) - 1
+    parts = jnp.where(wants[:, :, None], reply.at[at].get(mode="clip"), 0).astype(out.dtype)
+    return out.at[: len(wants)].add(parts.sum(1)) if len(out) > len(wants) else out + parts.sum(1)
 
 
 def _before(sizes):

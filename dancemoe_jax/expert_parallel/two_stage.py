@@ -46,7 +46,8 @@ def two_stage_experts(
         live: whether a pair may carry anything in this layer; the same on all devices. A pair of another server that is
             live costs a word, or a row if eager; one that is not costs nothing. See `live_links`.
         eager: pairs whose first row goes with the count, unasked; the same on all devices.
-        wire_dtype: what rows and sums are sent in, 2 or 4 bytes wide; default the dtype of x.
+        wire_dtype: what rows and sums are sent in, 2 or 4 bytes wide; default the dtype of x for rows, float32 for sums, which
+            then do not depend on which device computed what (kernels.experts.sum_grid).
 
     Returns:
         The sums, and how many rows this device sent across, those included that went before it was known that none is needed.
@@ -58,14 +59,16 @@ def two_stage_experts(
 
     def together(x, topk_weights):
         layer = LayerRows(links, me, wire_dtype or x.dtype, x, topk_weights, device, slot)
-        return _two_stages(layer, compute, transport, live, eager)
+        return _two_stages(layer, compute, transport, live, eager, wire_dtype or jnp.float32)
 
+    if not links.across and not links.within:
+        return alone(x, topk_weights)
     # With NCCL all devices must decide alike; point to point, those that no live pair touches have no part in it.
     involved = live.any() if transport == "ragged" else live[me].any() | live[:, me].any()
     return jax.lax.cond(involved, together, alone, x, topk_weights)
 
 
-def _two_stages(layer, compute, transport, live, eager):
+def _two_stages(layer, compute, transport, live, eager, sums):
     """Send rows across, then within servers; compute all that is here; send the sums back the same ways.
 
     Where collectives run beside computing ("ragged"), what is at home is computed apart: it needs nothing that travels, so the
@@ -81,10 +84,9 @@ def _two_stages(layer, compute, transport, live, eager):
     buffer = _prefix(layer.pack(None, jnp.arange(tokens), me), total)
     to_server = (server[layer.device][:, :, None] == server[None, None]) & (layer.device >= 0)[:, :, None]
     wants = to_server.any(1) & jnp.array(linked_pairs(links.across, len(server)))[me][None]
-    buffer, fill, back_across, rows = hop(
-        links.across, me, wants, live, eager, layer.pack, buffer, _varying(jnp.int32(tokens)), layer.wire
-    )
-    back_within = None
+    fill, rows, back_across, back_within = _varying(jnp.int32(tokens)), _varying(jnp.int32(0)), None, None
+    if links.across:
+        buffer, fill, back_across, rows = hop(links.across, me, wants, live, eager, layer.pack, buffer, fill, sums)
     if links.within:
         codes = buffer[:here, -k:].astype(jnp.int32)
         at = jnp.where(codes > 0, (codes - 1) // links.slots, -1)
@@ -92,7 +94,7 @@ def _two_stages(layer, compute, transport, live, eager):
         wants = (at[:, :, None] == index_on_server[None, None]).any(1) & siblings[None]
         wants = wants & (jnp.arange(here) < fill)[:, None]
         buffer, fill, back_within, _ = hop(
-            links.within, me, wants, live, eager, lambda buffer, index, _: buffer[index], buffer, fill, layer.wire
+            links.within, me, wants, live, eager, lambda buffer, index, _: buffer[index], buffer, fill, sums
         )
 
     def of_first(size):
@@ -108,6 +110,9 @@ def _two_stages(layer, compute, transport, live, eager):
         return branch
 
     sizes = [min(tokens * 2**i, total) for i in range((total // tokens - 1).bit_length() + 1)]
+    sizes = (
+        sizes[-1:] if apart else sizes
+    )  # a GPU would have to tell the host which; there empty rows cost next to nothing
     chosen = jnp.searchsorted(jnp.array(sizes), fill)
     with jax.named_scope("experts"):
         out = jax.lax.switch(chosen, [of_first(size) for size in sizes], buffer, fill)

@@ -8,9 +8,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
 from dancemoe_jax.expert_parallel.pool import BFLOAT16_BITS
+from dancemoe_jax.inference.finite import finite_tokens
 from dancemoe_jax.kernels.attention import cached_attention_native
+from dancemoe_jax.kernels.gpu.attention import cached_attention_gpu
+from dancemoe_jax.kernels.gpu.call import GpuKernels
 from dancemoe_jax.mesh import sharded
-from dancemoe_jax.model.decoder import where_present
+from dancemoe_jax.model.present import where_present
 
 
 def empty_cache(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -30,16 +33,23 @@ class CacheRows(NamedTuple):
         positions: of each token; max_position for one that does not count.
         valid: which tokens count.
         native: whether native calls attend.
+        gpu: kernels that attend on a GPU.
+        present: whether any does; None where that is not asked.
     """
 
     sequences: Int[Array, " rows"] | None
     positions: Int[Array, "rows chunk"]
     valid: Bool[Array, "rows chunk"]
     native: bool
+    gpu: GpuKernels = None
+    present: Bool[Array, ""] | None = None
 
 
 def attend_cached(rows: CacheRows, layer, caches, how, q, *new):
     """Put new keys and values of one layer into the caches; what the queries make of all up to their own positions.
+
+    A token whose keys or values are not finite gets NaN, and leaves zeros in the caches: the sequence that has the place
+    next weighs what lies behind its own tokens with zero, and zero times NaN is NaN.
 
     Args:
         caches: keys, and values or None.
@@ -50,18 +60,25 @@ def attend_cached(rows: CacheRows, layer, caches, how, q, *new):
         The heads' outputs, and the caches.
     """
     sequence = jnp.arange(len(rows.positions)) if rows.sequences is None else rows.sequences
+    finite = finite_tokens(*new)
 
     def cached(cache, part):
         if cache is None:
             return None
-        return cache.at[layer, sequence[:, None], rows.positions].set(_as_stored(part, cache.dtype), mode="drop")
+        stored = _as_stored(jnp.where(finite, part, 0), cache.dtype)
+        return cache.at[layer, sequence[:, None], rows.positions].set(stored, mode="drop")
 
     caches = [cached(cache, part) for cache, part in zip(caches, new, strict=True)]
     keys: Any = caches[0]
     values = caches[1]
+    start, length = rows.positions[:, 0], rows.valid.sum(1)
+    if rows.gpu:
+        where = (layer, sequence, start, length)
+        heads = cached_attention_gpu(q, keys, values, *where, **how._asdict(), how=rows.gpu)
+        return jnp.where(finite, heads, jnp.nan), caches
     if rows.native:
-        start, length = rows.positions[:, 0], rows.valid.sum(1)
-        return cached_attention_native(q, keys, values, layer, sequence, start, length, **how._asdict()), caches
+        heads = cached_attention_native(q, keys, values, layer, sequence, start, length, **how._asdict())
+        return jnp.where(finite, heads, jnp.nan), caches
     own = (layer,) if rows.sequences is None else (layer, sequence)
 
     def attended(q):
@@ -69,7 +86,7 @@ def attend_cached(rows: CacheRows, layer, caches, how, q, *new):
         every = jnp.broadcast_to(jnp.arange(k.shape[1])[None], k.shape[:2])
         return how(q, k, v, jnp.where(rows.valid, rows.positions, 0), every)
 
-    return where_present(rows.valid.any(), attended, q), caches
+    return jnp.where(finite, where_present(rows.present, attended, q), jnp.nan), caches
 
 
 def _as_stored(part, dtype):

@@ -8,10 +8,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dancemoe_jax.arguments import check_mesh
-from dancemoe_jax.errors import ArgumentError, RequestError
+from dancemoe_jax.errors import ArgumentError, ModelError
 from dancemoe_jax.expert_parallel.dispatch import Transport
 from dancemoe_jax.expert_parallel.pool import PoolLayout, local_devices
-from dancemoe_jax.inference.steps import State, Weights, decode_step, init_state, prefill
+from dancemoe_jax.inference.finite import all_finite, not_finite
+from dancemoe_jax.inference.prompts import check_prompt
+from dancemoe_jax.inference.steps import State, StepResult, Weights, decode_step, init_state, prefill
 from dancemoe_jax.mesh import own_rows, shard_rows
 from dancemoe_jax.model.config import ModelConfig
 
@@ -44,6 +46,7 @@ def generate(
     Raises:
         RequestError: an empty prompt, one that leaves no room in the context, or ids outside the vocabulary.
         ArgumentError: config, layout and mesh are not those of the weights, or a number makes no sense.
+        ModelError: the model makes NaN or infinity of a prompt.
     """
     check_mesh(mesh, len(layout.capacity))
     if max_tokens < 0 or chunk < 1:
@@ -68,6 +71,7 @@ def generate(
             break
         rows = (current, length, active, active.any(1, keepdims=True).astype(np.int32))
         state, result = decode_step(weights, state, *(shard_rows(mesh, part) for part in rows), **shapes)
+        _check_finite(config, result, active)
         elsewhere = jax.process_count() > 1 and bool(np.asarray(result.control).any())
         length = length + active
         for device, tokens in own_rows(result.tokens).items():
@@ -91,24 +95,15 @@ def _prefill_all(
         lengths = np.clip(length - start, 0, chunk)
         rows = (padded[:, :, start : start + chunk], sequences, np.full(grid, start, np.int32), lengths)
         state, result = prefill(weights, state, *(shard_rows(mesh, part) for part in rows), **shapes)
+        _check_finite(config, result, lengths > 0)
         for device, tokens in own_rows(result.tokens).items():
             current[device] = np.where(lengths[device] > 0, tokens, current[device])
     return state, length, current
 
 
-def check_prompt(config: ModelConfig, prompt: Sequence[int], name: str) -> None:
-    """Raise RequestError where a prompt cannot be served.
-
-    Args:
-        prompt: token ids.
-        name: of the prompt, for the message.
-    """
-    if any(isinstance(token, bool | np.bool_) or not isinstance(token, int | np.integer) for token in prompt):
-        raise RequestError(f"{name}: holds something that is no whole number; give token ids")
-    if not 1 <= len(prompt) < config.max_position:
-        raise RequestError(
-            f"{name}: {len(prompt)} tokens; the model's context of {config.max_position} takes 1 to "
-            f"{config.max_position - 1} and leaves room for one more"
-        )
-    if not all(0 <= token < config.vocab_size for token in prompt):
-        raise RequestError(f"{name}: token ids must lie in 0..{config.vocab_size - 1}")
+def _check_finite(config: ModelConfig, result: StepResult, active: np.ndarray) -> None:
+    """Raise ModelError where a row [devices, sequences] that counts is not finite."""
+    for device, layers in own_rows(result.finite_layers).items():
+        for sequence in np.flatnonzero(active[device] & (layers < all_finite(config))):
+            number = int(sequence) * len(active) + device
+            raise ModelError(f"prompt {number}: {not_finite(config, int(layers[sequence]))}")

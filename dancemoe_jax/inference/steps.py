@@ -18,17 +18,21 @@ from jaxtyping import Bool, Int
 
 from dancemoe_jax.arguments import check_array
 from dancemoe_jax.errors import ArgumentError
-from dancemoe_jax.expert_parallel.dispatch import Traffic, Transport, default_transport, dispatch
+from dancemoe_jax.expert_parallel.dispatch import Traffic, Transport, default_transport
 from dancemoe_jax.expert_parallel.pool import ExpertPool, PoolLayout
 from dancemoe_jax.expert_parallel.slot_experts import slot_experts
 from dancemoe_jax.expert_parallel.tables import Tables
 from dancemoe_jax.inference.cache import CacheRows, attend_cached, empty_cache
+from dancemoe_jax.inference.control import share_control
+from dancemoe_jax.inference.finite import finite_rows
+from dancemoe_jax.inference.next_tokens import next_tokens
+from dancemoe_jax.inference.routed_experts import routed_experts
 from dancemoe_jax.inference.step_arguments import check_model, check_rest
-from dancemoe_jax.kernels.argmax import likeliest_native, likeliest_xla
+from dancemoe_jax.kernels.gpu.call import GpuKernels, gpu_kernels
 from dancemoe_jax.kernels.library import Kernels, use_native
-from dancemoe_jax.mesh import AXIS, put, replicated, sharded
+from dancemoe_jax.mesh import AXIS, on_cpu, put, replicated, sharded
 from dancemoe_jax.model.config import ModelConfig
-from dancemoe_jax.model.decoder import Decoder, decoder_layer, head_logits, scan_layers, where_present
+from dancemoe_jax.model.decoder import Decoder, decoder_layer, scan_layers
 
 DECODE_TILE, PREFILL_TILE = 8, 32
 
@@ -71,6 +75,8 @@ class StepResult(NamedTuple):
         control: int32 [devices, n], the control words that were passed in, those of all devices on all of them; None where
             there were none.
         routed: int32 [devices, tokens, MoE layers, k], experts of every row's tokens, empty rows included.
+        finite_layers: int32 [devices, rows], how many layers left all of a row's tokens finite, and one more where its logits
+            are: `all_finite(config)`, or less where the row's tokens mean nothing (finite.py).
     """
 
     tokens: jax.Array
@@ -78,6 +84,7 @@ class StepResult(NamedTuple):
     traffic: Traffic
     control: jax.Array | None
     routed: jax.Array
+    finite_layers: jax.Array
 
 
 class GivenRouting(NamedTuple):
@@ -167,11 +174,12 @@ def decode_step(
     check_array("positions", positions, "integers", rows)
     check_array("active", active, "booleans", rows)
     check_rest(control, routing, config, mesh, sequences)
-    native = _native(kernels, mesh, weights)
+    native, gpu = _native(kernels, mesh, weights), gpu_kernels(kernels, mesh.devices.flat[0])
 
     def local(weights, state, tokens, positions, active, *rest):
         rows = jnp.where(active[0], positions[0], config.max_position)[:, None]
-        step = _Step(config, layout, transport or default_transport(mesh), wire_dtype, native, DECODE_TILE, *rest)
+        how = transport or default_transport(mesh), wire_dtype, on_cpu(mesh), native, gpu
+        step = _Step(config, layout, *how, DECODE_TILE, *rest)
         return _run(step, weights, state, tokens[0][:, None], rows, None)
 
     return _over_devices(local, mesh)(weights, state, tokens, positions, active, control, routing)
@@ -219,12 +227,13 @@ def prefill(
     for name, array in (("sequences", sequences), ("starts", starts), ("lengths", lengths)):
         check_array(name, array, "integers", {"devices": mesh.size, "rows": rows})
     check_rest(control, routing, config, mesh, rows * chunk)
-    native = _native(kernels, mesh, weights)
+    native, gpu = _native(kernels, mesh, weights), gpu_kernels(kernels, mesh.devices.flat[0])
 
     def local(weights, state, tokens, sequences, starts, lengths, *rest):
         index = jnp.arange(tokens.shape[2])[None]
         positions = jnp.where(index < lengths[0][:, None], starts[0][:, None] + index, config.max_position)
-        step = _Step(config, layout, transport or default_transport(mesh), wire_dtype, native, PREFILL_TILE, *rest)
+        how = transport or default_transport(mesh), wire_dtype, on_cpu(mesh), native, gpu
+        step = _Step(config, layout, *how, PREFILL_TILE, *rest)
         return _run(step, weights, state, tokens[0], positions, sequences[0], all_logits)
 
     return _over_devices(local, mesh)(weights, state, tokens, sequences, starts, lengths, control, routing)
@@ -241,11 +250,13 @@ def _over_devices(local, mesh):
     everywhere: Any = P()
     weights = Weights(everywhere, own, Tables(own, own, everywhere, everywhere))
     state = State(cache, cache, own)
-    result = StepResult(own, own, Traffic(own, own, own, own), everywhere, own)
+    result = StepResult(own, own, Traffic(own, own, own, own), everywhere, own, own)
 
     def run(*arguments):
         specs = (weights, state, *(own for _ in arguments[2:]))
-        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(state, result))(*arguments)
+        # Float32 means float32: GPUs would multiply it in TF32, and a router's choice would follow.
+        with jax.default_matmul_precision("highest"):
+            return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(state, result))(*arguments)
 
     return run
 
@@ -257,88 +268,62 @@ class _Step(NamedTuple):
     layout: PoolLayout
     transport: Transport
     wire_dtype: Any
+    on_cpu: bool
     native: bool
+    gpu: GpuKernels
     tile: int
     control: jax.Array | None
     routing: GivenRouting | None
+
+    @property
+    def kernels(self) -> GpuKernels:
+        """What attention and products take, which have no loop of their own."""
+        return None if self.gpu == "loop" else self.gpu
 
 
 def _run(step, weights, state, tokens, positions, sequences, all_logits=False):
     """One step of one device. tokens, positions [rows, chunk]; a position of max_position marks a row as empty."""
     config, valid = step.config, positions < step.config.max_position
-    rows, present = CacheRows(sequences, positions, valid, step.native), valid.any()
+    # On a GPU a condition would wait for the host.
+    present = valid.any() if step.on_cpu else None
+    rows = CacheRows(sequences, positions, valid, step.native, step.kernels, present)
     tables = weights.tables._replace(device=weights.tables.device[0], slot=weights.tables.slot[0])
-    busy, control = _share(present, step.control)
+    busy, control = share_control(valid.any(), step.control)
     compute = functools.partial(
-        slot_experts, weights.pool, native=step.native, tile=step.tile, limit=config.swiglu_limit
+        slot_experts,
+        weights.pool,
+        native=step.native,
+        gpu=step.gpu,
+        most_slots=config.num_experts,
+        tile=step.tile,
+        limit=config.swiglu_limit,
     )
-    moe = functools.partial(_routed_experts, step, compute, valid, busy)
+    moe = functools.partial(routed_experts, step, compute, valid, busy)
 
     def body(carry, layer_inputs):
-        x, *caches = carry
+        x, finite, *caches = carry
         layer, index, window, own = layer_inputs
 
         attention = functools.partial(attend_cached, rows, index, caches)
         x, caches, aux = decoder_layer(
             config, layer, x, positions, attention, functools.partial(moe, own), window, present
         )
-        return (x, *caches), aux
+        return (x, finite + finite_rows(x, valid), *caches), aux
 
     per_layer = (tables, jax.tree.map(lambda a: jnp.swapaxes(a[0], 0, 1), step.routing))
-    carry = (weights.decoder.embedding[...][tokens], state.k, state.v)
-    (x, k, v), (traffic, counts, routed) = scan_layers(
-        config, weights.decoder, body, carry, per_layer, native=step.native, active=valid.reshape(-1)
+    none = jax.lax.pcast(jnp.zeros(len(tokens), jnp.int32), AXIS, to="varying")
+    carry = (weights.decoder.embedding[...][tokens], none, state.k, state.v)
+    (x, finite, k, v), (traffic, counts, routed) = scan_layers(
+        config, weights.decoder, body, carry, per_layer, native=step.native, active=valid.reshape(-1), gpu=step.kernels
     )
-    logits, likeliest = _next_tokens(step, weights.decoder, x, valid, all_logits)
+    logits, final, likeliest = next_tokens(step, weights.decoder, x, valid, present, all_logits)
+    head = finite_rows(logits, valid) if all_logits else finite_rows(final[:, None], valid[:, :1])
     result = StepResult(
         likeliest[None],
         logits[None],
         jax.tree.map(lambda a: a[None], traffic),
         control,
         jnp.swapaxes(routed, 0, 1).astype(jnp.int32)[None],
+        jnp.where(finite == config.num_layers, finite + head, finite)[None],
     )
     return State(k, v, state.counts + counts[None]), result
-
-
-def _next_tokens(step, decoder, x, valid, all_logits):
-    """Logits of each row's last token, or of all tokens, and the likeliest next token of each row."""
-    config, native, active = step.config, step.native, valid.any(1)
-    last = jnp.maximum(valid.sum(1) - 1, 0)[:, None, None]
-    if all_logits:
-        logits = head_logits(config, decoder, x, native, valid.reshape(-1))
-        final = jnp.take_along_axis(logits, last, axis=1)[:, 0]
-    else:
-        of_last = jnp.take_along_axis(x, last, axis=1)[:, 0]
-        final = logits = where_present(valid.any(), lambda x: head_logits(config, decoder, x, native, active), of_last)
-    return logits, (likeliest_native if native else likeliest_xla)(final, active)
-
-
-def _routed_experts(step, compute, valid, busy, own, h, topk_weights, topk_ids, logits):
-    """One layer's routed experts, wherever they are: their sum, and (traffic, counts, ids) of the layer."""
-    layer_tables, given = own
-    if given is not None:
-        topk_ids, topk_weights = given.ids, given.weights.astype(topk_weights.dtype)
-    routed, traffic = dispatch(
-        compute,
-        step.layout.links,
-        layer_tables,
-        h,
-        topk_weights,
-        topk_ids,
-        valid.reshape(-1),
-        busy,
-        transport=step.transport,
-        wire_dtype=step.wire_dtype,
-    )
-    ones = jnp.broadcast_to(valid.reshape(-1, 1), topk_ids.shape).astype(jnp.int32)
-    return routed, (traffic, jnp.zeros(step.config.num_experts, jnp.int32).at[topk_ids].add(ones), topk_ids)
-
-
-def _share(busy, control):
-    """Of every device whether it has tokens, and its control words: the one exchange that every step has."""
-    own = busy[None].astype(jnp.int32)
-    if control is not None:
-        own = jnp.concatenate([own, control[0]])
-    here = jnp.arange(jax.lax.axis_size(AXIS)) == jax.lax.axis_index(AXIS)
-    everyone = jax.lax.psum(jnp.where(here[:, None], own[None], 0), AXIS)
-    return everyone[:, 0] > 0, None if control is None else everyone[:, 1:]

@@ -2,6 +2,7 @@
 //
 // Its meaning is experts.py's `slot_experts_xla`. Only slots that some token needs are read, each once a call.
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "buffers.h"
@@ -38,13 +39,20 @@ struct Group {
   Extra in, out;
 };
 
+// As experts.py's `sum_grid`.
+float grid(const float* x, size_t width) {
+  int exponent;
+  std::frexp(vector_code().largest(x, width), &exponent);
+  return std::ldexp(1.0f, std::max(exponent, -60) - 16);
+}
+
 struct Assignment {
   int32_t slot;
   size_t at;  // token * k + its place among the token's
 };
 
 ffi::Error Experts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> slots, ffi::Buffer<ffi::F32> weights,
-                   ffi::RemainingArgs parts, ffi::Result<ffi::AnyBuffer> out, float limit, bool biased, bool scaled) {
+                   ffi::RemainingArgs parts, ffi::Result<ffi::Buffer<ffi::F32>> out, float limit, bool biased, bool scaled) {
   const VectorCode& code = vector_code();
   const size_t tokens = x.dimensions()[0], hidden = x.dimensions()[1], k = slots.dimensions()[1];
   Type activations, stored;
@@ -127,7 +135,8 @@ ffi::Error Experts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32>
     for (size_t i = group.begin; i < group.end; i++) group.out.apply(outputs.data() + i * hidden + begin, begin, end - begin);
   });
 
-  // Each token's sum, in the order of its k.
+  // Each token's sum, in the order of its k. On a grid the order does not matter (experts.py's `sum_grid`).
+  const bool rounded = activations == Type::kBfloat16;
   std::vector<const float*> of(tokens * k, nullptr);
   for (size_t i = 0; i < count; i++) of[assignments[i].at] = outputs.data() + i * hidden;
   const size_t token_block = std::max<size_t>(1, (64 << 10) / (hidden * k)), token_blocks = (tokens + token_block - 1) / token_block;
@@ -135,9 +144,15 @@ ffi::Error Experts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32>
     Scratch total(hidden);
     for (size_t token = task * token_block; token < std::min(tokens, (task + 1) * token_block); token++) {
       std::memset(total.data(), 0, hidden * sizeof(float));
-      for (size_t at = token * k; at < (token + 1) * k; at++)
-        if (of[at] != nullptr) code.add(total.data(), of[at], hidden, weights.typed_data()[at]);
-      put(total.data(), out->untyped_data(), activations, token * hidden, hidden);
+      const float step = rounded ? grid(rows[token], hidden) : 0;
+      for (size_t at = token * k; at < (token + 1) * k; at++) {
+        const float weight = weights.typed_data()[at];
+        if (of[at] != nullptr && rounded)
+          code.add_rounded(total.data(), of[at], hidden, weight, step);
+        else if (of[at] != nullptr)
+          code.add(total.data(), of[at], hidden, weight);
+      }
+      std::memcpy(out->typed_data() + token * hidden, total.data(), hidden * sizeof(float));
     }
   });
   return ffi::Error::Success();
@@ -153,7 +168,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dancemoe_experts, Experts,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .RemainingArgs()
-                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<float>("limit")
                                   .Attr<bool>("biased")
                                   .Attr<bool>("scaled"));

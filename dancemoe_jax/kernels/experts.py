@@ -23,7 +23,7 @@ def slot_experts_native(
     *,
     limit: float = 0.0,
 ) -> Float[Array, "tokens hidden"]:
-    """As `slot_experts_xla`. Activations between the two products stay float32.
+    """As `slot_experts_xla`. Activations between the two products and each expert's result stay float32.
 
     Each number is one sum in one order: the same bits whatever else is in the call.
     """
@@ -31,7 +31,7 @@ def slot_experts_native(
     return native_call(
         "dancemoe_experts",
         x.shape,
-        x.dtype,
+        jnp.float32,
         x,
         slots.astype(jnp.int32),
         weights.astype(jnp.float32),
@@ -51,7 +51,7 @@ def slot_experts_xla(
     limit: float = 0.0,
     tile: int = 8,
 ) -> Float[Array, "tokens hidden"]:
-    """Weighted sum over each token's assignments to slots, numbered across the banks.
+    """Weighted sum over each token's assignments to slots, numbered across the banks; in float32, on `sum_grid`.
 
     Assignments are sorted by slot and worked off in tiles of one expert each; a loop over the tiles that exist takes each
     expert's weights out of the pool where they lie, so the cost follows what is active, never the size of the pool.
@@ -93,5 +93,34 @@ def slot_experts_xla(
         return jax.lax.dynamic_update_slice_in_dim(outputs, result, start, axis=0)
 
     outputs = jax.lax.fori_loop(0, starts_tile.sum(), work, jnp.zeros_like(rows))
-    outputs = outputs[jnp.argsort(order)].reshape(tokens, k, -1)
-    return jnp.einsum("tkd,tk->td", outputs, jnp.where(slots < 0, 0.0, weights).astype(x.dtype))
+    return weighted_sum(x, outputs[jnp.argsort(order)].reshape(tokens, k, -1), slots, weights)
+
+
+def weighted_sum(
+    x: Float[Array, "tokens hidden"],
+    outputs: Float[Array, "tokens k hidden"],
+    slots: Int[Array, "tokens k"],
+    weights: Float[Array, "tokens k"],
+) -> Float[Array, "tokens hidden"]:
+    """Float32 sums of experts' results for tokens x, on `sum_grid`; an assignment to slot -1 has no weight."""
+    # Where there is no slot, a tile of another expert may have left anything, infinity too: zero times that is NaN.
+    outputs = jnp.where(slots[:, :, None] < 0, 0.0, outputs.astype(jnp.float32))
+    weights = jnp.where(slots < 0, 0.0, weights).astype(jnp.float32)
+    if x.dtype == jnp.float32:
+        return jnp.einsum("tkd,tk->td", outputs, weights)
+    # Adding to a number this large, whose neighbors are one grid step away, rounds to the grid.
+    large = 1.5 * 2**23 * sum_grid(x)[:, None, None]
+    return ((outputs * weights[:, :, None] + large) - large).sum(1)
+
+
+def sum_grid(x: Float[Array, "tokens hidden"]) -> Float[Array, " tokens"]:
+    """Step of the grid that a token's weighted expert results are rounded to before they are added, for activations of 16 bits.
+
+    Sums of multiples of one step are exact in float32 up to 2**24 steps, so they do not depend on their order: not on which
+    device computes which expert, nor on how partial sums are combined. All that take part know the step, because it follows
+    from the token's own activations: 2**-16 of the power of two above their largest magnitude. A sum that leaves the range,
+    256 times that magnitude, is rounded as any float32 sum is. (The way of Demmel and Nguyen, "Fast reproducible
+    floating-point summation", ARITH 2013, with the step given in advance.)
+    """
+    exponent = jnp.frexp(jnp.abs(x.astype(jnp.float32)).max(-1))[1]
+    return jnp.ldexp(jnp.float32(1), jnp.maximum(exponent, -60) - 16)

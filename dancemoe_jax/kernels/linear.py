@@ -4,6 +4,7 @@ A scan over layers that took its layer's weight as an input would copy it first.
 are arguments. A weight without a layer axis (an LM head, an embedding) is a stack of one.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -11,20 +12,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dancemoe_jax.kernels.call import native_call
+from dancemoe_jax.kernels.gpu.call import GpuKernels
+from dancemoe_jax.kernels.gpu.linear import MOST_ROWS, stacked_linear_gpu
 
 
 class StackedWeight(NamedTuple):
-    """One layer's weight, left where it lies. Products with it are native.
+    """One layer's weight, left where it lies. Products with it are native, or a GPU's kernels.
 
     Attributes:
         stack: the weights of all layers.
         layer: the layer's number.
-        active: rows that count; a product's others are zeros and cost nothing. None: all.
+        active: rows that count; a native product's others are zeros and cost nothing. None: all.
+        gpu: the GPU's kernels that compute products; None: native calls.
     """
 
     stack: Array
     layer: Int[Array, ""] | int
     active: Bool[Array, " rows"] | None = None
+    gpu: GpuKernels = None
 
 
 def linear(
@@ -32,7 +37,7 @@ def linear(
 ) -> Float[Array, "*rows outputs"]:
     """x times the transpose of `weight` [outputs, inputs], in the type of x or in `dtype`."""
     if isinstance(weight, StackedWeight):
-        return stacked_linear_native(x, *weight, dtype=dtype)
+        return _stacked(x, weight, dtype=dtype)
     y = x @ weight.astype(x.dtype).T
     return y if dtype is None else y.astype(dtype)
 
@@ -42,8 +47,17 @@ def linear_of_heads(
 ) -> Float[Array, "*rows heads outputs"]:
     """The same with a weight for each head: [heads, outputs, inputs], or if `transposed` [heads, inputs, outputs]."""
     if isinstance(weight, StackedWeight):
-        return stacked_linear_native(x, *weight, transposed=transposed)
+        return _stacked(x, weight, transposed=transposed)
     return jnp.einsum("...hi,hio->...ho" if transposed else "...hi,hoi->...ho", x, weight)
+
+
+def _stacked(x, weight: StackedWeight, dtype: Any = None, transposed: bool = False):
+    stack, layer, active, gpu = weight
+    if gpu is None:
+        return stacked_linear_native(x, stack, layer, active, dtype=dtype, transposed=transposed)
+    if x.size // x.shape[-1] // math.prod(stack.shape[1:-2]) > MOST_ROWS:
+        return stacked_linear_xla(x, stack, layer, dtype=dtype, transposed=transposed)
+    return stacked_linear_gpu(x, stack, layer, dtype=dtype, transposed=transposed, how=gpu)
 
 
 def stacked_linear_native(

@@ -40,7 +40,11 @@ def expert(
 
 def gated(inner: Float[Array, "*tokens inner2"], limit: float = 0.0) -> Float[Array, "*tokens inner"]:
     """What gates do to the first product: halves are gate and up."""
-    gate, up = jnp.split(inner, 2, axis=-1)
+    return gate_up(*jnp.split(inner, 2, axis=-1), limit)
+
+
+def gate_up(gate: Float[Array, "*shape"], up: Float[Array, "*shape"], limit: float) -> Float[Array, "*shape"]:
+    """What gates do to two products, entry by entry."""
     if not limit:
         return jax.nn.silu(gate) * up
     gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)

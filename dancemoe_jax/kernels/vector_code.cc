@@ -178,6 +178,27 @@ void add(float* out, const float* x, size_t count, float factor) {
   }
 }
 
+void add_rounded(float* out, const float* x, size_t count, float factor, float grid) {
+  // A number this large has `grid` as the distance to its neighbours, so that adding to it rounds.
+  const Lanes large = all(0x1.8p23f * grid), times = all(factor);
+  size_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(out + i, load(out + i) + (fused(times, load(x + i), large) - large));
+  if (i < count) {
+    float rest[kLanes];
+    store(rest, load_some(out + i, count - i) + (fused(times, load_some(x + i, count - i), large) - large));
+    std::memcpy(out + i, rest, (count - i) * sizeof(float));
+  }
+}
+
+float largest(const float* x, size_t count) {
+  float result = 0;
+  for (size_t i = 0; i < count; i++) {
+    const float magnitude = x[i] < 0 ? -x[i] : x[i];
+    result = magnitude > result ? magnitude : result;
+  }
+  return result;
+}
+
 float exponentials(float* numbers, size_t begin, size_t end, size_t count, float* maximum) {
   constexpr float kLowest = -3.4028234664e38f;
   for (size_t i = 0; i < begin; i++) numbers[i] = kLowest;
@@ -313,6 +334,6 @@ void narrow(const float* from, uint16_t* to, size_t count) {
 namespace dancemoe {
 
 extern const VectorCode INSTRUCTION_SET;
-const VectorCode INSTRUCTION_SET = {NAME_OF(INSTRUCTION_SET), products_of, gate, add, exponentials, exponential, mix_of, largest_at, widen, narrow};
+const VectorCode INSTRUCTION_SET = {NAME_OF(INSTRUCTION_SET), products_of, gate, add, add_rounded, largest, exponentials, exponential, mix_of, largest_at, widen, narrow};
 
 }  // namespace dancemoe

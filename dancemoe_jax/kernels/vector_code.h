@@ -50,6 +50,12 @@ struct VectorCode {
   // out[i] += factor * x[i].
   void (*add)(float* out, const float* x, size_t count, float factor);
 
+  // The same with factor * x[i] rounded to a multiple of `grid` first, a power of two.
+  void (*add_rounded)(float* out, const float* x, size_t count, float factor, float grid);
+
+  // The largest magnitude in x.
+  float (*largest)(const float* x, size_t count);
+
   // Numbers in [begin, end) become e^(x - their maximum), the others up to `count` (a multiple of 16) zero. Returns the
   // sum, and the maximum through `maximum`.
   float (*exponentials)(float* numbers, size_t begin, size_t end, size_t count, float* maximum);

@@ -15,11 +15,13 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
+from dancemoe_jax.kernels.gpu.call import GpuKernels
 from dancemoe_jax.kernels.linear import StackedWeight, linear, linear_of_heads
 from dancemoe_jax.model.attention import along_last, attend, rms_norm, rotate
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.model.experts import ExpertWeights, dense_experts, swiglu
 from dancemoe_jax.model.layer_weights import LayerWeights, scan_run
+from dancemoe_jax.model.present import where_present
 from dancemoe_jax.model.router import route
 
 # Latent attention's inner norms have an epsilon of their own, whatever the configuration says of the others.
@@ -190,20 +192,6 @@ class Attention(NamedTuple):
         return attend(q, k, v, q_positions, k_positions, self.scale, self.window, self.sinks)
 
 
-def where_present(present: Bool[Array, ""] | None, compute: Callable, *arguments: Any) -> Any:
-    """compute(*arguments), or zeros in its place, which cost nothing, where nothing is present; None: something is."""
-    if present is None:
-        return compute(*arguments)
-    axes = tuple(jax.typeof(present).manual_axis_type.varying)
-    shapes = jax.eval_shape(compute, *arguments)
-
-    def nothing(*_: Any) -> Any:
-        zeros = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), shapes)
-        return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
-
-    return jax.lax.cond(present, compute, nothing, *arguments)
-
-
 def decoder_layer(
     config: ModelConfig,
     layer: LayerWeights,
@@ -221,8 +209,7 @@ def decoder_layer(
             None where the keys are the values too (latent attention).
         moe: (tokens [n, hidden], topk_weights, topk_ids, logits) -> (sum of routed experts, anything). Not called in a
             dense layer.
-        present: whether any token counts; where none does nothing is computed but what `attention` and `moe` do. None:
-            some do.
+        present: whether any token counts; where none does, only `attention` and `moe` compute. None: some do.
 
     Returns:
         The new residual stream and what `attention` and `moe` (None in a dense layer) handed back.
@@ -235,16 +222,14 @@ def decoder_layer(
         return (_grouped_qkv if latent is None else _latent_qkv)(config, layer, h, positions)
 
     def finish(x, heads):
-        if latent is not None:
-            heads = linear_of_heads(heads, layer.v_up)
+        heads = heads if latent is None else linear_of_heads(heads, layer.v_up)
         x = x + linear(heads.reshape(*heads.shape[:2], -1), layer.o)
         return x if layer.o_bias is None else x + along_last(layer.o_bias, x)
 
     def routed(x):
         h = rms_norm(x, layer.moe_norm, config.rms_eps).reshape(-1, config.hidden_size)
-        if layer.router is None:
-            return h, None
-        return h, route(config, layer.router, h, layer.router_bias, layer.router_correction)
+        how = (layer.router_bias, layer.router_correction)
+        return h, None if layer.router is None else route(config, layer.router, h, *how)
 
     def visited_by_all(h):
         shared = swiglu(h, layer.shared_in, layer.shared_out)
@@ -272,6 +257,7 @@ def scan_layers(
     remat: bool = False,
     native: bool = False,
     active: Bool[Array, " rows"] | None = None,
+    gpu: GpuKernels = None,
 ):
     """Go through all layers, run by run.
 
@@ -282,6 +268,7 @@ def scan_layers(
         native: products go through native calls, which take weights where they lie; else each layer's are copied out of
             the stack first. Only the latter can be differentiated.
         active: rows that count, which the others' products need not be computed for.
+        gpu: products go through a GPU's kernels, which do the same.
 
     Returns:
         carry, and `aux` of the MoE layers stacked in order.
@@ -299,7 +286,7 @@ def scan_layers(
             own = per_moe_layer if whole else jax.tree.map(lambda a, i=done, n=count: a[i : i + n], per_moe_layer)
         window = None if windows is None else windows[start:stop]
         carry, aux = scan_run(
-            body, layers, range(start, stop), carry, (window, own), remat=remat, native=native, active=active
+            body, layers, range(start, stop), carry, (window, own), remat=remat, native=native, active=active, gpu=gpu
         )
         done += count
         collected += [] if dense else [aux]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool
 
+from dancemoe_jax.kernels.gpu.call import GpuKernels
 from dancemoe_jax.kernels.linear import StackedWeight
 
 # Parameters of products, which native calls take where they lie.
@@ -37,6 +38,7 @@ def scan_run(
     remat: bool,
     native: bool,
     active: Bool[Array, " rows"] | None,
+    gpu: GpuKernels,
 ) -> tuple[Any, Any]:
     """Go through one run of layers.
 
@@ -44,17 +46,19 @@ def scan_run(
         body: (carry, (layer: LayerWeights, number, *inputs)) -> (carry, aux).
         layers: the run's parameters, stacked; numbers: of its layers.
         inputs: pytrees with a leading axis over the run's layers.
-        remat, native, active: as in `decoder.scan_layers`.
+        remat, native, active, gpu: as in `decoder.scan_layers`.
 
     Returns:
         carry, and `aux` of the layers stacked.
     """
     parts = {name: value[...] for name, value in vars(layers).items() if isinstance(value, nnx.Variable)}
-    stacks = {name: parts.pop(name) for name in (_PRODUCTS & parts.keys() if native else ())}
+    # In the order of the parameters: a set's order differs from process to process, and with it the program, so that no
+    # start would find what an earlier one has compiled.
+    stacks = {name: parts.pop(name) for name in ([n for n in parts if n in _PRODUCTS] if native or gpu else ())}
 
     def one(carry, own):
         sliced, number, *rest = own
-        lying = {name: StackedWeight(stack, number - numbers.start, active) for name, stack in stacks.items()}
+        lying = {name: StackedWeight(stack, number - numbers.start, active, gpu) for name, stack in stacks.items()}
         return body(carry, (LayerWeights(vars(layers).keys(), sliced | lying), number, *rest))
 
     own = (parts, jnp.arange(numbers.start, numbers.stop, dtype=jnp.int32), *inputs)

@@ -23,6 +23,7 @@ from dancemoe_jax.checkpoint.tensor_files import TensorFiles
 from dancemoe_jax.expert_parallel.pool import read_ahead
 from dancemoe_jax.model.config import ModelConfig
 from placement import InputError
+from placement.files import parse_json, read_lines
 from placement.text_table import print_table
 
 SHARD_BYTES = 512 * 2**20
@@ -78,7 +79,8 @@ def _measure(folder: Path, repeats: int) -> dict[str, Any]:
         for kind, results in found.items():
             forget(folder)
             command = [sys.executable, "-m", "launch", "bench", "load", "--child", kind, "--folder", str(folder)]
-            results.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            results.append(parse_json(done.stdout, kind))
     kept, largest = found["load"][0]["kept_bytes"], found["load"][0]["largest_bytes"]
     base = statistics.median(result["peak_bytes"] for result in found["start"])
     peak = statistics.median(result["peak_bytes"] for result in found["load"]) - base
@@ -126,7 +128,7 @@ def _child(kind: str, folder: Path) -> dict[str, Any]:
 
 def _peak_bytes() -> int:
     """Most memory that this process has had; the kernel's other count, ru_maxrss, begins with the parent's."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+    for _, line in read_lines("/proc/self/status"):
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise InputError("/proc/self/status: has no VmHWM; peak memory is measured on Linux only")

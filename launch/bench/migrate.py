@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dancemoe_jax.checkpoint.reader import bundled_model
+from dancemoe_jax.checkpoint.bundled import bundled_model
 from dancemoe_jax.expert_parallel.pool import read_ahead
 from dancemoe_jax.inference.steps import decode_step, prefill
 from launch.arguments import DTYPES
@@ -37,6 +37,7 @@ from launch.engine.request import Request
 from launch.migration.worker import MigrationWorker
 from launch.model_flags import read_shape
 from placement import InputError, Placement
+from placement.files import parse_json
 from placement.text_table import print_table, print_text
 from placement.units import parse_bytes, parse_rate
 
@@ -223,7 +224,8 @@ class _Phases:
         """What each process reports, by process."""
         number, self.number = self.number, self.number + 1
         self.channel.put(f"bench/report/{number}/{process}", json.dumps(own).encode())
-        return [json.loads(self._receive(f"report/{number}/{other}")) for other in range(jax.process_count())]
+        names = [f"report/{number}/{other}" for other in range(jax.process_count())]
+        return [parse_json(self._receive(name), name) for name in names]
 
     def _receive(self, name: str) -> bytes:
         data = self.channel.get(f"bench/{name}", _WAIT_S)

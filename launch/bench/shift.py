@@ -23,6 +23,7 @@ from launch.bench.harness.job import DEVICES, plan_arrays, run_job, testbed_clus
 from launch.bench.harness.trace import Trace, poisson
 from placement import InputError
 from placement.data.arrivals import Arrivals
+from placement.registry import home_strategies
 from placement.text_table import print_table
 from placement.units import format_bytes, parse_bytes, parse_rate, parse_seconds
 
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--strategy",
         default="latency",
-        choices=sorted(placement.STRATEGIES),
+        choices=sorted(home_strategies()),
         help="of first and revised plans (latency)",
     )
     add("--staging-memory", default="4GB", metavar="SIZE", help="of each server's host, for experts on their way (4GB)")

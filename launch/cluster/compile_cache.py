@@ -36,6 +36,6 @@ def use_compile_cache(folder: str | None) -> None:
         ) from None
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_compilation_cache_max_size", 2 * 10**9)  # with a limit JAX takes a lock: servers share it
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     log.debug("compiled programs are kept in %s", path)

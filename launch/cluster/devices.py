@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from launch.cluster.gpu import check_promise
 from placement import Cluster, InputError
 
 
@@ -28,7 +29,8 @@ def ordered_devices(cluster: Cluster) -> list[Any]:
     """All devices in the order of the cluster file, for `make_mesh`.
 
     Raises:
-        InputError: a server has fewer devices than its file lists, or more processes run than there are servers.
+        InputError: a server has fewer devices than its file lists, or less memory on one, or more processes run than
+            there are servers.
     """
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     ordered = []
@@ -39,8 +41,19 @@ def ordered_devices(cluster: Cluster) -> list[Any]:
                 f"{cluster.source}: server {server.name} lists {len(server.devices)} devices, its process has {len(own)} "
                 f"({devices[0].platform}); list what is there, or make them visible"
             )
-        ordered += own[: len(server.devices)]
+        own = own[: len(server.devices)]
+        _check_memory(cluster, server.name, own, cluster.memory[cluster.device_server == index].tolist())
+        ordered += own
     return ordered
+
+
+def _check_memory(cluster: Cluster, server: str, devices: Sequence[Any], promised: Sequence[int]) -> None:
+    """Raise InputError where the file promises more than JAX has of an accelerator of this process."""
+    for number, (device, memory) in enumerate(zip(devices, promised, strict=True)):
+        if device.platform != "cpu" and device.process_index == jax.process_index():
+            limit = (device.memory_stats() or {}).get("bytes_limit")
+            if limit is not None:
+                check_promise(str(cluster.source), f"{server} device {number}, as JAX sees it,", memory, limit, spare=0)
 
 
 def visible_devices(cluster: Cluster, index: int) -> list[int]:

@@ -5,6 +5,8 @@ from typing import Any
 from dancemoe_jax.model.config import ModelConfig
 from placement import Cluster
 
+# The name of a server that serves alone, without a cluster file.
+ALONE = "local"
 # Servers of the demo: name, and for each device its share of all slots. One, one and two devices, no two alike.
 DEMO_SERVERS = (("edge-a", (0.22,)), ("edge-b", (0.27,)), ("edge-c", (0.21, 0.30)))
 

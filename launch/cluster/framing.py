@@ -21,6 +21,8 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
+from placement.files import parse_json
+
 log = logging.getLogger(__name__)
 
 LINE_BYTES = 2**16
@@ -49,8 +51,8 @@ def parse(line: bytes, fields: Fields | None) -> dict[str, Any]:
         MessageError: it is no JSON object, or has other fields.
     """
     try:
-        message = json.loads(line, parse_constant=_no_number)
-    except (ValueError, RecursionError):
+        message = parse_json(line, "it")
+    except ValueError:
         raise MessageError("not a line of JSON") from None
     if not isinstance(message, dict):
         raise MessageError("not a JSON object")
@@ -70,10 +72,6 @@ def parse(line: bytes, fields: Fields | None) -> dict[str, Any]:
 
 
 _ABSENT = object()
-
-
-def _no_number(name: str) -> float:
-    raise ValueError(name)
 
 
 class Connection:
@@ -196,10 +194,10 @@ def connect(address: tuple[str, int] | str, secret: bytes, purpose: str, seconds
     try:
         theirs = connection.receive({"nonce": str}, max(seconds, 0.1))["nonce"]
         ours = secrets.token_hex(16)
-        proof = _proof(secret, "client", purpose, theirs, ours)
+        proof = proof_of(secret, "client", purpose, theirs, ours)
         connection.send({"nonce": ours, "proof": proof})
         reply = connection.receive({"proof?": str, "refused?": str}, GREETING_SECONDS)
-        if not hmac.compare_digest(reply.get("proof", ""), _proof(secret, "listener", purpose, theirs, ours)):
+        if not hmac.compare_digest(reply.get("proof", ""), proof_of(secret, "listener", purpose, theirs, ours)):
             raise OtherSecret(f"{connection.peer} has another cluster secret; give all the same --secret-file")
     except BaseException:
         connection.close()
@@ -207,7 +205,8 @@ def connect(address: tuple[str, int] | str, secret: bytes, purpose: str, seconds
     return connection
 
 
-def _proof(secret: bytes, side: str, purpose: str, *nonces: str) -> str:
+def proof_of(secret: bytes, side: str, purpose: str, *nonces: str) -> str:
+    """What shows that a side knows the secret, for one purpose and one greeting."""
     return hmac.new(secret, "\n".join(("dancemoe", side, purpose, *nonces)).encode(), "sha256").hexdigest()
 
 
@@ -281,11 +280,11 @@ class Listener:
         message = connection.receive({"nonce": str, "proof": str}, GREETING_SECONDS, longest=1024)
         nonces = (ours, message["nonce"])
         if not hmac.compare_digest(
-            message["proof"].encode(), _proof(self._secret, "client", self._purpose, *nonces).encode()
+            message["proof"].encode(), proof_of(self._secret, "client", self._purpose, *nonces).encode()
         ):
             connection.send({"refused": "another secret"})
             raise MessageError(f"{connection.peer} has another cluster secret, or is no server of ours")
-        connection.send({"proof": _proof(self._secret, "listener", self._purpose, *nonces)})
+        connection.send({"proof": proof_of(self._secret, "listener", self._purpose, *nonces)})
 
 
 def _passing(error: OSError) -> bool:

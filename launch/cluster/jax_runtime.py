@@ -103,6 +103,11 @@ def abandon() -> None:
     state.client = state.service = state.preemption_sync_manager = None
 
 
+def is_of_exchange(error: BaseException) -> bool:
+    """Whether a step has failed in what processes exchange: errors of Gloo come as ValueError too, where a step is begun."""
+    return isinstance(error, jax.errors.JaxRuntimeError) or (isinstance(error, ValueError) and "Gloo" in str(error))
+
+
 def leave_at_once() -> NoReturn:
     """End this process with status 1: JAX may abort it while it cleans up behind itself, or wait for servers that have
     gone."""

@@ -6,7 +6,9 @@ they are started (processes.py).
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,16 +18,20 @@ from jax.sharding import PartitionSpec as P
 
 from dancemoe_jax.mesh import AXIS, make_mesh, shard_rows
 from launch.cluster.addresses import coordinator_address, source_address, split_address
-from launch.cluster.channel import open_channel
+from launch.cluster.channel import ChannelLost, open_channel
 from launch.cluster.devices import ordered_devices, visible_devices
 from launch.cluster.fingerprint import cluster_fingerprint
-from launch.cluster.jax_runtime import abandon, start_program
+from launch.cluster.gpu import prepare_gpu
+from launch.cluster.jax_runtime import abandon, is_of_exchange, leave_at_once, start_program
 from launch.cluster.liveness import watching
 from launch.cluster.rendezvous import rendezvous
 from launch.cluster.secret import load_secret
 from placement import Cluster, InputError
 
 log = logging.getLogger(__name__)
+
+_LATER_S = 0.5  # than the server that has gone: whatever started all is to see that one end first
+_LOSS_S = 3.0  # between a step that fails and the word that another server has ended
 
 
 @contextmanager
@@ -38,6 +44,8 @@ def join(
     timeout: float = 60.0,
     secret: bytes | None = None,
     lost: Callable[[str], None] | None = None,
+    absent: Callable[[Sequence[str]], None] = lambda _: None,
+    patience: float = 0.0,
 ) -> Iterator[list[Any]]:
     """Be one server of the cluster for the length of a block, with all the cluster's devices in mesh order.
 
@@ -53,7 +61,10 @@ def join(
             of JAX are compared in any case.
         timeout: seconds to wait for the others.
         secret: of the cluster; default: `load_secret()`.
-        lost: called with the name of the first server that goes within the block without having left its own.
+        lost: called with the name of the first server that goes within the block without having left its own, which a line
+            of the log says; by default this process ends then, with status 1.
+        absent: called with those who have not come yet, as often as that changes.
+        patience: seconds for the first server's port to become free.
 
     Raises:
         InputError: no such server; the port is in use; a server did not come, or came with something else; a server
@@ -63,28 +74,64 @@ def join(
         raise InputError(f"server {server}: not in {cluster.source}; known are {', '.join(cluster.names)}")
     index, count = cluster.names.index(server), len(cluster.servers)
     devices_here = len(cluster.servers[index].devices)
+    cards, promised = visible_devices(cluster, index), cluster.memory[cluster.device_server == index].tolist()
     if count == 1:
+        prepare_gpu(promised, cards, None, str(cluster.source))
         jax.config.update("jax_num_cpu_devices", devices_here)
         yield ordered_devices(cluster)
         return
     coordinator = coordinator or coordinator_address(cluster)
     secret = load_secret() if secret is None else secret
     facts = {"cluster file": cluster_fingerprint(cluster), "version of JAX": jax.__version__, **(agree or {})}
-    with rendezvous(cluster.names, server, coordinator, facts, timeout, secret) as address:
+    with rendezvous(
+        cluster.names, server, coordinator, facts, timeout, secret, absent=absent, patience=patience
+    ) as address:
         _, port = split_address(coordinator, "coordinator")
         own = address if index == 0 else source_address(address, port, f"server {server}")
         log.info("%s: meets the others at %s port %d, is reached at %s", server, address, port, own)
+        prepare_gpu(promised, cards, own, str(cluster.source))
         jax.config.update("jax_num_cpu_devices", devices_here)
-        start_program(address, port, own, count, index, visible_devices(cluster, index), timeout)
+        start_program(address, port, own, count, index, cards, timeout)
+    with _joined(cluster, index, own, secret, lost) as devices:
+        yield devices
+    jax.distributed.shutdown()
+
+
+@contextmanager
+def _joined(
+    cluster: Cluster, index: int, own: str, secret: bytes, lost: Callable[[str], None] | None
+) -> Iterator[list[Any]]:
+    """Within the block this process is one of the program, and knows of the loss of another; an error leaves at once."""
+    loss = _Loss(lost)
     try:
         devices = ordered_devices(cluster)
         _connect(devices)
-        with watching(cluster.names, index, open_channel(), own, secret, lost):
+        with watching(cluster.names, index, open_channel(), own, secret, loss):
             yield devices
-    except BaseException:
+    except BaseException as error:
+        loss.end_if_it_explains(error)
         abandon()
         raise
-    jax.distributed.shutdown()
+
+
+class _Loss:
+    """What follows from the loss of another server: the caller's answer, or the end of this process."""
+
+    def __init__(self, answer: Callable[[str], None] | None) -> None:
+        self._answer, self._came = answer, threading.Event()
+
+    def __call__(self, name: str) -> None:
+        self._came.set()
+        if self._answer is None:
+            time.sleep(_LATER_S)
+            leave_at_once()
+        self._answer(name)
+
+    def end_if_it_explains(self, error: BaseException) -> None:
+        """End this process where a step has failed because another server has gone, which may be known only soon."""
+        wait = _LOSS_S if is_of_exchange(error) or isinstance(error, ChannelLost) else 0.0
+        if isinstance(error, Exception) and self._came.wait(wait):
+            leave_at_once()
 
 
 def _connect(devices: list[Any]) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from launch.cluster.addresses import listen
 from launch.cluster.channel import Channel
 from launch.cluster.framing import Connection, Listener, MessageError, connect
+from placement.files import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ def _connect(names: Sequence[str], server: int, channel: Channel, host: str, sec
             message = channel.get(f"watch/{other}", _START_S)
             if message is None:
                 raise RuntimeError(f"server {names[other]} has not said within {_START_S:g} s where to watch it")
-            where, port = json.loads(message)
+            where, port = parse_json(message, f"watch/{other}")
             try:
                 connection = connect((where, port), secret, PURPOSE, _START_S)
                 connection.send({"server": server})

@@ -4,6 +4,7 @@ import functools
 import itertools
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ from placement import Cluster
 SIZES = (4, 65536, 1048576)  # bytes of a message: the smallest gives the latency, the others the bandwidth
 ROUNDS = {4: 50, 65536: 10, 1048576: 4}  # there and back
 REPEATS = 5
+_LARGEST = 2**26  # bytes of a message that is tried where smaller ones take no clearly longer time
+_CLEAR = 0.25  # part of a message's time that its bytes have to make up
 READ_SECONDS = 1.0
 
 
@@ -70,17 +73,40 @@ def measure_links(mesh: Any, owners: np.ndarray, server: int) -> tuple[np.ndarra
         if len(own) > 1:
             latency[a, a] = _share(mesh, owners, server, _ping(mesh, int(own[0]), int(own[1]), SIZES[0]), a)
     for a, b in itertools.combinations(range(len(members)), 2):
-        took = {size: _ping(mesh, int(members[a][0]), int(members[b][0]), size) for size in SIZES}
-        small, middle, large = (_share(mesh, owners, server, took[size], a) for size in SIZES)
-        latency[a, b] = latency[b, a] = small
-        bandwidth[a, b] = bandwidth[b, a] = (SIZES[2] - SIZES[1]) / max(large - middle, 1e-9)
+
+        def one_way(size: int, a: int = a, b: int = b) -> float:
+            return _share(mesh, owners, server, _ping(mesh, int(members[a][0]), int(members[b][0]), size), a)
+
+        latency[a, b] = latency[b, a] = one_way(SIZES[0])
+        bandwidth[a, b] = bandwidth[b, a] = link_rate(one_way)
     return latency, bandwidth
+
+
+def link_rate(one_way: Callable[[int], float]) -> float:
+    """Bytes/s of a link beyond its latency.
+
+    From two messages, the longer one so long that the time of its bytes stands out of the latency and of chance. Where even
+    the longest takes no clearly longer time, what it travelled at as a whole: the link is at least as fast.
+
+    Args:
+        one_way: seconds of a message of so many bytes.
+
+    >>> round(link_rate(lambda size: 0.001 + size / 1e6))
+    1000000
+    """
+    middle, size = one_way(SIZES[1]), SIZES[2]
+    while (large := one_way(size)) - middle < _CLEAR * large and size < _LARGEST:
+        size *= 4
+    if large - middle < _CLEAR * large:
+        return size / large
+    return (size - SIZES[1]) / (large - middle)
 
 
 def _ping(mesh: Any, a: int, b: int, size: int) -> float:
     """Median seconds of a message of so many bytes one way, as part of a program like a step."""
     x = shard_rows(mesh, np.zeros((mesh.size, size // 4), np.float32))
-    return _median(functools.partial(_bounce(mesh, a, b, ROUNDS[size]), x)) / (2 * ROUNDS[size])
+    rounds = ROUNDS.get(size, 1)
+    return _median(functools.partial(_bounce(mesh, a, b, rounds), x)) / (2 * rounds)
 
 
 def _bounce(mesh: Any, a: int, b: int, rounds: int):

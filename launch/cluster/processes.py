@@ -92,6 +92,7 @@ class Processes:
         self._readers: dict[str, list[threading.Thread]] = {}
         self._awaited: set[str] = set()
         self._ended: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
+        self._first: tuple[str, int] | None = None  # of those that failed, and its status
         self._interrupts = Interrupts()
         self._writing = threading.Lock()
 
@@ -127,6 +128,8 @@ class Processes:
             self._awaited.discard(server)
             if status:
                 self.stop(grace)
+                # The others may end because of it, and be through with what they print before it is.
+                server, status = self._first or (server, status)
                 raise ServerFailed(server, status, self._tails[server])
         return True
 
@@ -187,6 +190,8 @@ class Processes:
 
     def _report_end(self, server: str, process: "subprocess.Popen[str]") -> None:
         status = process.wait()
+        if status and self._first is None:
+            self._first = server, status
         self._finish_reading(server)
         self._ended.put((server, status))
 
@@ -223,10 +228,7 @@ def start(
     try:
         for server, command in commands.items():
             within = [] if prefix is None else prefix[server]
-            follow = (
-                [sys.executable, "-I", "-S", "-c", _FOLLOW_PARENT, str(os.getpid())] if sys.platform == "linux" else []
-            )
-            processes._start(server, [*follow, *within, *command], environment, output or prefixed())
+            processes._start(server, following([*within, *command]), environment, output or prefixed())
     except OSError as error:
         processes.stop(0)
         raise InputError(f"server {server}: {command[0]}: cannot be started: {error.strerror or error}") from None
@@ -234,6 +236,12 @@ def start(
         processes.stop(0)
         raise
     return processes
+
+
+def following(command: Sequence[str]) -> list[str]:
+    """A command whose process the kernel (Linux) kills when the thread that starts it ends."""
+    follow = [sys.executable, "-I", "-S", "-c", _FOLLOW_PARENT, str(os.getpid())] if sys.platform == "linux" else []
+    return [*follow, *command]
 
 
 def _thread(target: Callable[..., None], *arguments: object) -> threading.Thread:

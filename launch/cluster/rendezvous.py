@@ -8,7 +8,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -20,23 +20,39 @@ PURPOSE = "rendezvous"
 _READ_SECONDS = 5.0
 _RETRY_SECONDS = 0.1
 REPORT = {"server": str, "facts": dict}
-REPLY = {"problem": (str, type(None))}
+REPLY = {"problem?": (str, type(None)), "absent?": list}
+"""problem: why not to go on, None is that all is well; before that, as often as it changes, absent: who has not come yet."""
+
+Absent = Callable[[Sequence[str]], None]
 
 
 @contextmanager
 def rendezvous(
-    names: tuple[str, ...], server: str, coordinator: str, facts: Mapping[str, str], timeout: float, secret: bytes
+    names: tuple[str, ...],
+    server: str,
+    coordinator: str,
+    facts: Mapping[str, str],
+    timeout: float,
+    secret: bytes,
+    *,
+    absent: Absent = lambda _: None,
+    patience: float = 0.0,
 ) -> Iterator[str]:
     """Meet, and let the block, which starts JAX, begin only when everybody has come with the same facts.
 
     The first server enters the block before it lets the others: they then find its service up. Gives the address
     of the rendezvous, as this server reaches it.
+
+    Args:
+        absent: called with those who have not come yet, as often as that changes.
+        patience: seconds for the port to become free, which the last program may have just left.
     """
     host, port = split_address(coordinator, "coordinator")
     if server != names[0]:
-        yield _report(server, names[0], host, port, facts, timeout, secret)
+        absent(names[:1])
+        yield _report(server, names[0], host, port, facts, timeout, secret, absent)
         return
-    clients, address = _receive(names, host, port, facts, timeout, secret)
+    clients, address = _receive(names, _listen(host, port, names[0], patience), port, facts, timeout, secret, absent)
     release = threading.Thread(
         target=_release_when_up, args=(clients, address, port, time.monotonic() + timeout), daemon=True
     )
@@ -48,8 +64,25 @@ def rendezvous(
             client.close()
 
 
+def _listen(host: str, port: int, first: str, patience: float) -> socket.socket:
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return listen(host, port, f"server {first}")
+        except InputError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_RETRY_SECONDS)
+
+
 def _receive(
-    names: tuple[str, ...], host: str, port: int, facts: Mapping[str, str], timeout: float, secret: bytes
+    names: tuple[str, ...],
+    listening: socket.socket,
+    port: int,
+    facts: Mapping[str, str],
+    timeout: float,
+    secret: bytes,
+    absent: Absent,
 ) -> tuple[dict[str, Connection], str]:
     """On the first server: the connections of all others, once they have come, and the own address. Raises InputError, and
     tells it to those who came, where one has not or differs."""
@@ -57,9 +90,9 @@ def _receive(
     brought: dict[str, dict[str, str]] = {}
     arrived: queue.SimpleQueue[tuple[Connection, str, dict[str, str]]] = queue.SimpleQueue()
     deadline = time.monotonic() + timeout
-    listening = listen(host, port, f"server {names[0]}")
     address = str(listening.getsockname()[0])
     with Listener(listening, secret, PURPOSE, lambda client: arrived.put((client, *handshake(client)))):
+        absent(names[1:])
         while len(clients) < len(names) - 1 and (left := deadline - time.monotonic()) > 0:
             try:
                 client, name, theirs = arrived.get(timeout=left)
@@ -71,12 +104,20 @@ def _receive(
             if name in clients:  # started again while we wait, or twice by mistake
                 answer(clients[name], f"server {name}: another process has come as this server")
             clients[name], brought[name] = client, theirs
+            _tell_absent([name for name in names[1:] if name not in clients], clients, absent)
     problem = difference(names[0], facts, brought) or _absence(names, clients, timeout, port)
     if problem:
         for client in clients.values():
             answer(client, problem)
         raise InputError(problem)
     return clients, address
+
+
+def _tell_absent(left: Sequence[str], clients: Mapping[str, Connection], absent: Absent) -> None:
+    absent(left)
+    for client in clients.values():
+        with suppress(MessageError):
+            client.send({"absent": left})
 
 
 def _absence(names: tuple[str, ...], clients: Mapping[str, Any], timeout: float, port: int) -> str | None:
@@ -129,7 +170,14 @@ def _release_when_up(clients: Mapping[str, Connection], address: str, port: int,
 
 
 def _report(
-    server: str, first: str, host: str, port: int, facts: Mapping[str, str], timeout: float, secret: bytes
+    server: str,
+    first: str,
+    host: str,
+    port: int,
+    facts: Mapping[str, str],
+    timeout: float,
+    secret: bytes,
+    absent: Absent,
 ) -> str:
     """On the others: report to the first server, wait for its word, and give the address at which it was reached. Raises
     InputError with what it says."""
@@ -156,7 +204,9 @@ def _report(
         try:
             connection.send({"server": server, "facts": dict(facts)})
             # It may have started to wait just before we came.
-            problem = connection.receive(REPLY, 2 * timeout)["problem"]
+            while "problem" not in (reply := connection.receive(REPLY, 2 * timeout)):
+                absent(reply.get("absent", []))
+            problem = reply["problem"]
         except MessageError:
             raise InputError(f"server {first} at {where} ended before all servers had come; see what it says") from None
     if problem is not None:

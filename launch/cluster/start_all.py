@@ -36,6 +36,7 @@ def run_everywhere(
     *,
     as_json: bool = False,
     drain: float | None = None,
+    own: Callable[[int], Sequence[str]] | None = None,
 ) -> int:
     """Run `python -m launch COMMAND` with what was given for each server whose host is this machine; the exit status.
 
@@ -45,6 +46,7 @@ def run_everywhere(
         passes: server and line -> whether a line of its standard output goes to ours.
         as_json: the lines of the servers' logs are JSON, and name their server themselves.
         drain: the servers end in order when they are told to, within so many seconds: signals are passed on to them.
+        own: arguments of the n-th of these servers alone.
 
     Raises:
         InputError: none of the servers is this machine.
@@ -55,7 +57,10 @@ def run_everywhere(
     if coordinator is None and len(names) == len(cluster.names) and cluster.servers[0].host is None:
         coordinator = f"127.0.0.1:{free_port()}"
     rest = [*given, *(["--coordinator", coordinator] if coordinator else [])]
-    commands = {name: [sys.executable, "-m", "launch", command, *rest, "--server", name] for name in names}
+    commands = {
+        name: [sys.executable, "-m", "launch", command, *rest, *(own(n) if own else ()), "--server", name]
+        for n, name in enumerate(names)
+    }
     lines = _Lines(passes, as_json)
     with _passed_on(drain) as signals, start(commands, output=lines) as processes:
         signals.processes = processes

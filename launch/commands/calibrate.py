@@ -6,11 +6,10 @@ import logging
 import sys
 from pathlib import Path
 
+from dancemoe_jax.checkpoint.bundled import bundled_model
 from dancemoe_jax.checkpoint.families import read_config
-from dancemoe_jax.checkpoint.reader import bundled_model
 from launch.cluster.addresses import coordinator_address
 from launch.cluster.fingerprint import folder_fingerprint
-from launch.cluster.jax_runtime import leave_at_once
 from launch.cluster.join import join
 from launch.cluster.launchers import from_environment
 from launch.cluster.measure import Measured, measure
@@ -47,7 +46,6 @@ def run(args: argparse.Namespace) -> int:
         agree=agree,
         timeout=args.timeout,
         secret=secret,
-        lost=lambda _: leave_at_once(),
     ) as devices:
         measured = measure(cluster, devices, path, config, cluster.names.index(args.server))
         if args.server == cluster.names[0]:

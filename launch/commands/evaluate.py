@@ -17,7 +17,8 @@ import numpy as np
 import optax
 from tokenizers import Tokenizer
 
-from dancemoe_jax.checkpoint.reader import Model, bundled_model, load_model, on_device
+from dancemoe_jax.checkpoint.bundled import bundled_model
+from dancemoe_jax.checkpoint.reader import Model, load_model, on_device
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.model.decoder import Decoder, Experts, forward
 from dancemoe_jax.model.experts import grouped_experts
@@ -185,7 +186,7 @@ def sums_right(model: Model, experts: Experts, arithmetic: Domain) -> tuple[int,
     """
     config = model.config
     pairs = held_out_sums()
-    lines = [line for document in arithmetic.held_out for line in document.splitlines()]
+    lines = [line for document in arithmetic.held_out for line in document.split("\n") if line]
     rows = np.zeros((len(pairs), config.max_position), np.int32)
     answer = np.zeros(rows.shape, bool)
     for i, (a, b) in enumerate(pairs):

@@ -12,9 +12,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dancemoe_jax.checkpoint.reader import bundled_model
-from dancemoe_jax.inference.generate import check_prompt
-from dancemoe_jax.inference.sampling import SamplingParams, SamplingRows, choose, stack_params
+from dancemoe_jax.checkpoint.bundled import bundled_model
+from dancemoe_jax.errors import ModelError
+from dancemoe_jax.inference.finite import all_finite, not_finite
+from dancemoe_jax.inference.prompts import check_prompt
+from dancemoe_jax.inference.sampling import SamplingRows, choose, stack_params
+from dancemoe_jax.inference.sampling_params import SamplingParams
 from dancemoe_jax.inference.steps import decode_step, init_state, prefill
 from dancemoe_jax.mesh import sharded
 from dancemoe_jax.text.detokenizer import IncrementalDetokenizer
@@ -37,13 +40,15 @@ class Prompt:
     output: list[int] = dataclasses.field(default_factory=list)
     continuation: str = ""
     reason: str = ""
+    problem: str = ""
 
 
 def run(args: argparse.Namespace) -> None:
     """Print each prompt and its continuation.
 
     Raises:
-        DanceMoEError, InputError: the model, a flag or a prompt cannot be used, or a prompt leaves no room in the context.
+        DanceMoEError, InputError: the model, a flag or a prompt cannot be used, or a prompt leaves no room in the context,
+            or the model makes NaN or infinity of it; the others are printed first.
     """
     if args.max_tokens < 1:
         raise InputError(f"--max-tokens {args.max_tokens}: must be at least 1")
@@ -71,22 +76,29 @@ def run(args: argparse.Namespace) -> None:
     continue_prompts(load(path, config, args), bundle, prompts, on_text)
     for prompt in prompts:
         if args.json:
-            result = {
-                "prompt": prompt.text,
-                "text": prompt.continuation,
-                "prompt_tokens": len(prompt.ids),
-                "tokens": prompt.output,
-                "finish_reason": prompt.reason,
-            }
-            print(json.dumps(result))
+            print(json.dumps(_as_json(prompt)))
         else:
             print("" if stream else prompt.text + prompt.continuation)
+    if failed := [number for number, prompt in enumerate(prompts, 1) if prompt.problem]:
+        more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        raise ModelError(f"prompt {failed[0]}{more}: {prompts[failed[0] - 1].problem}")
+
+
+def _as_json(prompt: Prompt) -> dict[str, Any]:
+    result = {
+        "prompt": prompt.text,
+        "text": prompt.continuation,
+        "prompt_tokens": len(prompt.ids),
+        "tokens": prompt.output,
+        "finish_reason": prompt.reason,
+    }
+    return result | ({"error": prompt.problem} if prompt.problem else {})
 
 
 def continue_prompts(
     local: Local, bundle: TokenizerBundle, prompts: Sequence[Prompt], on_text: Callable[[str], Any] | None = None
 ) -> None:
-    """Fill in every prompt's output, continuation and reason to end (`"stop"` or `"length"`).
+    """Fill in every prompt's output, continuation and reason to end (`"stop"`, `"length"`, or `"error"` with its problem).
 
     Args:
         on_text: called with each piece of the first prompt's text as soon as it is certain.
@@ -106,7 +118,7 @@ def continue_prompts(
         length[at] = len(prompt.ids)
         tokens[at][: len(prompt.ids)] = prompt.ids
     index, current = np.zeros(grid, np.int32), np.zeros(grid, np.int32)
-    sequences = np.broadcast_to(np.arange(rows, dtype=np.int32), grid)
+    sequences, active = np.broadcast_to(np.arange(rows, dtype=np.int32), grid), length > 0
     for start in range(0, int(length.max()), CHUNK):
         chunk, lengths = tokens[:, :, start : start + CHUNK], np.clip(length - start, 0, CHUNK)
         starts = np.full(grid, start, np.int32)
@@ -114,7 +126,7 @@ def continue_prompts(
         valid = np.arange(CHUNK) < lengths[:, :, None]
         seen, chosen = choose(seen, chunk, valid, old, result.logits, rules, index, mesh=mesh)
         current = np.where(lengths > 0, np.asarray(chosen), current)
-    active = length > 0
+        _end_broken(config, by_slot, active, np.asarray(result.finite_layers))
     while True:
         for number, (at, prompt) in enumerate(by_slot.items()):
             if active[at]:
@@ -129,6 +141,14 @@ def continue_prompts(
         rows = (current[:, :, None], active[:, :, None], old)
         seen, chosen = choose(seen, *rows, result.logits, rules, index, mesh=mesh)
         current = np.where(active, np.asarray(chosen), current)
+        _end_broken(config, by_slot, active, np.asarray(result.finite_layers))
+
+
+def _end_broken(config, by_slot: dict[tuple[int, int], Prompt], active: np.ndarray, finite_layers: np.ndarray) -> None:
+    """End the prompts whose numbers are not finite any more."""
+    for at, prompt in by_slot.items():
+        if active[at] and finite_layers[at] < all_finite(config):
+            prompt.reason, prompt.problem, active[at] = "error", not_finite(config, int(finite_layers[at])), False
 
 
 def _accept(

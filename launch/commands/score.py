@@ -1,20 +1,22 @@
 """`python -m launch score`: logits of token ids through the serving path, to compare with any other implementation's."""
 
 import argparse
-import zipfile
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dancemoe_jax.checkpoint.reader import bundled_model
+from dancemoe_jax.checkpoint.bundled import bundled_model
+from dancemoe_jax.errors import ModelError
+from dancemoe_jax.inference.finite import all_finite, not_finite
 from dancemoe_jax.inference.steps import init_state, prefill
 from dancemoe_jax.model.config import ModelConfig
 from launch.engine.single_process import Local, load
 from launch.model_flags import read_shape
 from placement import InputError
-from placement.files import write_bytes
+from placement.data.arrays import read_npy
+from placement.files import read_bytes, write_bytes
 
 CHUNK = 64
 
@@ -40,7 +42,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def score(local: Local, ids: np.ndarray) -> np.ndarray:
-    """Float32 logits [batch, length, vocab] of ids [batch, length], sequences sharded over the devices."""
+    """Float32 logits [batch, length, vocab] of ids [batch, length], sequences sharded over the devices.
+
+    Raises:
+        ModelError: the model makes NaN or infinity of a sequence.
+    """
     devices = local.shapes["mesh"].size
     batch, length = ids.shape
     rows = -(-batch // devices)
@@ -63,21 +69,21 @@ def score(local: Local, ids: np.ndarray) -> np.ndarray:
             **local.shapes,
             all_logits=True,
         )
+        layers = np.asarray(result.finite_layers).reshape(-1)[:batch]
+        if (layers < all_finite(local.config)).any():
+            first = int(np.argmax(layers < all_finite(local.config)))
+            raise ModelError(f"sequence {first} of --ids: {not_finite(local.config, int(layers[first]))}")
         parts.append(np.asarray(result.logits))
     logits = np.concatenate(parts, axis=2)
     return np.ascontiguousarray(logits.reshape(rows * devices, -1, logits.shape[-1])[:batch, :length])
 
 
 def _read_ids(file: Path, config: ModelConfig) -> np.ndarray:
-    try:
-        ids = np.load(file, mmap_mode="r", allow_pickle=False)  # mapped: a header may claim any size
-    except FileNotFoundError:
-        raise InputError(f"--ids {file}: no such file") from None
-    except (OSError, ValueError, EOFError, OverflowError, zipfile.BadZipFile) as error:
-        raise InputError(f"--ids {file}: not a .npy file of numbers ({error}); write it with numpy.save") from None
-    if not isinstance(ids, np.ndarray) or ids.ndim != 2 or ids.dtype.kind not in "iu" or not ids.size:
-        found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, np.ndarray) else "an archive"
-        raise InputError(f"--ids {file}: holds {found}; must be integers [batch, length], at least one")
+    ids = read_npy(read_bytes(file), f"--ids {file}")
+    if ids.ndim != 2 or ids.dtype.kind not in "iu" or not ids.size:
+        raise InputError(
+            f"--ids {file}: holds {ids.dtype} {list(ids.shape)}; must be integers [batch, length], at least one"
+        )
     if ids.shape[1] > config.max_position:
         raise InputError(
             f"--ids {file}: sequences of {ids.shape[1]} tokens; the context takes {config.max_position}, see --context"

@@ -17,6 +17,7 @@ from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.training import TrainConfig, TrainState, batch_at, init_state, schedule, train_step
 from launch.corpus import EOS, encode, read_domains
 from placement import InputError
+from placement.files import one_line, parse_json
 
 
 def run(args: argparse.Namespace) -> None:
@@ -142,11 +143,11 @@ def _resume(
         saved = checkpointer.metadata(step).custom_metadata
         saved = dict(saved) if isinstance(saved, dict) else {}
         seconds = saved.pop("seconds", None)
-        recipe = json.loads(json.dumps(recipe))  # as it comes back: tuples are lists
+        recipe = parse_json(json.dumps(recipe), "recipe")  # as it comes back: tuples are lists
         same = saved == recipe
         state = checkpointer.load(step, state) if same else state
     except Exception as error:  # orbax and its storage raise many kinds for a damaged checkpoint
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = one_line(error) or type(error).__name__
         raise InputError(f"{directory}/{step}: damaged checkpoint ({reason}); remove it to resume before it") from None
     if not same:
         changed = _difference(recipe, saved)

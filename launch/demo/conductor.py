@@ -16,6 +16,7 @@ import placement
 from launch.demo.figures import Figures, local_ratios
 from launch.demo.server import TICK_S, DemoServer
 from placement import DecayingCounts, Placement
+from placement.files import parse_json
 
 _LOOK_S = 0.25
 _ANSWER_S = 120.0  # until a server has answered, a migration included
@@ -175,7 +176,7 @@ class Conductor:
 
     def _get(self, name: str, seconds: float) -> Any:
         data = self.server.host.channel.get(f"demo/{name}", seconds)
-        return None if data is None else json.loads(data)
+        return None if data is None else parse_json(data, name)
 
     def _wait_for(self, until: Callable[[], bool]) -> None:
         while not until():

@@ -23,8 +23,9 @@ from typing import Any
 from rich.console import Console
 
 import placement
+from dancemoe_jax.checkpoint.bundled import bundled_model
 from dancemoe_jax.checkpoint.families import read_config
-from dancemoe_jax.checkpoint.reader import bundled_model, load_model
+from dancemoe_jax.checkpoint.reader import load_model
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.text.tokenizer import TokenizerBundle, load_tokenizer_bundle
 from launch.cluster.devices import cluster_devices

@@ -23,6 +23,7 @@ from launch.engine.host import Host
 from launch.engine.loading import Loaded
 from launch.engine.request import Request
 from launch.migration.worker import MigrationWorker
+from placement.files import parse_json
 
 TICK_S = 1.0
 FULL = 8  # requests at each server with which the demo measures what its machine holds
@@ -157,7 +158,7 @@ class DemoServer:
             data = self.host.channel.get(f"demo/command/{number}", _LOOK_S)
             if data is None:
                 continue
-            self._obey(number, json.loads(data))
+            self._obey(number, parse_json(data, "command"))
             number += 1
 
     def _full_seconds(self) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 from launch.cluster.channel import ChannelLost
 from launch.engine.host import Host
 from placement import Cluster, InputError, Placement
+from placement.files import parse_json
 
 _NAME = "reform"
 _LOOK_S = 0.5
@@ -98,7 +99,7 @@ class GroupChange:
             except ChannelLost:  # the first server has gone, which others say
                 return
             if data is not None:
-                self.group, engine.reform = decode(json.loads(data), self._cluster), True
+                self.group, engine.reform = decode(parse_json(data, _NAME), self._cluster), True
                 self._host.wake()
                 return
 

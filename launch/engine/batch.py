@@ -106,6 +106,13 @@ class Batch:
             queues = [[r.prompt_tokens for r in itertools.islice(queue, most)] for queue in self.waiting]
         return [queues[server] for server in self._server]
 
+    def fail(self, rows: SlotRows, error: str) -> None:
+        """End the request of a slot, which is free then, with an error."""
+        request = self.running[rows.device][rows.slot]
+        assert request is not None
+        request.reason, request.error = "error", error
+        self.running[rows.device][rows.slot] = None
+
     def give(self, members: Sequence[Member], tokens: Sequence[int], eos: int | None) -> list[Request]:
         """Give requests their next tokens; those that have ended with it, whose slots are free.
 

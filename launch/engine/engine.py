@@ -8,10 +8,12 @@ on without a message of its own: every step carries what all devices want after 
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from dancemoe_jax.expert_parallel.pool import PoolLayout, local_devices
+from dancemoe_jax.inference.finite import all_finite, not_finite
 from dancemoe_jax.inference.steps import GivenRouting, StepResult, Weights, decode_step, init_state, prefill
 from dancemoe_jax.kernels.library import Kernels, use_native
 from dancemoe_jax.mesh import own_rows, shard_rows
@@ -23,7 +25,7 @@ from launch.engine.step_counters import StepCounters
 from launch.engine.step_inputs import decode_inputs, given_routing, prefill_inputs, row_numbers
 from launch.engine.token_choice import TokenChoice
 from launch.engine.token_sample import Sampler
-from placement.scheduling import Step, Turn, Width, Wish, chunks_of, next_turn, widths
+from placement.scheduling import Kind, Step, Turn, Width, Wish, chunks_of, next_turn, widths
 
 _A_PROMPT = Wish(1, 1, False)
 
@@ -48,6 +50,7 @@ class Engine:
         migration_progress: of this process's migration worker (launch.migration.worker); sent like those.
         received: what all devices sent with the last step.
         steps: taken since the start, by kind; tokens_processed: of this process's requests in them.
+        taking: requests of this process in the last step that began.
         sampler: is given the experts of every token that entered here; None reads them from no step.
     """
 
@@ -65,7 +68,7 @@ class Engine:
     ):
         self.shapes: dict[str, Any] = {"config": config, "layout": layout, "mesh": mesh, **steps}
         self.replays = replays
-        self.config, self.weights, self.device_server = config, weights, np.asarray(device_server)
+        self.config, self.weights, self.device_server, self.chunk = config, weights, np.asarray(device_server), chunk
         self.mesh, self.own = mesh, local_devices(mesh)
         self.batch = Batch(self.device_server.tolist(), self.own, sequences, config.max_position)
         self._sequences = sequences
@@ -76,6 +79,7 @@ class Engine:
         self.received = ControlWord.of(blank(mesh.size))
         self.sampler: Sampler | None = None
         self._chunks = (chunk,) if replays or not self._native() else chunks_of(chunk, config.max_position)
+        self.taking: list[Request] = []
         self._next: Turn | None = None
 
     def forget(self) -> None:
@@ -159,23 +163,46 @@ class Engine:
         for request in self.in_flight:
             request.epochs.add(self.epoch)
         step, members = self.batch.plan(turn)
-        result = self._take(step, members, turn.width)
+        self.taking = [request for _, request in members]
+        result = self._take(turn, members, self._control(step))
         self._count(turn, members, result)
         finished += self._give(turn, members, result)
         self.received = ControlWord.of(np.asarray(result.control))
         self._next = next_turn(turn.kind, [self.received.wish], self._chunks)
         return finished
 
-    def _take(self, step: Step, members: Sequence[Member], width: Width) -> StepResult:
+    def _take(self, turn: Turn, members: Sequence[Member], control: np.ndarray) -> StepResult:
         """Run a step on the devices."""
-        if step.kind == "prefill":
-            take, inputs = prefill, prefill_inputs(members, self.mesh.size, width)
+        take, inputs = self._inputs(turn, members, control)
+        self.state, result = take(self.weights, self.state, *inputs, **self.shapes)
+        # All of it is on its way to the host before any of it is waited for.
+        wanted = (result.tokens, result.control, result.traffic, result.routed if self.sampler else None)
+        for part in jax.tree.leaves(wanted):
+            part.copy_to_host_async()
+        return result
+
+    def _inputs(self, turn: Turn, members: Sequence[Member], control: np.ndarray) -> tuple[Any, list[Any]]:
+        """The function that takes a step, and what it takes beside weights and state."""
+        if turn.kind == "prefill":
+            take, inputs = prefill, prefill_inputs(members, self.mesh.size, turn.width)
         else:
             take, inputs = decode_step, decode_inputs(members, self.mesh.size, self._sequences)
-        on_devices = [shard_rows(self.mesh, part) for part in (*inputs, self._control(step))]
-        routing = self._routing(step, members, width)
-        self.state, result = take(self.weights, self.state, *on_devices, routing, **self.shapes)
-        return result
+        on_devices = [shard_rows(self.mesh, part) for part in (*inputs, control)]
+        return take, [*on_devices, self._routing(turn, members)]
+
+    def compiled(self) -> dict[str, Any]:
+        """Both kinds of step as compiled for this engine's devices, prefill at its widest. Nothing runs."""
+        kinds: tuple[Kind, ...] = ("prefill", "decode")
+        found = {}
+        for kind in kinds:
+            take, inputs = self._inputs(Turn(kind, self.widths[-1]), [], blank(self.mesh.size))
+            found[kind] = take.lower(self.weights, self.state, *inputs, **self.shapes).compile()
+        return found
+
+    @property
+    def batch_slots(self) -> int:
+        """Sequences that a device serves at once."""
+        return self._sequences
 
     def _native(self) -> bool:
         """Whether a row's bits are the same in steps of every width: of XLA's products they are not."""
@@ -191,12 +218,12 @@ class Engine:
         control.command[:], control.stage[:], control.given_up[:] = self.migration_progress
         return words
 
-    def _routing(self, step: Step, members: Sequence[Member], width: Width) -> GivenRouting | None:
+    def _routing(self, turn: Turn, members: Sequence[Member]) -> GivenRouting | None:
         if not self.replays:
             return None
-        rows, tokens = (self._sequences, 1) if step.kind == "decode" else width
+        rows, tokens = (self._sequences, 1) if turn.kind == "decode" else turn.width
         shape = (self.mesh.size, rows * tokens, self.config.num_moe_layers, self.config.top_k)
-        return GivenRouting(*(shard_rows(self.mesh, part) for part in given_routing(step.kind, members, shape, tokens)))
+        return GivenRouting(*(shard_rows(self.mesh, part) for part in given_routing(turn.kind, members, shape, tokens)))
 
     def _count(self, turn: Turn, members: Sequence[Member], result: StepResult) -> None:
         """Count a step, and sample its tokens."""
@@ -211,8 +238,10 @@ class Engine:
 
     def _give(self, turn: Turn, members: Sequence[Member], result: StepResult) -> list[Request]:
         """Give the step's tokens to requests that have their whole prompt behind them; those that ended with it."""
+        numbers = row_numbers(turn.kind, members)
+        failed, members, numbers = self._take_out_broken(members, numbers, result)
         width = 1 if turn.kind == "decode" else turn.width.chunk
-        tokens = self._choice.next_tokens(turn.kind, members, self.batch.running, result, width)
+        tokens = self._choice.next_tokens(members, numbers, self.batch.running, result, width)
         ready, given = [], []
         for (rows, request), token in zip(members, tokens, strict=True):
             if turn.kind == "prefill":
@@ -220,4 +249,19 @@ class Engine:
             if request.prefilled:
                 ready.append((rows, request))
                 given.append(token)
-        return self.batch.give(ready, given, None if self.replays else self.config.eos_token)
+        return failed + self.batch.give(ready, given, None if self.replays else self.config.eos_token)
+
+    def _take_out_broken(
+        self, members: Sequence[Member], numbers: Sequence[int], result: StepResult
+    ) -> tuple[list[Request], list[Member], list[int]]:
+        """End the requests whose numbers are not finite any more; those, and the members that go on with their rows."""
+        layers, failed, good, rows_of_good = own_rows(result.finite_layers), [], [], []
+        for (rows, request), number in zip(members, numbers, strict=True):
+            finite = int(layers[rows.device][number])
+            if finite == all_finite(self.config):
+                good.append((rows, request))
+                rows_of_good.append(number)
+            else:
+                self.batch.fail(rows, not_finite(self.config, finite))
+                failed.append(request)
+        return failed, good, rows_of_good

@@ -21,8 +21,8 @@ _SLEEP_S = 0.2  # how often a sleeping server looks whether it is to end
 class Stream:
     """The tokens of one request as they come.
 
-    Iterating waits for each; `cancel` ends it from any thread. `reason` tells why it has ended: "stop", "length" or
-    "cancelled"; it is "" until then.
+    Iterating waits for each; `cancel` ends it from any thread. `reason` tells why it has ended: "stop", "length",
+    "cancelled" or "error" (`request.error` says which); it is "" until then.
     """
 
     def __init__(self, request: Request) -> None:
@@ -73,13 +73,16 @@ class Host:
         self._lock = threading.Lock()
         self._looping = self._over = False  # whether it takes steps; whether it never will again
 
-    def submit(self, request: Request) -> Stream:
+    def submit(self, request: Request, stream: Stream | None = None) -> Stream:
         """Queue a request, from any thread; one that comes after the loop has ended for good is cancelled.
+
+        Args:
+            stream: takes its tokens; default: one that is made here.
 
         Raises:
             RequestError: its prompt does not fit the model.
         """
-        stream = Stream(request)
+        stream = stream or Stream(request)
         with self._lock:
             if self._over:
                 request.reason = "cancelled"

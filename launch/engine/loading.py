@@ -34,6 +34,8 @@ class Loaded:
         placement: what is where; slots: int32 [devices, layers, experts], where in the pool.
         profile: the model's sizes, with users who are all alike.
         read: (layer, expert, arena = None) -> its weights on the host, as `ExpertFile.read`.
+        check: (layer, expert, weights, whole): raises ModelError where weights from elsewhere are not this model's
+            (`ExpertFile.check`).
         problem: of the profile on the cluster; default: built from them.
     """
 
@@ -43,6 +45,7 @@ class Loaded:
     slots: np.ndarray
     profile: Profile
     read: Callable[..., ExpertWeights]
+    check: Callable[..., None] = lambda *_: None
     problem: Problem = None  # pyright: ignore[reportAssignmentType]
 
     def __post_init__(self) -> None:
@@ -81,6 +84,7 @@ def load(
     profile: Profile | None = None,
     fits: bool = False,
     read: Callable[[int, int], ExpertWeights] | None = None,
+    fingerprint: str = "",
 ) -> Loaded:
     """Load this process's share of a model onto its devices. All processes call it with the same arguments.
 
@@ -92,12 +96,13 @@ def load(
         profile: what `sizes` gives for these arguments, where the caller has it.
         fits: `placed` was made from that profile (`plan`, `fitted`), so that it is not fitted again.
         read: reads experts of this process where not straight from the checkpoint.
+        fingerprint: of the model (`ExpertFile`).
 
     Raises:
         InputError: a device has room for no expert, or the placement is for another model or cluster.
         ModelError: the checkpoint cannot be used.
     """
-    file = ExpertFile(path, jnp.dtype(dtype), int8)
+    file = ExpertFile(path, jnp.dtype(dtype), int8, fingerprint)
     profile = profile or sizes(path, config, cluster, dtype=dtype, int8=int8, sequences=sequences)
     reserved, expert_bytes = int(np.max(profile.reserved_bytes)), int(np.max(profile.expert_bytes))
     layout = pool_layout(slots_per_device(cluster, reserved, expert_bytes), cluster.device_server)
@@ -110,6 +115,6 @@ def load(
     pool = fill_pool(mesh, layout, slots, read or file.read)
     weights = Weights(place_decoder(file.decoder(), mesh), pool, None)  # pyright: ignore[reportArgumentType]
     engine = Engine(config, layout, mesh, weights, cluster.device_server, sequences, chunk, kernels=kernels)
-    loaded = Loaded(engine, cluster, placed, slots, profile, file.read)
+    loaded = Loaded(engine, cluster, placed, slots, profile, file.read, file.check)
     engine.weights = weights._replace(tables=loaded.tables(slots, loaded.likely(placed.resident, profile)))
     return loaded

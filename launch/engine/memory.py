@@ -6,15 +6,40 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from dancemoe_jax.expert_parallel.pool import write_rows
 from dancemoe_jax.model.config import ModelConfig
+from launch.cluster.example import ALONE
 from placement import Cluster, InputError, Profile
 
 WORKSPACE_BYTES = 8 * 2**20
+# What a step's arrays follow from, as compiled programs have it: programs of attention and the rows of one, rows of a tile.
+_PROGRAMS, _ROWS, _TILE = 256, 64, 64
+# A device computes for so many servers' rows at once.
+_SERVERS = 4
 
 
 def reserved_bytes(config: ModelConfig, sequences: int, itemsize: int = 4) -> int:
     """Bytes on every device for all that is not an expert: other weights, key-value cache, workspace of a step."""
-    return config.other_params * itemsize + config.cache_bytes(sequences, itemsize) + WORKSPACE_BYTES
+    workspace = workspace_bytes(config, sequences, itemsize)
+    return config.other_params * itemsize + config.cache_bytes(sequences, itemsize) + workspace
+
+
+def workspace_bytes(config: ModelConfig, sequences: int, itemsize: int = 4, chunk: int = 64) -> int:
+    """Bytes of a device for what a step, or a commit between two steps, has in between; a bound of what programs are
+    compiled to need (engine.programs compares them).
+
+    Args:
+        sequences: batch slots of a device; chunk: prompt tokens of a step.
+    """
+    rows = max(sequences, chunk)
+    experts = (rows * config.top_k + _TILE) * (4 * config.hidden_size + itemsize * config.expert_size)
+    value = config.latent.kv_rank if config.latent else config.head_dim
+    block = _ROWS if config.latent is None else 16
+    attention = 4 * max(_PROGRAMS * block, rows * config.num_heads) * (value + 2)
+    logits = sequences * config.vocab_size * (4 + itemsize)
+    step = _SERVERS * experts + attention + logits + 16 * rows * config.hidden_size
+    expert_bytes = config.expert_bytes(itemsize)
+    return max(WORKSPACE_BYTES, step, write_rows(expert_bytes) * expert_bytes)
 
 
 def model_profile(
@@ -57,3 +82,11 @@ def sizes(
     alike = np.ones((len(cluster.names), config.num_moe_layers, config.num_experts), np.int64)
     profile = model_profile(config, cluster, alike, name=path.name, reserved=reserved, itemsize=itemsize)
     return dataclasses.replace(profile, expert_bytes=config.expert_bytes(itemsize, int8))
+
+
+def alone(config: ModelConfig, sequences: int, *, itemsize: int = 4, int8: bool = False) -> Cluster:
+    """A cluster of one server, whose one device has room for the whole model."""
+    experts = config.num_moe_layers * config.num_experts * config.expert_bytes(itemsize, int8)
+    memory = reserved_bytes(config, sequences, itemsize) + experts
+    server = {"name": ALONE, "devices": [{"memory": memory}]}
+    return Cluster.from_dict({"server": [server]}, source="one server")

@@ -6,10 +6,13 @@ from collections.abc import Callable
 import numpy as np
 
 from dancemoe_jax.errors import RequestError
-from dancemoe_jax.inference.generate import check_prompt
-from dancemoe_jax.inference.sampling import SamplingParams
+from dancemoe_jax.inference.prompts import check_prompt
+from dancemoe_jax.inference.sampling_params import SamplingParams
 from dancemoe_jax.model.config import ModelConfig
 from placement.scheduling import Progress
+
+Logprobs = tuple[float, list[tuple[int, float]]]
+"""Of the chosen token, and (token, its own) of the likeliest, by the model's logits as they are."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -24,8 +27,11 @@ class Request:
         on_token: called with every token of the answer; true ends it.
         routed: experts of its tokens and their weights, [tokens, MoE layers, k] each, prompt then answer without its last
             token: a replay (`Engine(replays=True)`), which no end-of-text ends.
-        reason: why it ended: "stop", "length" or "cancelled".
+        reason: why it ended: "stop", "length", "cancelled" or "error".
         epochs: the engine's epochs (placements) under which its steps ran.
+        logprobs: of how many likeliest tokens beside the chosen one it wants the logarithms of their probabilities; None:
+            of none at all. last_logprobs: those of its last token.
+        error: why it has ended where no answer could be given.
     """
 
     server: int
@@ -44,6 +50,9 @@ class Request:
     reason: str = ""
     cancelled: bool = False
     epochs: set[int] = dataclasses.field(default_factory=set)
+    logprobs: int | None = None
+    last_logprobs: Logprobs | None = None
+    error: str = ""
 
     @property
     def greedy(self) -> bool:

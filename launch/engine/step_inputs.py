@@ -71,11 +71,13 @@ def given_routing(
     return ids, weights
 
 
-def sampled_inputs(kind: Kind, members: Sequence[Member], devices: int, sequences: int, width: int) -> SampledInputs:
-    """Of a step that takes `width` tokens of a sequence at most."""
+def sampled_inputs(
+    members: Sequence[Member], numbers: Sequence[int], devices: int, sequences: int, width: int
+) -> SampledInputs:
+    """Of a step that takes `width` tokens of a sequence at most; numbers: row of each member."""
     tokens, valid = np.zeros((devices, sequences, width), np.int32), np.zeros((devices, sequences, width), bool)
     fresh, row = np.zeros((devices, sequences), bool), np.zeros((devices, sequences), np.int32)
-    for (rows, request), number in zip(members, row_numbers(kind, members), strict=True):
+    for (rows, request), number in zip(members, numbers, strict=True):
         own = (rows.device, rows.slot, slice(0, rows.count))
         tokens[own], valid[own] = request.tokens(rows.start, rows.count), True
         fresh[own[:2]], row[own[:2]] = rows.start == 0, number

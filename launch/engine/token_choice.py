@@ -12,8 +12,7 @@ from dancemoe_jax.inference.steps import StepResult
 from dancemoe_jax.mesh import own_rows, shard_rows, sharded
 from launch.engine.batch import Member
 from launch.engine.request import Request
-from launch.engine.step_inputs import SampledInputs, row_numbers, sampled_inputs
-from placement.scheduling import Kind
+from launch.engine.step_inputs import SampledInputs, sampled_inputs
 
 
 class TokenChoice:
@@ -29,8 +28,8 @@ class TokenChoice:
 
     def next_tokens(
         self,
-        kind: Kind,
         members: Sequence[Member],
+        numbers: Sequence[int],
         running: Sequence[Sequence[Request | None]],
         result: StepResult,
         width: int,
@@ -38,14 +37,14 @@ class TokenChoice:
         """The next token of each member of a step, whether or not its request has its whole prompt behind it.
 
         Args:
+            numbers: row of each member (step_inputs.row_numbers).
             running: requests by device and batch slot.
             width: tokens that the step takes of a sequence at most.
         """
         if all(request.greedy for _, request in members):
             likeliest = own_rows(result.tokens)
-            numbers = row_numbers(kind, members)
             return [int(likeliest[rows.device][n]) for (rows, _), n in zip(members, numbers, strict=True)]
-        inputs = sampled_inputs(kind, members, len(running), len(running[0]), width)
+        inputs = sampled_inputs(members, numbers, len(running), len(running[0]), width)
         chosen = own_rows(self._choose(inputs, running, result.logits))
         return [int(chosen[rows.device][rows.slot]) for rows, _ in members]
 

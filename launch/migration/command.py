@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from placement import Placement
+from placement.files import parse_json
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +39,7 @@ class MigrationCommand:
     def decode(cls, data: bytes, present: Placement) -> "MigrationCommand":
         """A command to change the placement in force."""
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            about = json.loads(str(arrays["about"]))
+            about = parse_json(str(arrays["about"]), "migration command")
             shape = present.resident.shape
             resident = np.unpackbits(arrays["resident"], count=int(np.prod(shape))).reshape(shape).astype(bool)
             target = Placement(resident, present.devices, about["strategy"], present.model, source=about["reason"])

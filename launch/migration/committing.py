@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from dancemoe_jax.expert_parallel.migrate import Staged, commit
-from dancemoe_jax.expert_parallel.pool import WRITE_ROWS, PoolLayout
+from dancemoe_jax.expert_parallel.pool import PoolLayout, write_rows
 from dancemoe_jax.expert_parallel.tables import Tables
 from dancemoe_jax.model.experts import ExpertWeights
 from launch.engine.engine import Engine
@@ -68,8 +68,9 @@ def calls(layout: PoolLayout, staged: Staged) -> Iterator[Call]:
         for slot, weights in rows:
             banks.setdefault(layout.locate(slot)[0], []).append((slot, weights))
         for own in banks.values():
-            for first in range(0, len(own), WRITE_ROWS):
-                yield device, own[first : first + WRITE_ROWS]
+            count = write_rows(sum(leaf.nbytes for leaf in jax.tree.leaves(own[0][1])))
+            for first in range(0, len(own), count):
+                yield device, own[first : first + count]
 
 
 class Committer:
@@ -84,7 +85,7 @@ class Committer:
         self.placement, self.slots, self.ended = placement, slots, False
         self._engine, self._progress = engine, progress
         self._round: StagedRound | None = None
-        self._calls_at_once = 1  # of WRITE_ROWS experts, between two steps
+        self._calls_at_once = 1  # between two steps
         self._last = 0.0
 
     def carry_through(self, staged: StagedRound) -> bool:

@@ -5,13 +5,14 @@ the arrays, then their bytes (`launch.cluster.framing`). Which server to ask fol
 does not change.
 """
 
+import itertools
 import json
 import logging
 import math
 import queue
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,6 +26,7 @@ from launch.cluster.framing import Connection, Listener, MessageError, connect
 from launch.cluster.jax_runtime import own_address
 from launch.cluster.priority import STAGING, give_way
 from placement import Cluster
+from placement.files import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +34,22 @@ Read = Callable[..., ExpertWeights]  # (layer, expert, arena for large arrays = 
 PURPOSE = "experts"
 _START_S, _ANSWER_S = 120.0, 60.0
 _REQUEST = {"layer": int, "expert": int}
-_REPLY = {"error?": str, "arrays?": list}
+_REPLY = {"error?": str, "arrays?": list, "model": str}
+_WHOLE_EVERY = 16  # experts of a peer: the first of so many is compared in whole with the own checkpoint
 _LARGEST = 2**34  # bytes of an array that is believed
+
+
+class OwnModel(NamedTuple):
+    """What a server reads from its own checkpoint.
+
+    Attributes:
+        read: (layer, expert, arena) -> weights; fingerprint: of the model, the same on all servers that serve it.
+        check: (layer, expert, weights, whole): raises ModelError where another server's weights are not this model's.
+    """
+
+    read: Read
+    fingerprint: str = ""
+    check: Callable[[int, int, ExpertWeights, bool], None] = lambda *_: None
 
 
 def quickest(cluster: Cluster, server: int) -> int:
@@ -46,27 +62,25 @@ def quickest(cluster: Cluster, server: int) -> int:
 
 
 @contextmanager
-def reading(cluster: Cluster, server: int, channel: Channel, read: Read, secret: bytes) -> Iterator[Read]:
+def reading(cluster: Cluster, server: int, channel: Channel, own: OwnModel, secret: bytes) -> Iterator[Read]:
     """Within the block other servers may read experts here, and what it gives reads them from the quickest server.
 
-    In a program of one process that is `read` itself.
-
-    Args:
-        read: (layer, expert) -> its weights from this server's own checkpoint.
+    In a program of one process that is `own.read` itself.
     """
     if jax.process_count() == 1:
-        yield read
+        yield own.read
         return
     with ExitStack() as stack:
-        here = ExpertServer(read, own_address(), secret)
+        here = ExpertServer(own.read, own_address(), secret, own.fingerprint)
         stack.callback(here.close)
         channel.put(f"peer/{server}", json.dumps(here.address).encode())
         source = quickest(cluster, server)
         message = channel.get(f"peer/{source}", _START_S) if source != server else None
+        read = own.read
         if message is not None:
             log.info("experts come from %s, quicker than from here", cluster.names[source])
-            host, port = json.loads(message)
-            peer = PeerReader((host, port), read, secret)
+            host, port = parse_json(message, f"peer/{source}")
+            peer = PeerReader((host, port), own, secret, cluster.names[source])
             stack.callback(peer.close)
             read = peer
         yield read
@@ -79,8 +93,8 @@ class ExpertServer:
         address: host and port.
     """
 
-    def __init__(self, read: Read, host: str, secret: bytes) -> None:
-        self._read = read
+    def __init__(self, read: Read, host: str, secret: bytes, fingerprint: str = "") -> None:
+        self._read, self._fingerprint = read, fingerprint
         listening = listen(host, 0, "experts")
         self.address: tuple[str, int] = listening.getsockname()[:2]
         self._listener = Listener(listening, secret, PURPOSE, self._answer)
@@ -100,39 +114,59 @@ class ExpertServer:
                     weights = self._read(request["layer"], request["expert"], arena)
                     arrays = [None if a is None else np.ascontiguousarray(a) for a in weights]
                 except (ModelError, ValueError, TypeError, IndexError) as error:
-                    connection.send({"error": " ".join(str(error).split())[:1000]})
+                    connection.send({"error": " ".join(str(error).split())[:1000], "model": self._fingerprint})
                     continue
                 about = [None if a is None else [a.dtype.name, a.shape] for a in arrays]
                 data = [a.view(np.uint8).reshape(-1).data for a in arrays if a is not None]
-                connection.send({"arrays": about}, *data)
+                connection.send({"arrays": about, "model": self._fingerprint}, *data)
 
 
 class PeerReader:
-    """Reads experts from a server; from the own checkpoint where that server does not answer.
+    """Reads experts from a server; from the own checkpoint where that server does not answer, or serves another model.
 
     Args:
-        address: host and port of its `ExpertServer`.
-        own: reads from the own checkpoint.
+        address: host and port of its `ExpertServer`; name: of the server.
+        own: the checkpoint here, which what comes is checked against.
         secret: of the cluster.
     """
 
-    def __init__(self, address: tuple[str, int], own: Read, secret: bytes) -> None:
-        self._address, self._own, self._secret = address, own, secret
+    def __init__(self, address: tuple[str, int], own: OwnModel, secret: bytes, name: str = "the other server") -> None:
+        self._address, self._own, self._secret, self._name = address, own, secret, name
         self._free: queue.SimpleQueue[Connection] = queue.SimpleQueue()
+        self._count, self._refused = itertools.count(), False
 
     def __call__(self, layer: int, expert: int, arena: Arena | None = None) -> ExpertWeights:
         """Weights of an expert, as `ExpertFile.read`. Raises ModelError where neither server can read it."""
+        if self._refused:
+            return self._own.read(layer, expert, arena)
         connection = None
         try:
             connection = self._connection()
-            weights = _request(connection, layer, expert, arena)
+            weights = _request(connection, layer, expert, arena, self._own.fingerprint)
+            if weights is not None:
+                self._own.check(layer, expert, weights, next(self._count) % _WHOLE_EVERY == 0)
+        except ModelError as error:
+            self._refuse(error)
+            assert connection is not None
+            connection.close()
+            return self._own.read(layer, expert, arena)
         except (OSError, MessageError) as error:
             log.debug("layer %d expert %d is read here: %s", layer, expert, error)
             if connection is not None:
                 connection.close()
-            return self._own(layer, expert, arena)
+            return self._own.read(layer, expert, arena)
         self._free.put(connection)
-        return self._own(layer, expert, arena) if weights is None else weights
+        return self._own.read(layer, expert, arena) if weights is None else weights
+
+    def _refuse(self, error: ModelError) -> None:
+        """Take nothing from there any more."""
+        if not self._refused:
+            log.warning(
+                "experts do not come from %s any more: its model is another (%s); they are read here. Give it the same model",
+                self._name,
+                error,
+            )
+        self._refused = True
 
     def close(self) -> None:
         """End the connections; nobody may be reading."""
@@ -145,10 +179,14 @@ class PeerReader:
         return connect(self._address, self._secret, PURPOSE, _ANSWER_S)
 
 
-def _request(connection: Connection, layer: int, expert: int, arena: Arena | None) -> ExpertWeights | None:
-    """The reply to one request; None where the server cannot read that expert. Raises MessageError."""
+def _request(
+    connection: Connection, layer: int, expert: int, arena: Arena | None, fingerprint: str
+) -> ExpertWeights | None:
+    """The reply to one request; None where the server cannot read that expert. Raises MessageError, ModelError."""
     connection.send({"layer": layer, "expert": expert})
     reply = connection.receive(_REPLY, _ANSWER_S)
+    if reply["model"] != fingerprint:
+        raise ModelError("its fingerprint differs")
     if "error" in reply:
         return None
     arrays: list[np.ndarray | None] = []

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from placement import InputError, Placement
-from placement.files import read_bytes, write_bytes
+from placement.files import parse_json, read_bytes, show, write_bytes
 
 
 def open_state(folder: Path) -> Path:
@@ -97,18 +98,35 @@ def read_record(folder: Path) -> Record | None:
     path = folder / NAME
     if not path.exists():
         return None
+    data = read_bytes(path)
     try:
-        parsed = json.loads(read_bytes(path))
+        parsed = parse_json(data, str(path))
+    except InputError as error:
+        raise InputError(f"{error}; move it away to start anew") from None
+    try:
         if parsed["format"] != FORMAT:
             raise ValueError(f"format is {parsed['format']!r}")
         placement = Placement.from_dict(parsed["placement"], str(path))
         if parsed["hash"] != placement_hash(placement):
             raise ValueError("its hash is not that of its placement")
-        return Record(
-            placement, int(parsed["epoch"]), str(parsed["reason"]), float(parsed["time"]), dict(parsed["limits"])
-        )
+        return Record(placement, *_facts(parsed, {f"{name}/{index}" for name, index in placement.devices}))
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, InputError):
             raise
         words = " ".join(str(error).split())
         raise InputError(f"{path}: not a record of a placement ({words}); move it away to start anew") from None
+
+
+def _facts(parsed: Mapping[str, Any], devices: set[str]) -> tuple[int, str, float, dict[str, int]]:
+    """Epoch, reason, time and limits of a record. Raises ValueError, KeyError where one is of another type or kind."""
+    epoch, reason, limits = parsed["epoch"], parsed["reason"], parsed["limits"]
+    if type(epoch) is not int or epoch < 0:
+        raise ValueError(f"epoch is {show(epoch)}")
+    if not isinstance(reason, str):
+        raise ValueError(f"reason is {show(reason)}")
+    if not isinstance(limits, dict):
+        raise ValueError(f"limits are {show(limits)}")
+    for device, limit in limits.items():
+        if device not in devices or type(limit) is not int or limit < 0:
+            raise ValueError(f"limits[{show(device)}] is {show(limit)}")
+    return epoch, reason, float(parsed["time"]), limits

@@ -19,12 +19,13 @@ from launch.engine.loading import Loaded
 from launch.engine.token_sample import Sampler, sampled_shape
 from launch.migration.control import ControlServer
 from launch.migration.controller import Controller
-from launch.migration.peers import reading
+from launch.migration.peers import OwnModel, reading
 from launch.migration.record import NAME, Record, clear_leftovers
 from launch.migration.requests import Requests
 from launch.migration.telemetry import Reporter
 from launch.migration.worker import MigrationWorker
 from placement import Cluster, InputError, Placement, Profile
+from placement.files import parse_json
 from placement.migration.adapt import adapt, fitted
 from placement.migration.decide import Policy
 
@@ -61,7 +62,7 @@ def resumed(
         raise InputError(
             f"server {cluster.names[0]} has not said what is where within {_START_S:g} s; see what it says"
         )
-    message = json.loads(data)
+    message = parse_json(data, "start")
     return Placement.from_dict(message["placement"], NAME), message["epoch"], False
 
 
@@ -107,7 +108,8 @@ def migrating(
     start = dataclasses.replace(start, secret=load_secret() if start.secret is None else start.secret)
     assert start.secret is not None
     with ExitStack() as stack:
-        read = stack.enter_context(reading(loaded.cluster, host.server, host.channel, loaded.read, start.secret))
+        own = OwnModel(loaded.read, (start.facts or {}).get("model", ""), loaded.check)
+        read = stack.enter_context(reading(loaded.cluster, host.server, host.channel, own, start.secret))
         loaded = dataclasses.replace(loaded, read=read)
         yield stack.enter_context(_migrating(host, loaded, policy, state, start))
 

@@ -130,6 +130,8 @@ class Feeder:
         for _ in stream:
             pass
         text.finish()
+        if stream.reason == "error":
+            raise DanceMoEError(request.error)
         output = request.output
         if output and output[-1] in request.stop_token_ids:
             output = output[:-1]

@@ -3,11 +3,11 @@
 What a line holds becomes a request in `launch.serve.requests`.
 """
 
-import json
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from placement import InputError
+from placement.files import parse_json
 
 LONGEST = 8 * 2**20  # bytes of a line
 
@@ -43,13 +43,11 @@ def read_lines(stream: BinaryIO) -> Iterator[Line]:
 
 def _parse(number: int, data: bytes) -> Line:
     try:
-        given = json.loads(data.decode("utf-8"))
+        given = parse_json(data.decode("utf-8"), "it", any_number=True)
     except UnicodeDecodeError as error:
         return Line(number, None, f"not UTF-8 (byte {error.start + 1}); send UTF-8")
-    except RecursionError:
-        return Line(number, None, "not JSON that can be read (nested too deeply)")
-    except ValueError as error:
-        return Line(number, None, f"not JSON ({error})")
+    except InputError as error:
+        return Line(number, None, f"not JSON that is read here ({str(error).removeprefix('it: ')})")
     if not isinstance(given, dict):
         return Line(number, None, "must be a JSON object with prompt or messages")
     return Line(number, given)

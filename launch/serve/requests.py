@@ -2,9 +2,10 @@
 
 import dataclasses
 import threading
+from collections.abc import Mapping
 from typing import Any
 
-from dancemoe_jax.inference.sampling import SamplingParams
+from dancemoe_jax.inference.sampling_params import SamplingParams
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.text.detokenizer import IncrementalDetokenizer
 from dancemoe_jax.text.tokenizer import TokenizerBundle
@@ -54,8 +55,17 @@ class RequestMaker:
         given = {key: value for key, value in given.items() if value is not None}
         if unknown := sorted(set(given) - _KNOWN):
             raise InputError(f"{unknown[0][:100]!r} is unknown; known are {', '.join(sorted(_FIELDS))}")
+        return self.request(self.prompt(given), given, server, arrival_s)
+
+    def request(
+        self, prompt: list[int], given: Mapping[str, Any], server: int, arrival_s: float
+    ) -> tuple[Request, Text]:
+        """A request whose prompt is token ids already; of the rest only the sampling fields are looked at.
+
+        Raises:
+            InputError, ModelError: a field is too large, or means nothing.
+        """
         params = _params(given)
-        prompt = self._prompt(given)
         own = set() if self._config.eos_token is None else {self._config.eos_token}
         stop_token_ids = frozenset(self._bundle.eos_tokens | own | set(params.stop_tokens))
         text = Text(IncrementalDetokenizer(self._bundle.tokenizer, params.stop, prompt), stop_token_ids)
@@ -70,7 +80,15 @@ class RequestMaker:
         )
         return request, text
 
-    def _prompt(self, given: dict[str, Any]) -> list[int]:
+    def prompt(self, given: Mapping[str, Any], **variables: Any) -> list[int]:
+        """Token ids of a prompt or of messages.
+
+        Args:
+            variables: more of what the chat template knows.
+
+        Raises:
+            InputError, ModelError: there is neither, or it cannot be encoded.
+        """
         text, messages = given.get("prompt"), given.get("messages")
         if isinstance(text, str) and messages is None:
             self._check_length(len(text))
@@ -79,7 +97,7 @@ class RequestMaker:
         if isinstance(messages, list) and text is None:
             self._check_length(_characters(messages))
             with self._encoding:
-                return self._bundle.encode_chat(messages)
+                return self._bundle.encode_chat(messages, **variables)
         raise InputError("must have either a text prompt or a list messages")
 
     def _check_length(self, characters: int) -> None:
@@ -101,7 +119,7 @@ def _characters(value: Any, depth: int = 0) -> int:
     return sum(_characters(part, depth + 1) for part in parts)
 
 
-def _params(given: dict[str, Any]) -> SamplingParams:
+def _params(given: Mapping[str, Any]) -> SamplingParams:
     values: dict[str, Any] = {key: given[key] for key in _FIELDS if key in given}
     values |= {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
     if isinstance(values.get("stop"), str):

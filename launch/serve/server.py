@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from dancemoe_jax.checkpoint.reader import ExpertFile
@@ -20,7 +19,7 @@ from dancemoe_jax.kernels.library import Kernels
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.model.experts import ExpertWeights
 from launch.cluster.channel import ChannelLost
-from launch.cluster.jax_runtime import leave_at_once, leave_program
+from launch.cluster.jax_runtime import is_of_exchange, leave_at_once, leave_program
 from launch.cluster.join import join
 from launch.elastic.newcomer import report
 from launch.elastic.process_group import GroupChange, ProcessGroup
@@ -54,6 +53,8 @@ class Server:
         begin: called once, with the host, before its loop starts; changed: with the cluster of every later program.
         drain: ends serving on request; settle: takes no more requests, and waits so many seconds until those that were
             taken are answered.
+        phase: called with what it does on its way to serving; failed_step: with why a step has failed that no other
+            server's end explains; patience: seconds for the first server's port to become free.
     """
 
     name: str
@@ -71,6 +72,9 @@ class Server:
     changed: Callable[[Cluster], None]
     drain: Drain
     settle: Callable[[float], None]
+    phase: Callable[[str], None] = field(default_factory=lambda: _ignore, init=False)
+    failed_step: Callable[[str], None] = field(default_factory=lambda: _ignore, init=False)
+    patience: float = field(default=0.0, init=False)
     host: Host | None = field(default=None, init=False)
     _gone: threading.Event = field(default_factory=threading.Event, init=False)  # whether another server has ended
     _since: float = field(default=0.0, init=False)  # when it began to load, or to serve nobody
@@ -94,7 +98,7 @@ class Server:
             InputError, ModelError: it does not take in this server, or the model cannot be loaded.
         """
         assert self.policy is not None
-        file = ExpertFile(self.path, jnp.dtype(self.options["dtype"]), self.options["int8"])
+        file = ExpertFile(self.path, jnp.dtype(self.options["dtype"]), self.options["int8"], self.facts["model"])
         group, read = report(
             address, cluster, self.name, self.facts, file.read, self.policy.staging_bytes, self.timeout, self.secret
         )
@@ -125,7 +129,9 @@ class Server:
         """
         cluster, first = group.cluster, self.host is None and read is None
         with contextlib.ExitStack() as stack:
+            self.phase("joining the other servers")
             devices = self._join(stack, group, also or {})
+            self.phase("loading the model")
             self._since = self._since or time.monotonic()
             profile = sizes(self.path, self.config, cluster, **self.options)
             placed, epoch, fits = group.placement, group.epoch, False
@@ -133,8 +139,17 @@ class Server:
                 placed, epoch, fits = resumed(record, placed, profile, cluster)
             planned = {"placed": placed, "profile": profile, "fits": fits, "kernels": self.kernels}
             loaded = load(
-                self.path, self.config, cluster, devices, chunk=self.chunk, read=read, **planned, **self.options
+                self.path,
+                self.config,
+                cluster,
+                devices,
+                chunk=self.chunk,
+                read=read,
+                fingerprint=self.facts["model"],
+                **planned,
+                **self.options,
             )
+            self.phase("compiling")
             warm_up(loaded.engine, self.name)
             host = self._moved(loaded, cluster)
             stack.enter_context(self.drain.watching(host))
@@ -148,8 +163,11 @@ class Server:
                 self.begin(host, cluster)
             try:
                 moves = host.run()
-            except (jax.errors.JaxRuntimeError, ChannelLost) as error:
-                self._failed(error)
+            except Exception as error:
+                if is_of_exchange(error) or isinstance(error, ChannelLost):
+                    self._failed(error, alone=len(cluster.names) == 1)
+                else:
+                    self.failed_step(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
                 raise
             if not moves:
                 return None
@@ -167,6 +185,10 @@ class Server:
             timeout=self.timeout if self.host is None else _REFORM_S,
             secret=self.secret,
             lost=self._lost,
+            absent=lambda names: self.phase(
+                f"waiting for {', '.join(names)}" if names else "joining the other servers"
+            ),
+            patience=self.patience,
         )
         try:
             return stack.enter_context(joined)
@@ -188,15 +210,18 @@ class Server:
         """Another server has ended (the log says which): no step can be taken any more, so this one ends too, once all
         that was asked of it is answered."""
         self._gone.set()
+        self.phase(f"ending: server {name} has ended or cannot be reached")
         if self.host is not None:
             self.host.close()
             self.settle(_SETTLE_S)
         time.sleep(_LATER_S)
         leave_at_once()
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, error: Exception, alone: bool) -> None:
         """End because a step has failed: mostly because another server has ended, which is then said elsewhere."""
-        if self._gone.wait(_LOSS_S):
+        if alone:
+            self.failed_step(" ".join(str(error).split())[:500])
+        elif self._gone.wait(_LOSS_S):
             time.sleep(2 * _SETTLE_S)
         log.error(
             "server %s: a step has failed (%s); see what the other servers say, then start all again",
@@ -209,3 +234,7 @@ class Server:
 
 class _NotTogether(Exception):
     """The servers of the next program have not come together."""
+
+
+def _ignore(_: str) -> None:
+    """Where nobody wants to know."""

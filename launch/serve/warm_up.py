@@ -5,8 +5,9 @@ import time
 
 import jax
 
-from dancemoe_jax.inference.sampling import SamplingParams
+from dancemoe_jax.inference.sampling_params import SamplingParams
 from launch.engine.engine import Engine
+from launch.engine.programs import check_programs
 from launch.engine.request import Request
 from placement.scheduling import Wish
 
@@ -22,8 +23,12 @@ def warm_up(engine: Engine, server: str) -> None:
 
     Args:
         server: name of this one, for progress.
+
+    Raises:
+        InputError: the steps do not fit a card, or the servers' programs do not fit together (engine.programs).
     """
     begin = time.monotonic()
+    check_programs(engine)
     for kind, params in _KINDS:
         log.info("%s: compiling the steps (%s)", server, kind)
         for width in engine.widths:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from placement.commands.inputs import STRATEGIES_HELP, add_json
+from placement.commands.inputs import STRATEGIES_HELP, add_json, whole_number
 from placement.data.cluster import Cluster
 from placement.data.problem import Problem
 from placement.data.profile import Profile
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = "layers x experts x servers x devices per server"
     parser.add_argument("--sizes", default=SIZES, metavar="LxExNxG,...", help=f"{what} (default: {SIZES})")
     parser.add_argument("--copies", type=float, default=1.3, help="memory, in copies of all experts (default: 1.3)")
-    parser.add_argument("--seed", type=int, default=0, help="of the activations drawn (default: 0)")
+    parser.add_argument("--seed", type=whole_number, default=0, help="of the activations drawn (default: 0)")
     add_json(parser)
 
 
@@ -41,8 +41,6 @@ def run(arguments: argparse.Namespace) -> None:
     sizes = [_size(text) for text in arguments.sizes.split(",")]
     if not 1 <= arguments.copies <= 1000:
         raise InputError(f"--copies = {arguments.copies:g}: must be from 1 to 1000 to hold every expert")
-    if arguments.seed < 0:
-        raise InputError(f"--seed = {arguments.seed}: must be at least 0")
     context = multiprocessing.get_context("spawn")
     results = []
     for name in names:

@@ -131,16 +131,16 @@ def _column(task: tuple[Grid, Profile, Profile, str, int]) -> list[tuple[Cell, d
     grid, profile, evaluation, strategy, gpus = task
     cluster = grid_cluster(profile, gpus, PLANNED_AT)
     names = cluster.names
-    resident = plan(spread_profile(profile, names), cluster, strategy, seed=grid.seed).resident
+    planned = plan(spread_profile(profile, names), cluster, strategy, seed=grid.seed)
     result = []
     for bandwidth in grid.bandwidths:
         problem = Problem.build(spread_profile(evaluation, names), grid_cluster(profile, gpus, bandwidth))
         compute = Compute.roofline(problem)
-        steps = Steps.build(problem, resident, compute)
+        steps = Steps.build(problem, planned.resident, compute, planned.host)
         for gap in grid.gaps:
             duration = max(grid.duration, grid.requests * gap / len(names))
             arrivals = Arrivals.poisson(len(names), gap, duration, grid.lengths, grid.seed)
-            done = simulate(problem, resident, arrivals, compute, steps=steps)
+            done = simulate(problem, planned.resident, arrivals, compute, steps=steps, host=planned.host)
             p50, p95, p99 = np.percentile(done.latency, [50, 95, 99]).tolist()
             figures = {"mean": float(done.latency.mean()), "p50": p50, "p95": p95, "p99": p99}
             figures["port_utilisation"] = float(done.port_utilisation.max())

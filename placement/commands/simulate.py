@@ -41,8 +41,6 @@ def run(arguments: argparse.Namespace) -> None:
         InputError: an input cannot be used.
     """
     names = strategy_names(arguments.strategies)
-    if arguments.seed < 0:
-        raise InputError(f"--seed {arguments.seed}: must be at least 0")
     if arguments.plot:
         from placement.commands.plots import check_path
 
@@ -67,10 +65,10 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError("--costs: only --lock-step reads them; add it, or give --prefill-token and --decode-step")
     done: dict[str, Simulation] = {}
     for name in names:
-        resident = plan(profile, cluster, name, seed=arguments.seed).resident
+        planned = plan(profile, cluster, name, seed=arguments.seed)
         replan = _replan(arguments, cluster, name)
-        options = {"batch": arguments.batch, "shift": arguments.shift, "replan": replan}
-        done[name] = simulate(problem, resident, arrivals, compute, **options)
+        options = {"batch": arguments.batch, "shift": arguments.shift, "replan": replan, "host": planned.host}
+        done[name] = simulate(problem, planned.resident, arrivals, compute, **options)
     if arguments.plot:
         from placement.commands.plots import plot_latencies
 
@@ -99,11 +97,12 @@ def _run_lock_step(
     costs = read_costs(arguments.costs, compute)
     planned, done = Problem.build(profile, cluster), {}
     for name in names:
-        resident = plan(profile, cluster, name, seed=arguments.seed).resident
+        chosen = plan(profile, cluster, name, seed=arguments.seed)
         # The runtime is told by the profile that was planned on which rows go unasked.
-        likely = likely_links(planned, serving_server(planned, planned.held(resident)))
+        likely = likely_links(planned, serving_server(planned, planned.held(chosen.resident)))
         options = {"sequences": arguments.sequences, "chunks": (arguments.chunk,), "seed": arguments.seed}
-        done[name] = lock_step(problem, resident, arrivals, costs, likely=likely, **options).summary()
+        options |= {"likely": likely, "host": chosen.host}
+        done[name] = lock_step(problem, chosen.resident, arrivals, costs, **options).summary()
     if arguments.json:
         inputs = {"cluster": cluster.source, "profile": profile.source, "eval": arguments.eval or profile.source}
         print(json.dumps({**inputs, "model": profile.model, "costs": vars(costs), "strategies": done}))

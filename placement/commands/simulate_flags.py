@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from placement.commands.inputs import STRATEGIES_HELP, add_cluster, add_json
+from placement.commands.inputs import STRATEGIES_HELP, add_cluster, add_json, whole_number
 from placement.data.arrivals import Arrivals
 from placement.data.cluster import Cluster
 from placement.data.problem import Problem
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sequences", type=_count, default=4, metavar="N", help=what)
     what = "with --lock-step: prompt tokens of a step on a device (64)"
     add("--chunk", type=_count, default=64, metavar="N", help=what)
-    add("--seed", type=int, default=0, help="of arrivals and of strategies that draw (default: 0)")
+    add("--seed", type=whole_number, default=0, help="of arrivals and of strategies that draw (default: 0)")
     what = "the paper's grid on clusters of its own: 4 to 256 GPUs, 100 to 1000 Mbit/s, gaps 8 to 15 s"
     add("--grid", action="store_true", help=what)
     add("--jobs", type=_count, metavar="N", help="processes for --grid (default: one per core)")

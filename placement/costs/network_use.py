@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from placement.costs.hosting import at_home
 from placement.data.problem import Problem
 
 _CHUNK = 2**22  # array elements handled at once where a full array would be large
@@ -23,7 +24,7 @@ class NetworkUse:
     """How the tokens of each source use the other servers, layer by layer.
 
     Attributes:
-        pairs: probability that a token of row n needs server m, float64 [N, L, N]; 0 for itself.
+        pairs: probability that a token of row n needs server m, float64 [N, L, N]; 0 for the layer's host.
         levels: seconds of an exchange, ascending, the first 0: float64 [V].
         within: probability that one token's exchanges take at most each level, float64 [N, L, V]; at level 0 it needs none.
         counted: whether a server's own recorded tokens were counted, bool [N].
@@ -60,24 +61,27 @@ class NetworkUse:
         return (self.levels * np.diff(within**tokens, axis=-1, prepend=0.0)).sum(-1)
 
 
-def network_use(problem: Problem, serving: np.ndarray) -> NetworkUse:
-    """Use of the network under a table of serving servers.
+def network_use(problem: Problem, serving: np.ndarray, host: np.ndarray | None = None) -> NetworkUse:
+    """Use of the network under a table of serving servers, by exchanges inside the layers; hops are `costs.hosting`'s.
 
     Args:
         problem: demand of each server, token-level sets where there are any, and the links.
-        serving: int [N, L, E] from `serving_server`.
+        serving: int [N, L, E] from `serving_server`, seen from the hosts (`hosting.seen_from_hosts`).
+        host: who hosts each source's layers, int [N, L]; None is at home.
     """
+    host = at_home(problem) if host is None else host
     away = ~np.eye(len(problem.names), dtype=bool)
     levels = np.unique(problem.exchange_seconds[away])
     if len(levels) > _LEVELS:
         levels = np.quantile(levels, np.linspace(0, 1, _LEVELS + 1)[1:], method="higher")
     levels = np.concatenate([[0.0], levels])
     level = np.where(away, np.maximum(np.searchsorted(levels, problem.exchange_seconds), 1), 0)
-    pairs, within = _from_demand(problem, serving, level, len(levels))
+    level = level.astype(np.int8)[host]  # [N, L, N]
+    pairs, within = _from_demand(problem, serving, host, level, len(levels))
     counted = np.zeros(len(problem.names), bool)
     if problem.tokens is not None:
         counted = np.bincount(problem.tokens.server, minlength=len(problem.names)) > 0
-        recorded = _from_tokens(problem, serving, level, len(levels))
+        recorded = _from_tokens(problem, serving, host, level, len(levels))
         pairs[counted], within[counted] = recorded[0][counted], recorded[1][counted]
     return NetworkUse(pairs, levels, within, counted)
 
@@ -107,7 +111,7 @@ def likely_links(problem: Problem, serving: np.ndarray) -> np.ndarray:
 
 
 def _from_demand(
-    problem: Problem, serving: np.ndarray, level: np.ndarray, levels: int
+    problem: Problem, serving: np.ndarray, host: np.ndarray, level: np.ndarray, levels: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """P(m spared) = prod over e served by m of (1 - p_e), partners independent: pairs [N, L, N], within [N, L, V]."""
     servers, layers, _ = problem.shape
@@ -116,15 +120,15 @@ def _from_demand(
     pair = np.arange(servers * layers)[:, None] * servers + serving.reshape(servers * layers, -1)
     log_spared = np.bincount(pair.ravel(), spared.ravel(), minlength=servers * layers * servers)
     log_spared = log_spared.reshape(servers, layers, servers)
-    log_spared[np.arange(servers), :, np.arange(servers)] = 0.0
+    np.put_along_axis(log_spared, host[..., None], 0.0, -1)
     within = np.empty((servers, layers, levels))
     for v in range(levels):
-        within[..., v] = np.exp(np.where(level[:, None] > v, log_spared, 0.0).sum(-1))
+        within[..., v] = np.exp(np.where(level > v, log_spared, 0.0).sum(-1))
     return 1.0 - np.exp(log_spared), within
 
 
 def _from_tokens(
-    problem: Problem, serving: np.ndarray, level: np.ndarray, levels: int
+    problem: Problem, serving: np.ndarray, host: np.ndarray, level: np.ndarray, levels: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The same, counted on recorded tokens; 0 for a server without any."""
     assert problem.tokens is not None
@@ -140,8 +144,8 @@ def _from_tokens(
         first[..., 1:] = target[..., 1:] != target[..., :-1]
         row = source[:, None] * layers + layer  # [T, L]
         pairs += np.bincount((row[..., None] * servers + target)[first], minlength=pairs.size).reshape(pairs.shape)
-        longest = level[source[:, None, None], target].max(-1)
+        longest = level[source[:, None, None], layer[:, None], target].max(-1)
         slowest += np.bincount((row * levels + longest).ravel(), minlength=slowest.size).reshape(slowest.shape)
     count = np.maximum(np.bincount(tokens.server, minlength=servers), 1)[:, None, None]
-    pairs[np.arange(servers), :, np.arange(servers)] = 0.0
+    np.put_along_axis(pairs, host[..., None], 0.0, -1)
     return pairs / count, slowest.cumsum(-1) / count

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from placement.costs.hosting import seen_from_hosts
 from placement.data.problem import Problem
 
 
@@ -66,21 +67,26 @@ def serving_server(problem: Problem, held: np.ndarray) -> np.ndarray:
     return serving
 
 
-def server_load(problem: Problem, held: np.ndarray) -> np.ndarray:
-    """Demand that arrives at each server's copies from all sources, float64 [N, L, E] in the units of `frequency`."""
+def server_load(problem: Problem, held: np.ndarray, host: np.ndarray | None = None) -> np.ndarray:
+    """Demand that arrives at each server's copies from all sources, float64 [N, L, E] in the units of `frequency`.
+
+    Args:
+        held: bool [N, L, E]; host: who hosts each source's layers, int [N, L]; None is at home.
+    """
     servers, layers, experts = problem.shape
-    target = serving_server(problem, held).reshape(servers, -1) * (layers * experts) + np.arange(layers * experts)
+    serving = seen_from_hosts(serving_server(problem, held), host).reshape(servers, -1)
+    target = serving * (layers * experts) + np.arange(layers * experts)
     load = np.bincount(target.ravel(), problem.frequency.ravel(), minlength=problem.frequency.size)
     return load.reshape(problem.shape)
 
 
-def device_load(problem: Problem, resident: np.ndarray) -> np.ndarray:
+def device_load(problem: Problem, resident: np.ndarray, host: np.ndarray | None = None) -> np.ndarray:
     """Demand that each device computes, float64 [D, L]; copies within a server share evenly.
 
     Args:
-        resident: bool [D, L, E].
+        resident: bool [D, L, E]; host: who hosts each source's layers, int [N, L]; None is at home.
     """
-    load = server_load(problem, problem.held(resident))
+    load = server_load(problem, problem.held(resident), host)
     copies = np.add.reduceat(resident.astype(np.int64), problem.first_device, axis=0)
     per_copy = load / np.maximum(copies, 1)
     return np.stack([(resident[d] * per_copy[n]).sum(-1) for d, n in enumerate(problem.device_server)])

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from placement.costs.hosting import Hops, seen_from_hosts
 from placement.costs.network_use import network_use
 from placement.costs.routing import device_load, serving_server
 from placement.data.problem import VALUE_BYTES, Problem
@@ -26,31 +27,34 @@ def remote_share(frequency: np.ndarray, held: np.ndarray) -> np.ndarray:
     return np.divide(remote, total, out=np.zeros_like(remote), where=total > 0)
 
 
-def balance(problem: Problem, resident: np.ndarray) -> float:
+def balance(problem: Problem, resident: np.ndarray, host: np.ndarray | None = None) -> float:
     """Busiest device over the mean: max_d w_d / mean_d w_d with w = load / speed; 1 is even, and 1 without any load."""
-    work = device_load(problem, resident).sum(-1) / problem.speed
+    work = device_load(problem, resident, host).sum(-1) / problem.speed
     return float(work.max() / work.mean()) if work.any() else 1.0
 
 
-def summary(problem: Problem, resident: np.ndarray) -> dict[str, Any]:
+def summary(problem: Problem, resident: np.ndarray, host: np.ndarray | None = None) -> dict[str, Any]:
     """Everything above for one placement, as JSON takes it.
 
     A mean is over the servers that have demand, each counting alike, so that a busy server does not hide a quiet one.
 
     Args:
         resident: bool [D, L, E], every expert resident somewhere.
+        host: who hosts each source's layers, int [N, L]; None is at home. What is remote is then remote from the host.
 
     Returns:
         `remote_share`, `network_probability`, `distinct_remote_servers`: means, and the same with `_by_server`;
-        `basis` of the latter two; `bytes_per_token` sent and returned over all layers; `balance`; `used_bytes` and
-        `budget_bytes` per device.
+        `hops`: of a token from host to host, a mean; `basis` of those of the network; `bytes_per_token` sent and returned
+        over all layers; `balance`; `used_bytes` and `budget_bytes` per device.
     """
     held = problem.held(resident)
     active = problem.frequency.sum((1, 2)) > 0
-    use = network_use(problem, serving_server(problem, held))
+    use = network_use(problem, seen_from_hosts(serving_server(problem, held), host), host)
+    here = held if host is None else held[host, np.arange(host.shape[1])]
+    hops = Hops.of(problem, host)
     result: dict[str, Any] = {}
     for key, values in (
-        ("remote_share", remote_share(problem.frequency, held)),
+        ("remote_share", remote_share(problem.frequency, here)),
         ("network_probability", use.need.mean(-1)),
         ("distinct_remote_servers", use.distinct.mean(-1)),
     ):
@@ -59,7 +63,10 @@ def summary(problem: Problem, resident: np.ndarray) -> dict[str, Any]:
     result["basis"] = _basis(active, use.counted)
     round_trip_bytes = 2 * VALUE_BYTES * problem.hidden_size * problem.shape[1]
     result["bytes_per_token"] = result["distinct_remote_servers"] * round_trip_bytes
-    result["balance"] = balance(problem, resident)
+    result["hops"] = float(hops.number[active].mean()) if active.any() else 0.0
+    if active.any():
+        result["bytes_per_token"] += float(hops.token_bytes(problem)[active].mean())
+    result["balance"] = balance(problem, resident, host)
     result["used_bytes"] = problem.used_bytes(resident).tolist()
     result["budget_bytes"] = problem.budget.tolist()
     return result

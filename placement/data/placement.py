@@ -13,7 +13,7 @@ from placement.data.arrays import check_grid
 from placement.data.cluster import Cluster
 from placement.files import InputError, is_name, read_json, show, write_bytes
 
-FORMAT = "dancemoe.placement/1"
+FORMAT, HOSTED_FORMAT = "dancemoe.placement/1", "dancemoe.placement/2"  # the second says who hosts which layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +28,8 @@ class Placement:
             `reserved_bytes` (one number, or one per device) that the budgets were computed with.
         predicted: what `placement.evaluate` found for it.
         source: where it was read from, for messages.
+        host: index of the server that hosts each layer for the sequences of each server, int64 [N, L]: its attention and KV
+            cache are there. None is at home, where this project's servers run them.
     """
 
     resident: np.ndarray
@@ -36,6 +38,29 @@ class Placement:
     model: Mapping[str, Any]
     predicted: Mapping[str, Any] = field(default_factory=dict)
     source: str = "placement"
+    host: np.ndarray | None = None
+
+    @property
+    def servers(self) -> tuple[str, ...]:
+        """Names of the servers in the order of their devices, [N]."""
+        return tuple(dict.fromkeys(server for server, _ in self.devices))
+
+    def require_home(self) -> None:
+        """Refuse a placement that this project's servers cannot follow.
+
+        Raises:
+            InputError: a server's layers are hosted elsewhere.
+        """
+        if self.host is None:
+            return
+        away = np.argwhere(self.host != np.arange(len(self.host))[:, None])
+        if len(away):
+            server, layer = away[0]
+            raise InputError(
+                f"{self.source}: host: {self.servers[self.host[server, layer]]} hosts layer {layer} of "
+                f"{self.servers[server]}'s sequences, but serving keeps every layer's attention at home; "
+                "plan with another strategy, such as latency"
+            )
 
     @property
     def expert_bytes(self) -> np.ndarray:
@@ -82,13 +107,18 @@ class Placement:
             {"server": server, "device": device, "experts": [np.flatnonzero(row).tolist() for row in layers]}
             for (server, device), layers in zip(self.devices, self.resident, strict=True)
         ]
-        return {
+        found = {
             "format": FORMAT,
             "model": dict(self.model),
             "strategy": self.strategy,
             "devices": devices,
             "predicted": dict(self.predicted),
         }
+        if self.host is not None:
+            names = self.servers
+            host = {name: [names[n] for n in row] for name, row in zip(names, self.host.tolist(), strict=True)}
+            found |= {"format": HOSTED_FORMAT, "host": host}
+        return found
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `placement.json`, atomically.
@@ -98,9 +128,13 @@ class Placement:
         """
         head = self.to_dict()
         devices, predicted = head.pop("devices"), head.pop("predicted")
+        host = head.pop("host", None)
         # One line per device: a placement of many layers stays readable, and two of them can be compared line by line.
         lines = ",\n".join("    " + json.dumps(device) for device in devices)
         text = json.dumps(head, indent=2)[:-2] + f',\n  "devices": [\n{lines}\n  ],\n'
+        if host is not None:
+            lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in host.items())
+            text += f'  "host": {{\n{lines}\n  }},\n'
         text += f'  "predicted": {json.dumps(_finite(predicted), allow_nan=False)}\n}}\n'
         write_bytes(path, text.encode())
 
@@ -120,9 +154,10 @@ class Placement:
         Raises:
             InputError: another format, or inconsistent.
         """
-        if not isinstance(parsed, dict) or parsed.get("format") != FORMAT:
+        if not isinstance(parsed, dict) or parsed.get("format") not in (FORMAT, HOSTED_FORMAT):
             found = show(parsed.get("format") if isinstance(parsed, dict) else parsed)
-            raise InputError(f'{path}: format = {found}: must be "{FORMAT}"; write it with: python -m placement plan')
+            must = f'must be "{FORMAT}" or "{HOSTED_FORMAT}"'
+            raise InputError(f"{path}: format = {found}: {must}; write it with: python -m placement plan")
         model = _model(parsed.get("model"), f"{path}: model")
         tables, strategy, predicted = (parsed.get(key, {}) for key in ("devices", "strategy", "predicted"))
         if not isinstance(tables, list) or not tables:
@@ -142,7 +177,33 @@ class Placement:
             found = f"{len(reserved)} entries for {len(names)} devices"
             raise InputError(f"{path}: model.reserved_bytes: {found}; must be one number or one per device")
         resident.setflags(write=False)
-        return cls(resident, names, strategy, model, predicted, path)
+        host = None
+        if parsed["format"] == HOSTED_FORMAT:
+            host = _hosts(parsed.get("host"), tuple(dict.fromkeys(name for name, _ in names)), model["layers"], path)
+        return cls(resident, names, strategy, model, predicted, path, host)
+
+
+def _hosts(table: Any, servers: tuple[str, ...], layers: int, path: str) -> np.ndarray | None:
+    """Host of every server's layers, int64 [N, L]; None where all are at home."""
+    index = {name: n for n, name in enumerate(servers)}
+    if not isinstance(table, dict) or set(table) != set(index):
+        found = list(table) if isinstance(table, dict) else table
+        raise InputError(
+            f"{path}: host = {show(found)}: must have an entry for each of {show(', '.join(servers), 200)}"
+        )
+    host = np.empty((len(servers), layers), np.int64)
+    for name, row in table.items():
+        if not isinstance(row, list) or len(row) != layers:
+            found = f"{len(row)} servers" if isinstance(row, list) else show(row)
+            raise InputError(f"{path}: host.{show(name)}: {found}; must be {layers} servers, one per layer")
+        for layer, server in enumerate(row):
+            if not isinstance(server, str) or server not in index:
+                raise InputError(f"{path}: host.{show(name)}[{layer}] = {show(server)}: no such server in devices")
+            host[index[name], layer] = index[server]
+    if (host == np.arange(len(servers))[:, None]).all():
+        return None
+    host.setflags(write=False)
+    return host
 
 
 def _finite(value: Any) -> Any:

@@ -113,7 +113,10 @@ def read(paths: Sequence[str], kind: str, facts: Facts, target: str | None = Non
     if len(paths) > 1:
         raise InputError(f"{paths[1]}: one {kind} file or folder at a time; convert them apart")
     if kind == "placement":
-        return Placement.load(path)
+        placement = Placement.load(path)
+        if target not in (None, "placement"):
+            placement.require_home()
+        return placement
     if kind == "trtllm" and os.path.isdir(path):
         return recorders.trtllm(path)
     if kind == "vllm-ascend":

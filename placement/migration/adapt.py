@@ -19,6 +19,7 @@ def adapt(placement: Placement, cluster: Cluster) -> Placement:
     Raises:
         InputError: the cluster has no room for one copy of every expert.
     """
+    placement.require_home()
     old = {device: index for index, device in enumerate(placement.devices)}
     size, shape = placement.expert_bytes, placement.resident.shape[1:]
     reserved = placement.model.get("reserved_bytes", 0)
@@ -68,8 +69,10 @@ def fitted(placed: Placement, profile: Profile, cluster: Cluster) -> Placement:
     """A placement with the sizes of the model that is to run by it, whatever engine it was planned for.
 
     Raises:
-        InputError: it is for another model or other devices, leaves out an expert, or needs more memory than there is.
+        InputError: it is for another model or other devices, leaves out an expert, needs more memory than there is, or has
+            layers hosted elsewhere than at home.
     """
+    placed.require_home()
     _, layers, experts = profile.counts.shape
     model = {"name": profile.model, "layers": layers, "experts": experts, "top_k": profile.top_k}
     for key in ("layers", "experts", "top_k"):

@@ -71,15 +71,33 @@ def _expected_load(problem: Problem, held: np.ndarray) -> np.ndarray:
 def repair(problem: Problem, resident: np.ndarray) -> np.ndarray:
     """Cover what has no copy, then use the memory that is left; changes nothing where neither is needed.
 
-    Experts of unequal sizes need not fill devices exactly. One without a copy takes free room on the server that uses
-    it most, else it displaces the least used duplicates of one device. Then each device takes the experts its server
-    uses most and lacks, as long as they fit.
+    Experts of unequal sizes need not fill devices exactly. After `cover` each device takes the experts its server uses
+    most and lacks, as long as they fit.
 
     Args:
         resident: bool [D, L, E], within the budgets.
 
     Returns:
         bool [D, L, E], complete.
+
+    Raises:
+        InputError: an expert fits no device, saying how many bytes are missing there.
+    """
+    resident = cover(problem, resident)
+    _fill(problem, resident, problem.budget - problem.used_bytes(resident))
+    return resident
+
+
+def cover(problem: Problem, resident: np.ndarray) -> np.ndarray:
+    """Give every expert without a copy a device; changes nothing else.
+
+    It takes free room on the server that uses it most, else it displaces the least used duplicates of one device.
+
+    Args:
+        resident: bool [D, L, E], within the budgets.
+
+    Returns:
+        bool [D, L, E], every expert covered.
 
     Raises:
         InputError: an expert fits no device, saying how many bytes are missing there.
@@ -95,7 +113,6 @@ def repair(problem: Problem, resident: np.ndarray) -> np.ndarray:
             device = _displace(problem, resident, room, layer, expert)
         resident[device, layer, expert] = True
         room[device] -= size
-    _fill(problem, resident, room)
     return resident
 
 

@@ -132,6 +132,24 @@ def test_a_file_replaced_under_a_server_is_noticed(model):
     assert not np.array_equal(ExpertFile(path).read(1, 3).w_in, before.w_in)
 
 
+def test_a_file_that_was_only_touched_or_copied_is_read_on(model):
+    path = model()
+    weights = path / "model.safetensors"
+    file, strict = ExpertFile(path, fingerprint=model_fingerprint(path)), ExpertFile(path)
+    before = file.read(1, 3)
+    os.utime(weights, ns=(10**18, 10**18))
+    assert np.array_equal(file.read(1, 3).w_in, before.w_in)
+    shutil.copy(weights, path / "copy")
+    os.replace(path / "copy", weights)
+    assert np.array_equal(file.read(1, 3).w_in, before.w_in)
+    with pytest.raises(ModelError, match="changed since it was opened"):
+        strict.read(1, 3)
+    model({UP: model.tensors[UP] + 1})
+    os.utime(weights, ns=(10**18, 10**18))
+    with pytest.raises(ModelError, match="changed since it was opened"):
+        file.read(1, 3)
+
+
 def test_fingerprints_tell_models_apart_by_one_byte_anywhere(model, tmp_path):
     path = shutil.copytree(bundled_model(), tmp_path / "bundled")
     before = model_fingerprint(path)

@@ -34,16 +34,16 @@ def test_banks_lose_no_slot_and_every_size_is_owned_by_all(capacity):
         assert 0 <= place < layout.banks[bank]
 
 
-@pytest.mark.parametrize("large", [1, 10**9])
-def test_large_experts_are_written_one_by_one_and_small_ones_together(large, rng, monkeypatch):
-    monkeypatch.setattr(pool_module, "LARGE_EXPERT", large)
+@pytest.mark.parametrize("most", [1, 10**9])
+def test_large_experts_are_written_one_by_one_and_small_ones_together(most, rng, monkeypatch):
+    monkeypatch.setattr(pool_module, "WRITE_BYTES", most)
     calls, write = [], pool_module._write
     monkeypatch.setattr(
         pool_module, "_write", lambda bank, at, values: calls.append(len(at)) or write(bank, at, values)
     )
     small = Small.make()
     slots, weights = small.place(random_resident(rng))
-    assert set(calls) == {1 if large == 1 else pool_module.WRITE_ROWS}
+    assert set(calls) == {1 if most == 1 else pool_module.WRITE_ROWS}
     for device, banks in buffers_of(small.layout, weights.pool, small.mesh).items():
         for layer, expert in np.argwhere(slots[device] >= 0):
             bank, row = small.layout.locate(int(slots[device, layer, expert]))

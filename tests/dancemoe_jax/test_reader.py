@@ -15,7 +15,8 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from dancemoe_jax.checkpoint.reader import ExpertFile, bundled_model, load_model, on_device
+from dancemoe_jax.checkpoint.bundled import bundled_model
+from dancemoe_jax.checkpoint.reader import ExpertFile, load_model, on_device
 from dancemoe_jax.checkpoint.writer import check_replaceable, save_hf
 from dancemoe_jax.errors import ModelError
 from dancemoe_jax.model.config import ModelConfig

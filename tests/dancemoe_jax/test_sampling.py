@@ -9,7 +9,8 @@ import pytest
 
 from dancemoe_jax.errors import RequestError
 from dancemoe_jax.inference import sampling
-from dancemoe_jax.inference.sampling import SamplingParams, SamplingRows, mark_seen, sample, stack_params
+from dancemoe_jax.inference.sampling import SamplingRows, mark_seen, sample, stack_params
+from dancemoe_jax.inference.sampling_params import SamplingParams
 
 VOCAB = 40
 draw = jax.jit(sample)

@@ -318,3 +318,31 @@ def test_a_sequence_has_the_same_bits_in_every_batch_and_among_all_neighbours(dt
             seen.append(np.asarray(result.logits)[1, place])
         expected = seen if expected is None else expected
         np.testing.assert_array_equal(seen, expected)
+
+
+@pytest.mark.parametrize("transport", ["all_to_all", "ragged"])
+def test_in_bfloat16_the_placement_changes_no_bit(native, transport, rng):
+    small = Small.make()
+    small.decoder = jax.tree.map(lambda a: a.astype(jnp.bfloat16), small.decoder)
+    kernels = "auto" if native else "xla"
+    prompt, grid = rng.integers(0, small.config.vocab_size, 9).astype(np.int32), (small.mesh.size, 2)
+    tokens = np.zeros((*grid, len(prompt)), np.int32)
+    tokens[2, 1] = prompt
+    sequences = np.tile(np.arange(2, dtype=np.int32), (small.mesh.size, 1))
+    starts, lengths = np.zeros(grid, np.int32), np.zeros(grid, np.int32)
+    lengths[2, 1] = len(prompt)
+    how = {"transport": transport, "kernels": kernels, **small.shapes}
+    expected = None
+    for _ in range(10):
+        _, weights = small.place(random_resident(rng))
+        state = init_state(small.config, small.mesh, 2, jnp.bfloat16)
+        state, result = prefill(weights, state, tokens, sequences, starts, lengths, **how)
+        seen = [np.asarray(result.logits)[2, 1]]
+        for step in range(6):
+            rows = rng.integers(0, small.config.vocab_size, grid).astype(np.int32)
+            rows[2, 1] = step
+            positions = np.full(grid, len(prompt) + step, np.int32)
+            state, result = decode_step(weights, state, rows, positions, np.ones(grid, bool), **how)
+            seen.append(np.asarray(result.logits)[2, 1])
+        expected = seen if expected is None else expected
+        np.testing.assert_array_equal(seen, expected)

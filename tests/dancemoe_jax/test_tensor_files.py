@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from dancemoe_jax.checkpoint.tensor_files import DTYPES, TensorFiles
+from dancemoe_jax.checkpoint.shard import Shard
+from dancemoe_jax.checkpoint.tensor_files import DTYPES, INDEX, TensorFiles
 from dancemoe_jax.errors import ModelError
 
 FLOAT8 = ml_dtypes.float8_e4m3fn
@@ -53,6 +54,22 @@ def test_shards_are_one_set_of_names(tmp_path):
     np.testing.assert_array_equal(files.read("c"), np.arange(5))
     with pytest.raises(ModelError, match="tensor 'd' is missing"):
         files.read("d")
+
+
+def test_shards_are_read_by_their_headers_where_the_index_is_missing(tmp_path):
+    shards = save_shards(tmp_path, {"a": np.arange(3)}, {"b": np.arange(4), "c": np.arange(5)})
+    (tmp_path / INDEX).unlink()
+    files = TensorFiles(tmp_path)
+    assert sorted(files.names()) == ["a", "b", "c"]
+    np.testing.assert_array_equal(files.read("c"), np.arange(5))
+    save_file({"a": np.arange(9)}, shards[1])
+    with pytest.raises(
+        ModelError, match=r"'a' is in another shard too, and model\.safetensors\.index\.json, .* is missing"
+    ):
+        TensorFiles(tmp_path)
+    shards[0].unlink()
+    with pytest.raises(ModelError, match=r"index\.json is missing and so is model-00001-of-00002\.safetensors"):
+        TensorFiles(tmp_path)
 
 
 def drop_a_shard(shards):
@@ -202,10 +219,8 @@ def test_mxfp4_of_another_shape_is_refused(tmp_path, blocks, scales):
 
 def test_one_expert_costs_its_own_bytes(tmp_path, monkeypatch):
     """Only the expert's part of a stacked tensor is read."""
-    import dancemoe_jax.checkpoint.tensor_files as module
-
-    read, original = [], module._read_into
-    monkeypatch.setattr(module, "_read_into", lambda f, o, array: (read.append(array.nbytes), original(f, o, array)))
+    read, original = [], Shard.read_into
+    monkeypatch.setattr(Shard, "read_into", lambda s, o, array: (read.append(array.nbytes), original(s, o, array)))
     plain = np.zeros((8, 32, 32), np.float32)
     quantized = {"q_blocks": np.zeros((8, 32, 1, 16), np.uint8), "q_scales": np.zeros((8, 32, 1), np.uint8)}
     save_file({"w": plain, **quantized}, tmp_path / "model.safetensors")

@@ -1,5 +1,7 @@
 """Ways to damage a file or a value, chosen by a random generator that is given: the same generator makes the same damage."""
 
+import contextlib
+import copy
 import io
 import json
 import random
@@ -78,6 +80,9 @@ VALUES = [
     "9" * 300,
     [[[[1]]]],
 ]
+VALUES += [False, 2, 7, 255, 2**31 - 1, 2**31, 2**32, -(2**63), 10**400, 0.0, 0.5, 1e-320, float("inf"), float("nan")]
+VALUES += ["\x00", "../../etc/passwd", "/", "1e9", "model.layers.0", "é" * 50, "x" * 10**5]
+VALUES += [[1, 2, 3], ["a"], [2**40, 2**40], {"": None}, [0] * 5000]
 TEXTS = [
     "",
     " ",
@@ -120,8 +125,9 @@ _NUMBER = re.compile(rb"-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?")
 
 def _flip(data: bytes, rng: random.Random) -> bytes:
     changed = bytearray(data)
+    reach = len(changed) if rng.random() < 0.5 else min(len(changed), 512)  # headers come first
     for _ in range(rng.choice((1, 1, 1, 2, 8)) if data else 0):
-        changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
+        changed[rng.randrange(reach)] ^= 1 << rng.randrange(8)
     return bytes(changed)
 
 
@@ -147,6 +153,15 @@ def _delete(data: bytes, rng: random.Random) -> bytes:
 def _random_bytes(data: bytes, rng: random.Random) -> bytes:
     start, end = _slice(data, rng)
     return data[:start] + rng.randbytes(end - start) + data[end:]
+
+
+def _fill(data: bytes, rng: random.Random) -> bytes:
+    """A part of zeros, ones or brackets, or a number of eight bytes where sizes and offsets stand."""
+    start, end = _slice(data[: rng.choice((512, len(data)))], rng)
+    if rng.random() < 0.5:
+        return data[:start] + bytes([rng.choice((0, 0xFF, ord("["), ord("{"), ord('"')))]) * (end - start) + data[end:]
+    number = rng.choice((0, 1, 2**31, 2**40, 2**63, 2**64 - 1)).to_bytes(8, "little")
+    return data[:start] + number + data[start + 8 :]
 
 
 def _nest(data: bytes, rng: random.Random) -> bytes:
@@ -179,7 +194,7 @@ def _lines(data: bytes, rng: random.Random) -> bytes:
 
 
 def _json(data: bytes, rng: random.Random) -> bytes:
-    """One field, deep or not, deleted, doubled, renamed, or of another type."""
+    """One field, deep or not, deleted, doubled, renamed, wrapped, moved, or of another value or type."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
@@ -196,15 +211,23 @@ def _json(data: bytes, rng: random.Random) -> bytes:
         node, key = rng.choice(nodes)
         if (isinstance(node, list) and key >= len(node)) or (isinstance(node, dict) and key not in node):
             continue
-        action = rng.randrange(5)
+        action = rng.randrange(7)
         if action == 0:
             del node[key]
         elif action == 1 and isinstance(node, list):
             node.extend([node[key]] * rng.choice((1, 3, 500)))
         elif action == 2 and isinstance(node, dict):
             node[rng.choice(("x", "layers", key + " ", "\u2028"))] = node.pop(key)
+        elif action == 3:
+            node[key] = [node[key]] if rng.random() < 0.5 else {"x": node[key]}
+        elif action == 4:
+            other, place = rng.choice(nodes)
+            with contextlib.suppress(LookupError):
+                node[key] = copy.deepcopy(other[place])
+        elif action == 5 and isinstance(node[key], int | float) and not isinstance(node[key], bool):
+            node[key] = rng.choice((-node[key], node[key] + 1, node[key] * 2**40, 0.3 * min(node[key], 2**900)))
         else:
-            node[key] = rng.choice(VALUES)
+            node[key] = copy.deepcopy(rng.choice(VALUES))
     return json.dumps(value, ensure_ascii=rng.random() < 0.5).encode(errors="surrogatepass")
 
 
@@ -275,7 +298,7 @@ def _zip(data: bytes, rng: random.Random) -> bytes:
     return bytes(changed)
 
 
-BYTES = (_flip, _flip, _truncate, _repeat, _delete, _random_bytes)
+BYTES = (_flip, _flip, _truncate, _repeat, _delete, _random_bytes, _fill)
 TEXT = (_nest, _number, _number, _unicode, _lines, _json, _json, _json)
 BINARY = (_zip, _zip, _zip, _npy_header)
 

@@ -24,7 +24,7 @@ from dancemoe_jax.checkpoint.reader import ExpertFile
 from dancemoe_jax.checkpoint.tensor_files import TensorFiles
 from dancemoe_jax.text.tokenizer import load_tokenizer_bundle
 from launch.__main__ import main
-from tests.fuzz.model_file_mutators import mutate_bytes, mutate_file
+from tests.fuzz.mutators import mutate
 from tests.helpers.paths import FIXTURES
 
 FAMILIES = sorted((FIXTURES / "families").iterdir())
@@ -95,25 +95,24 @@ def damage(file: Path, change: Callable, rnd, use: Callable[[], object]) -> None
 
 def config_json(models, rnd):
     path = models[rnd.choice([path.name for path in FAMILIES])]
-    damage(path / "config.json", mutate_file, rnd, lambda: open_all(path))
+    damage(path / "config.json", mutate, rnd, lambda: open_all(path))
 
 
 def safetensors(models, rnd):
     path = models[rnd.choice([path.name for path in FAMILIES])]
     file = rnd.choice(sorted(path.glob("*.safetensors*")))
-    change = mutate_file if file.suffix == ".json" else mutate_bytes
-    damage(file, change, rnd, lambda: (open_all(path), TensorFiles(path).names(), model_fingerprint(path)))
+    damage(file, mutate, rnd, lambda: (open_all(path), TensorFiles(path).names(), model_fingerprint(path)))
 
 
 def store_manifest(models, rnd):
     name = rnd.choice((MANIFEST, MANIFEST, MANIFEST, "config.json"))
-    damage(models["store"] / name, mutate_file, rnd, lambda: open_all(models["store"]))
+    damage(models["store"] / name, mutate, rnd, lambda: open_all(models["store"]))
 
 
 def store_files(models, rnd):
     path = models["store"]
     files = [file for file in sorted(path.rglob("*")) if file.is_file() and len(file.relative_to(path).parts) > 1]
-    damage(rnd.choice(files), mutate_bytes, rnd, lambda: open_all(path))
+    damage(rnd.choice(files), mutate, rnd, lambda: open_all(path))
 
 
 def tokenizer_files(models, rnd):
@@ -125,7 +124,7 @@ def tokenizer_files(models, rnd):
         "special_tokens_map.json",
         "generation_config.json",
     )
-    damage(path / rnd.choice(names), mutate_file, rnd, lambda: read_tokenizer(path))
+    damage(path / rnd.choice(names), mutate, rnd, lambda: read_tokenizer(path))
 
 
 READERS = [config_json, safetensors, store_manifest, store_files, tokenizer_files]

@@ -1,6 +1,6 @@
 """Damaged files and flags for `python -m placement`: each run ends with 0, or with 2 and one line, never with a traceback.
 
-The long run takes its seed from the clock, and prints it. `FUZZ_SEED=N python -m pytest -m slow tests/fuzz`
+The long run prints its seed. `FUZZ_SEED=N python -m pytest -m slow tests/fuzz`
 repeats it, and `FUZZ_RUNS` sets its length.
 """
 
@@ -55,18 +55,17 @@ def test_damaged_inputs(corpus, work, number):
 
 
 @pytest.mark.slow
-def test_many_damaged_inputs(tmp_path):
+def test_many_damaged_inputs(tmp_path, fuzz_seed):
     """At least 20,000 runs in processes of limited memory: no traceback, no hang over 10 s, no crash, no more than 2 GB."""
-    seed = int(os.environ.get("FUZZ_SEED", time.time_ns() % 2**31))
     runs = int(os.environ.get("FUZZ_RUNS", "20000"))
-    print(f"seed {seed}, {runs} runs")
+    print(f"seed {fuzz_seed}, {runs} runs")
     wrong, start = [], 0
     while start < runs:
-        found, start = child(seed, start, runs - start, tmp_path)
+        found, start = child(fuzz_seed, start, runs - start, tmp_path)
         wrong += found
         if len(wrong) > 50:
             break
-    print(f"{start} runs of seed {seed}: {len(wrong)} went wrong")
+    print(f"{start} runs of seed {fuzz_seed}: {len(wrong)} went wrong")
     assert not wrong, json.dumps(wrong[:50], indent=1)
 
 

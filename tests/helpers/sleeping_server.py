@@ -1,4 +1,4 @@
-"""One of three servers that sleep and are woken by the last: napping_server.py NAME COORDINATOR NAPS. Prints when it woke."""
+"""One of three servers that sleep and are woken by the last: sleeping_server.py NAME COORDINATOR ROUNDS. Prints the moments."""
 
 import sys
 import time
@@ -15,7 +15,7 @@ with join(Cluster.from_dict({"server": SERVERS}), server, coordinator=coordinato
         assert channel.get(f"sleep/{number}", 0.05) is None
         if server == "edge-c":
             time.sleep(0.1)
-            print("woken", time.time(), flush=True)
+            print("waking", time.time(), flush=True)
             channel.put(f"sleep/{number}", b"over")
         while channel.get(f"sleep/{number}", 0.2) is None:
             pass

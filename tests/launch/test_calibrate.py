@@ -8,7 +8,7 @@ import pytest
 from launch.__main__ import main
 from launch.bench.harness.namespaces import Testbed, missing
 from launch.cluster.addresses import DEFAULT_PORT
-from launch.cluster.measure import Measured
+from launch.cluster.measure import Measured, link_rate
 from launch.cluster.processes import start
 from launch.commands.calibrate import cluster_text
 from placement import Cluster
@@ -58,3 +58,20 @@ def test_a_shaped_link_is_measured_as_what_it_is(tmp_path):
     found = Cluster.from_toml(out)
     assert 0.85 < found.bandwidth[0, 1] * 8 / 100e6 < 1.05
     assert 0 < found.latency[0, 1] < 5e-3
+
+
+@pytest.mark.parametrize(("latency", "rate"), [(1e-4, 6e7), (0.1, 1.25e8), (0.02, 1.25e9), (2e-5, 4e9), (0.2, 1e5)])
+def test_the_rate_of_a_link_is_found_whatever_its_latency(latency, rate):
+    assert link_rate(lambda size: latency + size / rate) == pytest.approx(rate, rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_rate_that_chance_hides_is_a_bound_and_no_number_from_nowhere(seed):
+    """A loopback's messages of 64 KB and 1 MB may take equally long on a busy machine, or the longer one less."""
+    rng, sizes = np.random.default_rng(seed), []
+
+    def one_way(size):
+        sizes.append(size)
+        return float(rng.uniform(0.9e-3, 1.1e-3))
+
+    assert 0 < link_rate(one_way) <= max(sizes) / 0.25 / 0.9e-3

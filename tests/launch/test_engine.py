@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from dancemoe_jax import RequestError, migrate
+from dancemoe_jax.inference.sampling import SamplingParams
 from launch.engine.engine import Engine
 from launch.engine.request import Request
 from launch.engine.token_sample import Sampler
+from tests.dancemoe_jax.test_finite import prompts_around_an_expert, with_expert_that_overflows
 from tests.helpers.cluster_of_devices import Small, random_resident
 
 
@@ -133,3 +135,33 @@ def test_given_routing_that_does_not_fit_is_refused(rng):
     ):
         with pytest.raises(RequestError, match=message):
             replay(small, random_resident(rng), [(0, [1, 2, 3], routed)])
+
+
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(temperature=1.0, seed=3)])
+def test_a_request_that_is_not_finite_ends_with_an_error_and_the_others_go_on(rng, params):
+    small = Small.make()
+    expert, choosing, others = prompts_around_an_expert(small, rng)
+
+    def serve():
+        engine, _ = make_engine(small, np.random.default_rng(3))
+        # A queue that is longer than the batch slots: later ones take the place of the one that ended.
+        requests = [
+            Request(2, prompt, 1, float(i), params=params) for i, prompt in enumerate([*others[:6], *others[:6]])
+        ]
+        requests.insert(2, Request(2, choosing, 1, 1.5, params=params))
+        for request in requests:
+            engine.submit(request)
+        finished = []
+        while not engine.idle:
+            finished += engine.step()
+        assert {id(request) for request in finished} == {id(request) for request in requests}
+        return requests
+
+    healthy = serve()
+    with_expert_that_overflows(small, expert)
+    bad = serve()
+    assert (bad[2].reason, bad[2].output) == ("error", [])
+    assert "from layer 1 on" in bad[2].error
+    del healthy[2], bad[2]
+    assert [request.output for request in bad] == [request.output for request in healthy]
+    assert {request.reason for request in bad} == {"length"}

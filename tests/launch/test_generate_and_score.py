@@ -10,7 +10,7 @@ import pytest
 
 from launch.__main__ import main
 from launch.commands import generate
-from tests.helpers.paths import CHECKPOINTS
+from tests.helpers.paths import CHECKPOINTS, ROOT
 
 
 def launch(*arguments, stdin=None):
@@ -98,9 +98,9 @@ def test_text_ends_before_a_stop_string_and_at_a_stop_token():
         (["generate", "--prompt-file", "empty.txt"], "holds no prompt"),
         (["generate", "--prompt-file", "both.jsonl"], "line 2 must have"),
         (["generate", "--prompt-file", "typo.jsonl"], "typo.jsonl: line 3: not valid JSON"),
-        (["score", "--ids", "absent.npy", "--out", "o.npy"], "absent.npy: no such file"),
-        (["score", "--ids", "empty.txt", "--out", "o.npy"], "not a .npy file"),
-        (["score", "--ids", "objects.npy", "--out", "o.npy"], "not a .npy file"),
+        (["score", "--ids", "absent.npy", "--out", "o.npy"], "absent.npy: cannot be read: No such file"),
+        (["score", "--ids", "empty.txt", "--out", "o.npy"], "not a readable .npy file"),
+        (["score", "--ids", "objects.npy", "--out", "o.npy"], "objects.npy: holds pickled objects; save it again"),
         (["score", "--ids", "floats.npy", "--out", "o.npy"], "holds float64 [2, 2]"),
         (["score", "--ids", "large.npy", "--out", "o.npy"], "must lie in 0..256"),
         (["score", "--ids", "long.npy", "--out", "o.npy"], "sequences of 300 tokens"),
@@ -134,3 +134,13 @@ def test_a_newline_alone_ends_a_prompt(tmp_path):
     (tmp_path / "prompts").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\n\n")
     arguments = argparse.Namespace(prompt=None, prompt_file=str(tmp_path / "prompts"))
     assert generate._read_prompts(arguments) == [*lines[:3], "four"]
+
+
+def test_the_form_of_a_sum_that_is_shown_to_users_is_answered_right(capsys):
+    shown = r"1 + 1 = 2\n47 + 38 ="
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    assert shown in " ".join(capsys.readouterr().out.split())
+    assert f"printf '{shown}'" in (ROOT / "launch" / "README.md").read_text()
+    assert main(["generate", "--prompt", shown.replace(r"\n", "\n"), "--max-tokens", "3"]) == 0
+    assert capsys.readouterr().out == "1 + 1 = 2\n47 + 38 = 85\n"

@@ -13,15 +13,15 @@ import time
 import numpy as np
 import pytest
 
-from dancemoe_jax.checkpoint.reader import bundled_model
+from dancemoe_jax.checkpoint.bundled import bundled_model
 from dancemoe_jax.errors import ModelError
-from dancemoe_jax.inference.sampling import SamplingParams
+from dancemoe_jax.inference.sampling_params import SamplingParams
 from launch import arguments
 from launch.__main__ import main
 from launch.cluster.framing import Connection, MessageError, connect
 from launch.cluster.rendezvous import handshake
 from launch.cluster.secret import load_secret
-from launch.commands.serve import facts_of, policy_of
+from launch.commands.serve import policy_of
 from launch.elastic.grow import Growth, _wait_until_staged
 from launch.elastic.newcomer import PURPOSE, described, report
 from launch.engine.engine import Engine
@@ -30,6 +30,7 @@ from launch.engine.request import Request
 from launch.migration.control import ask
 from launch.migration.record import read_record
 from launch.model_flags import read_shape
+from launch.serve.process import facts_of
 from placement import Cluster, InputError
 from placement.files import read_toml
 from tests.helpers.cluster_of_devices import CAPACITY, DEVICE_SERVER, PROMPTS, Small, random_resident

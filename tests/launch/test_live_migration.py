@@ -461,6 +461,28 @@ def test_a_record_that_was_changed_is_refused(rng, tmp_path):
         read_record(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("epoch", value) for value in ("-1", "1e999", "1.5", "null", "true", "1" * 30)),
+        *(("time", value) for value in ("NaN", "null", '"x"', "[]")),
+        *(("limits", value) for value in ("[]", "null", '{"a/0": null}', '{"a/0": -1}', '{"a/0": 1e3}', '{"z/9": 5}')),
+        ("reason", "7"),
+    ],
+)
+def test_a_record_s_other_fields_are_checked_too(rng, tmp_path, field, value):
+    write_record(tmp_path, placement_of(random_resident(rng)), 3, "test", {"a/0": 5000})
+    record = read_record(tmp_path)
+    assert record is not None
+    assert (record.epoch, record.limits) == (3, {"a/0": 5000})
+    parsed = json.loads((tmp_path / NAME).read_text())
+    text = json.dumps(parsed | {field: "HERE"}).replace('"HERE"', value)
+    (tmp_path / NAME).write_text(text)
+    with pytest.raises(InputError, match="move it away") as refused:
+        read_record(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize("sizes", [(7, 10, 8, 16), (3, 5, 8, 16), (6, 6, 6, 6), (30, 30, 30, 30)])
 def test_a_placement_is_carried_over_to_other_memory_and_servers(rng, sizes):
     before = placement_of(random_resident(rng))

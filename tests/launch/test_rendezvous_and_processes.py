@@ -416,3 +416,19 @@ def test_a_killed_first_server_is_named_and_aborts_nobody(lines):
         ]
         with pytest.raises(ServerFailed, match="server edge-a ended with signal SIGKILL"):
             processes.wait(20)
+
+
+@pytest.mark.parametrize("victim", NAMES[:2])
+def test_a_server_lost_in_a_step_is_one_line_of_each_other_one_and_they_end(lines, victim):
+    """Nobody is aborted, and no step's failure is explained at length."""
+    with servers("steps", lines) as processes:
+        assert soon(lambda: sum(line.startswith("sum") for _, _, line in lines) == 3, 90)
+        said = len(lines)
+        os.kill(processes.pids[victim], signal.SIGKILL)
+        others = [name for name in NAMES if name != victim]
+        assert soon(lambda: not any(alive(processes.pids[name]) for name in others), 10)
+        with pytest.raises(ServerFailed, match=f"server {victim} ended with signal SIGKILL"):
+            processes.wait(20)
+        gone = f"server {victim} has ended or cannot be reached any more"
+        assert sorted(lines[said:]) == [(name, "stderr", f"server {name}: {gone}") for name in others]
+        assert [processes._running[name].returncode for name in others] == [1, 1]

@@ -10,8 +10,9 @@ import time
 
 import pytest
 
+from dancemoe_jax.checkpoint.bundled import bundled_model
 from dancemoe_jax.checkpoint.families import read_config
-from dancemoe_jax.checkpoint.reader import bundled_model
+from dancemoe_jax.inference.finite import not_finite
 from dancemoe_jax.text.tokenizer import load_tokenizer_bundle
 from launch.engine.host import Stream
 from launch.serve.json_lines import Feeder
@@ -31,8 +32,8 @@ def line(**fields):
 
 # What is wrong with each, as its answer says it.
 BROKEN = {
-    DEEP: "nested too deeply",
-    b'{"a":' * 100_000: "nested too deeply",
+    DEEP: "not JSON that is read here (JSON nested",
+    b'{"a":' * 100_000: "not JSON that is read here (JSON nested",
     b'{"prompt": "trailing comma",}': "not JSON",
     b"not json": "not JSON",
     b'{"prompt": "caf\xe9"}': "not UTF-8 (byte 16)",
@@ -111,6 +112,23 @@ def answers_to(maker, data, capsys, server=0, shared=False, **options):
     assert host.finished
     assert not feeder.problem
     return [json.loads(answer) for answer in capsys.readouterr().out.splitlines()]
+
+
+def test_a_request_that_the_engine_ends_with_an_error_is_answered_with_it(maker, capsys, monkeypatch):
+    served = InstantHost.submit
+
+    def submit(host, request):
+        stream = served(host, request)
+        if len(request.prompt) == 3:
+            request.reason, request.error = "error", not_finite(read_config(bundled_model()), 4)
+        return stream
+
+    monkeypatch.setattr(InstantHost, "submit", submit)
+    lines = b'{"id": "bad", "prompt": "abc", "max_tokens": 2}\n{"id": "good", "prompt": "abcd", "max_tokens": 2}\n'
+    bad, good = sorted(answers_to(maker, lines, capsys), key=lambda answer: answer["id"])
+    assert bad.keys() == {"id", "error"}
+    assert bad["error"].startswith("line 1: its numbers are NaN or infinity from layer 4 on")
+    assert good["tokens"] == [97, 97]
 
 
 def test_a_newline_alone_splits_lines_and_a_mark_before_the_first_is_none_of_it():

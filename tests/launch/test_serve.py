@@ -203,10 +203,10 @@ def test_a_sleeping_engine_takes_no_steps_and_wakes_for_a_request(host):
 
 def test_a_ring_wakes_all_servers_within_10_ms():
     lines = run("sleeping_server.py", 20, timeout=120)
-    woken = [float(line.split()[1]) for line in lines["edge-c"] if line.startswith("woken")]
+    waking = [float(line.split()[1]) for line in lines["edge-c"] if line.startswith("waking")]
     for name in NAMES:
         woke = [float(line.split()[1]) for line in lines[name] if line.startswith("woke")]
-        assert statistics.median(w - r for w, r in zip(woke, woken, strict=True)) < 0.010
+        assert statistics.median(w - r for w, r in zip(woke, waking, strict=True)) < 0.010
 
 
 @pytest.mark.parametrize(

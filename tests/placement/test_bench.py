@@ -46,7 +46,6 @@ def test_the_optimum_is_no_worse_than_any_other():
         (["--sizes", "99999x99999x9x9"], "choose a smaller one"),
         (["--copies", "0.5"], "--copies = 0.5: must be from 1 to 1000"),
         (["--copies", "nan"], "--copies = nan: must be from 1 to 1000"),
-        (["--seed", "-1"], "--seed = -1: must be at least 0"),
     ],
 )
 def test_refuses(capsys, arguments, message):

@@ -98,7 +98,7 @@ BAD_CLUSTERS = [
     ('[[server]]\nname = "a"\ndevices = [{}]', "devices[0].memory: missing"),
     ('[[server]]\nname = "a"\ndevices = [3]', "devices[0] = 3: must be a table"),
     (ONE.replace("5", '"12XB"'), "unknown unit 'XB'"),
-    (ONE.replace("5", '"12"'), "unknown unit ''"),
+    (ONE.replace("5", '"12"'), "needs a unit"),
     (ONE.replace("5", '"-1GB"'), "'-1GB': not a quantity >= 0"),
     (ONE.replace("5", "-5"), "= -5: must be at least 1 byte"),
     (ONE.replace("5", "0"), "= 0: must be at least 1 byte"),

@@ -365,7 +365,7 @@ def test_request_lines(capsys):
     assert convert("r.json", *flags) == 0
 
 
-@pytest.mark.parametrize("command", ["plan", "compare", "bench"])
+@pytest.mark.parametrize("command", ["plan", "compare", "bench", "simulate"])
 def test_a_seed_below_0_is_one_line(capsys, command):
     with pytest.raises(SystemExit) as stop:
         main([command, "--seed", "-1"])

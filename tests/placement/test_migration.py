@@ -274,7 +274,7 @@ def test_diff_command(folder, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--horizon", "300"], "--horizon = '300': unknown unit ''"),
+        (["--horizon", "300"], "--horizon = '300': needs a unit"),
         (["--chunks", "-1"], "--chunks = -1.0: must be a number from 0"),
         (["--profile", "none.npz"], "none.npz: cannot be read"),
         (["--profile", "profile.npz", "--horizon", "0s"], "horizon = 0.0: must be more than 0 seconds"),

@@ -144,9 +144,8 @@ def test_bytes_and_work_are_conserved(seed):
     problem, resident, arrivals = random_instance(seed)
     done = simulate(problem, resident, arrivals, SLOW)
     steps = Steps.build(problem, resident, SLOW)
-    tokens = np.bincount(arrivals.server, arrivals.prompt + arrivals.output - 1, len(problem.names))
-    sent = tokens[:, None] * steps.bytes_out
-    assert np.allclose(done.link_bytes, sent + sent.T)
+    tokens = [np.bincount(arrivals.server, part, len(problem.names)) for part in (arrivals.prompt, arrivals.output - 1)]
+    assert np.allclose(done.link_bytes, steps.link_bytes(np.stack(tokens, 1)))
     assert (done.first_token > 0).all()
     assert (done.latency >= done.first_token - 1e-9).all()
     assert (done.device_utilisation <= 1 + 1e-9).all()
@@ -190,7 +189,10 @@ def test_unit_costs_by_counting(seed):
         per_token = np.mean(
             [[sum(m in layer for layer in token) for m in range(len(problem.names))] for token in met], 0
         )
-        assert np.allclose(steps.bytes_out[n], per_token * 4000)
+        sent = np.add.outer(np.eye(len(problem.names))[n], 0 * per_token) * per_token * 4000
+        one = np.zeros((len(problem.names), 2))
+        one[n] = 1, 3  # a prompt token and three decoded ones
+        assert np.allclose(steps.link_bytes(one), 4 * (sent + sent.T))
         waits = [
             sum(max((problem.exchange_seconds[n, m] for m in layer), default=0) for layer in token) for token in met
         ]
@@ -375,7 +377,6 @@ def test_bad_arrivals_are_one_line(folder, capsys, text, message):
         ([], "--cluster: missing"),
         (["--cluster", "cluster.toml", "--arrivals", "none.csv"], "none.csv: cannot be read"),
         (["--cluster", "cluster.toml", "--strategies", "best"], "'best' is unknown; choose from"),
-        (["--cluster", "cluster.toml", "--seed", "-1"], "--seed -1: must be at least 0"),
         (["--cluster", "cluster.toml", "--duration", "1e-9"], "no request comes in this time"),
         (["--cluster", "cluster.toml", "--duration", "1e12"], "over 10 million requests"),
         (["--grid", "--cluster", "cluster.toml"], "--cluster: --grid has its own; leave it out"),

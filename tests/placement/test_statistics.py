@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from placement import STRATEGIES, Cluster, InputError, Placement, Problem, Profile, evaluate, plan
+from placement import Cluster, InputError, Placement, Problem, Profile, evaluate, plan
 from placement.__main__ import main
 from placement.data.prior import DEFAULT_PRIOR, with_prior
 from placement.data.statistics import (
@@ -22,6 +22,7 @@ from placement.data.statistics import (
     shrink,
     top_share,
 )
+from placement.registry import home_strategies
 from placement.strategies.equal_slots import project, restricted, slots_per_device
 from tests.helpers.paths import DEEPSEEK, TRACES
 from tests.placement.test_dance import deepseek_halves
@@ -242,7 +243,7 @@ def test_equal_slots(instance):
     assert (again.resident == placement.resident).all()
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", home_strategies())
 def test_equal_slots_of_every_strategy(strategy):
     counts = random_counts(5, (3, 4, 8)) + 1
     tables = [
@@ -370,3 +371,10 @@ def test_thin_statistics_of_a_real_model(tokens, most):
     cluster = Cluster.from_dict({"server": servers, "network": {"bandwidth": "500Mbps", "latency": "0.2ms"}})
     placed = plan(few, cluster, "latency", prior=DEFAULT_PRIOR)
     assert evaluate(evaluation, cluster, placed)["decode_network_seconds"] <= most / 1e3
+
+
+def test_windows_that_were_summed_are_compared_by_shares_and_not_by_amounts(rng):
+    counts = rng.integers(1, 1000, (2, 3, 8))
+    found = drift(counts, 50 * counts)
+    np.testing.assert_allclose(found["between_windows"], 0, atol=1e-12)
+    assert (found["between_windows_by_chance"] < drift(counts, counts)["between_windows_by_chance"]).all()

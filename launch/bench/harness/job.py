@@ -18,6 +18,7 @@ from placement import Cluster, InputError, Profile
 from placement.costs.network_use import likely_links
 from placement.costs.routing import serving_server
 from placement.data.problem import Problem
+from placement.files import parse_json
 
 # A server with two devices beside servers with one, in the order of a trace's domains.
 DEVICES = (1, 1, 2)
@@ -97,7 +98,7 @@ def run_job(
         if stream == "stderr":
             print(f"{server}: {line}", file=sys.stderr)
         elif line.startswith("{"):
-            found = json.loads(line)
+            found = parse_json(line, server)
             results[found["run"]][server] = found
             if len(results[found["run"]]) == len(cluster.names):
                 progress(f"run {found['run'] + 1} of {len(results)}")

@@ -6,7 +6,6 @@ of a server's link are shaped where they leave, by a token bucket; latency is wh
 kernel's own interface counters. It starts no server: `launch.cluster.processes` does, inside the namespaces given here.
 """
 
-import json
 import math
 import os
 import shutil
@@ -24,6 +23,7 @@ import numpy as np
 
 from launch.cluster.signals import Interrupts
 from placement import Cluster, InputError
+from placement.files import parse_json
 
 INTERFACE = "eth0"
 _PREFIX = "dancemoe"
@@ -153,7 +153,7 @@ class Testbed:
     def traffic(self, server: str) -> Traffic:
         """What has crossed a server's link since the testbed came up."""
         shown = _run("ip", "-n", self.namespaces[server], "-s", "-j", "link", "show", "dev", INTERFACE)
-        counters = json.loads(shown)[0]["stats64"]
+        counters = parse_json(shown, "ip -j")[0]["stats64"]
         sent, received = counters["tx"], counters["rx"]
         return Traffic(sent["bytes"], received["bytes"], sent["packets"], received["packets"])
 

@@ -11,7 +11,6 @@ import json
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,6 +33,7 @@ from launch.cluster.join import join
 from launch.cluster.measure import measure_links
 from placement import Cluster
 from placement.data.arrivals import Arrivals
+from placement.files import read_json, read_lines
 
 INNER = 8  # inner size of the experts that stand in for the traced model's
 VOCABULARY = 64
@@ -242,16 +242,16 @@ class Server:
 def _link_bytes() -> tuple[int, int]:
     """Bytes that have left and entered this network namespace, beside its loopback."""
     sent = received = 0
-    for line in Path("/proc/net/dev").read_text(encoding="ascii").splitlines()[2:]:
-        name, figures = line.split(":")
-        if name.strip() != "lo":
+    for _, line in read_lines("/proc/net/dev"):
+        name, colon, figures = line.partition(":")
+        if colon and name.strip() != "lo":
             words = figures.split()
             sent, received = sent + int(words[8]), received + int(words[0])
     return sent, received
 
 
 def main(path: str, name: str, coordinator: str) -> None:
-    job = json.loads(Path(path).read_text(encoding="utf-8"))
+    job = read_json(path)
     cluster = Cluster.from_dict(job["cluster"], source="testbed")
     with join(cluster, name, coordinator=coordinator, timeout=120) as devices:
         server = Server(job, name, devices)

@@ -36,6 +36,7 @@ from launch.migration.journal import DECISIONS
 from launch.serve.attach_migration import Start, migrating
 from placement import Cluster, Placement, Profile
 from placement.data.arrivals import Arrivals
+from placement.files import read_json, read_json_lines
 from placement.migration.adapt import fitted
 from placement.migration.decide import Policy
 
@@ -271,13 +272,12 @@ def _decisions(state: Path | None, start_s: float) -> list[dict[str, Any]]:
     """What the controller decided, with times from the start of the run."""
     if state is None or not (state / DECISIONS).exists():
         return []
-    lines = (state / DECISIONS).read_text(encoding="utf-8").splitlines()
     offset = time.time() - time.monotonic() + start_s
-    return [{**found, "at": found["at"] - offset} for found in map(json.loads, lines)]
+    return [{**found, "at": found["at"] - offset} for _, found in read_json_lines(state / DECISIONS)]
 
 
 def main(path: str, name: str, coordinator: str) -> None:
-    job = json.loads(Path(path).read_text(encoding="utf-8"))
+    job = read_json(path)
     cluster = Cluster.from_dict(job["cluster"], source="testbed")
     with join(cluster, name, coordinator=coordinator, timeout=120) as devices:
         server = Server(job, name, devices)

@@ -7,7 +7,6 @@ last part of every text is taken for the answer.
 """
 
 import io
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import numpy as np
 
 from placement import InputError, Profile
 from placement.data.arrivals import Arrivals
-from placement.files import read_bytes, show
+from placement.files import parse_json, read_bytes, show
 
 # Of the tokens of a conversation with a chat model 15 % were generated, 22 % of the median request's (Azure LLM
 # inference trace 2023, conversations: 19,366 requests).
@@ -52,7 +51,7 @@ class Trace:
         """
         arrays = _read(path)
         try:
-            meta = json.loads(str(arrays["meta"]))
+            meta = parse_json(str(arrays["meta"]), f"{path}: meta")
             domains = tuple(str(name) for name in meta["domains"])
             model = str(meta["model"])
         except (KeyError, TypeError, ValueError) as error:

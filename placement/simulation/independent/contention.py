@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from placement.simulation.independent.replan import Load
-from placement.simulation.independent.unit_costs import DENSE, EXPERTS, Steps
+from placement.simulation.independent.unit_costs import DENSE, Steps
 
 _TOLERANCE, _ROUNDS = 1e-3, 30  # of the fixed point
 
@@ -24,8 +24,8 @@ class Customers:
         base: seconds of each group now, undelayed, float64 [groups].
         waiting: seconds that each row waits for no resource, float64 [2 N].
         resource, row: of each entry, int64 [entries].
-        twin: the row's other entry at the same resource, else one past the end, int64 [entries].
-        start: first entry of each group, int64 [groups].
+        own: number of the row and resource that an entry shares with the row's other entries there, int64 [entries].
+        start: first entry of each group, int64 [groups]; serial: whether its entries follow each other, bool [groups].
         group_row: row of each group, int64 [groups].
         bound: first entry of each row, int64 [2 N + 1].
         present: share of the time each entry's work is at its resource, float64 [entries].
@@ -40,8 +40,9 @@ class Customers:
     waiting: np.ndarray
     resource: np.ndarray
     row: np.ndarray
-    twin: np.ndarray
+    own: np.ndarray
     start: np.ndarray
+    serial: np.ndarray
     group_row: np.ndarray
     bound: np.ndarray
     present: np.ndarray
@@ -54,11 +55,6 @@ class Customers:
         """Servers' rows without work yet, and rows of weights on their way: servers and what each takes in."""
         servers = steps.base.shape[1] // 4
         row, group, resource = steps.group // 4, steps.group, steps.resource
-        # A server's dense work and its own experts use the same devices, one after the other.
-        home = resource == row
-        twin = np.full(len(row), -1)
-        dense, experts = (np.flatnonzero(home & (group % 4 == kind)) for kind in (DENSE, EXPERTS))
-        twin[dense], twin[experts] = experts, dense
         value, base, waiting = [np.zeros(len(row))], [np.zeros(4 * servers)], np.zeros(2 * servers)
         rows, groups, resources, group_row = [row], [group], [resource], [np.repeat(np.arange(servers), 4)]
         for server, load in loading:
@@ -70,17 +66,20 @@ class Customers:
             if len(load.resource):
                 base.append(np.array([load.link_seconds]))
                 group_row.append(np.array([servers + server]))
-        row, group = np.concatenate(rows), np.concatenate(groups)
-        twin = np.append(twin, np.full(len(row) - len(twin), -1))
+        row, group, resource = (np.concatenate(arrays) for arrays in (rows, groups, resources))
+        # A server's dense work and its own experts use the same devices, one after the other: they do not delay each other.
+        _, own = np.unique(row * steps.resources + resource, return_inverse=True)
+        start = np.flatnonzero(np.diff(group, prepend=-1))
         return cls(
             steps=steps,
             value=np.concatenate(value),
             base=np.concatenate(base),
             waiting=waiting,
-            resource=np.concatenate(resources),
+            resource=resource,
             row=row,
-            twin=np.where(twin < 0, len(row), twin),
-            start=np.flatnonzero(np.diff(group, prepend=-1)),
+            own=own,
+            start=start,
+            serial=(group[start] % 4 == DENSE) & (group[start] < 4 * servers),
             group_row=np.concatenate(group_row),
             bound=np.searchsorted(row, np.arange(2 * servers + 1)),
             present=np.zeros(len(row)),
@@ -101,8 +100,9 @@ class Customers:
         self.waiting[server] = waiting
         np.subtract.at(self.met, resource, old)
         delayed = value * (1.0 + self.met[resource])
-        first = self.start[4 * server : 4 * server + 4] - entries.start
-        alone, worst = np.maximum.reduceat(value, first), np.maximum.reduceat(delayed, first)
+        groups = slice(4 * server, 4 * server + 4)
+        first, serial = self.start[groups] - entries.start, self.serial[groups]
+        alone, worst = _in_groups(value, first, serial), _in_groups(delayed, first, serial)
         seconds = waiting + float((base * np.divide(worst, alone, out=np.ones(4), where=alone > 0)).sum())
         self.present[entries] = new = np.minimum(delayed / max(seconds, 1e-300), 1.0)
         np.add.at(self.met, resource, new)
@@ -127,24 +127,30 @@ class Customers:
     def solve(self) -> None:
         """Bring all rows up to date: their seconds are the fixed point of
 
-        T_i = waiting_i + sum_g base_g max_r x_r / max_r value_r, over the groups g of row i and their entries r,
+        T_i = waiting_i + sum_g base_g max_r x_r / max_r value_r, over the groups g of row i and their entries r
+        (sums in place of both maxima where a group is serial),
         x_r = value_r (1 + sum of present_q over other rows' entries q at the same resource),
         present_r = x_r / T_i.
         """
-        alone = np.maximum.reduceat(self.value, self.start)
+        alone = _in_groups(self.value, self.start, self.serial)
         scale = np.divide(self.base, alone, out=np.zeros_like(self.base), where=alone > 0)
         fixed = np.where(alone > 0, 0.0, self.base)
         rows, resources = len(self.waiting), self.steps.resources
-        present, before = np.append(self.present, 0.0), self.seconds
+        present, before = self.present, self.seconds
         for _ in range(_ROUNDS):
-            met = np.bincount(self.resource, present[:-1], resources)[self.resource]
-            delayed = self.value * (1.0 + met - present[:-1] - present[self.twin])
-            group = scale * np.maximum.reduceat(delayed, self.start) + fixed
+            met = np.bincount(self.resource, present, resources)[self.resource]
+            delayed = self.value * (1.0 + met - np.bincount(self.own, present)[self.own])
+            group = scale * _in_groups(delayed, self.start, self.serial) + fixed
             seconds = self.waiting + np.bincount(self.group_row, group, rows)
-            present[:-1] = np.minimum(delayed / np.where(seconds > 0, seconds, 1.0)[self.row], 1.0)
+            present = np.minimum(delayed / np.where(seconds > 0, seconds, 1.0)[self.row], 1.0)
             if (np.abs(seconds - before) <= _TOLERANCE * seconds).all():
                 break
             before = seconds
-        self.present, self.seconds = present[:-1], seconds
+        self.present, self.seconds = present, seconds
         self.met = np.bincount(self.resource, self.present, resources)
         self.age = 0
+
+
+def _in_groups(value: np.ndarray, start: np.ndarray, serial: np.ndarray) -> np.ndarray:
+    """The largest value of each group, their sum where its entries follow each other: float64 [groups]."""
+    return np.where(serial, np.add.reduceat(value, start), np.maximum.reduceat(value, start))

@@ -88,6 +88,7 @@ def simulate(
     shift: float | None = None,
     replan: Replan | None = None,
     steps: Steps | None = None,
+    host: np.ndarray | None = None,
 ) -> Simulation:
     """Serve all requests; deterministic.
 
@@ -99,11 +100,12 @@ def simulate(
         batch: sequences that a server decodes together at most; further requests wait.
         shift: seconds after which the servers' workloads trade places.
         replan: revise the placement while serving.
-        steps: `Steps.build(problem, resident, compute)`, where the caller has it already.
+        steps: `Steps.build(problem, resident, compute, host)`, where the caller has it already.
+        host: who hosts each source's layers, int [N, L], now and after migrations; None is at home.
     """
     compute = compute or Compute.roofline(problem)
-    steps = steps or Steps.build(problem, resident, compute)
-    run = _Run(problem, resident, arrivals, compute, batch, shift, replan, steps)
+    steps = steps or Steps.build(problem, resident, compute, host)
+    run = _Run(problem, resident, arrivals, compute, batch, shift, replan, steps, host)
     run.serve()
     elapsed = max(run.now, 1e-12)
     rate = np.where(np.eye(len(problem.names), dtype=bool), np.inf, problem.bandwidth)
@@ -134,8 +136,10 @@ class _Run:
         shift: float | None,
         replan: Replan | None,
         steps: Steps,
+        host: np.ndarray | None,
     ) -> None:
         servers = self.servers = len(problem.names)
+        self.host = host
         self.arrivals, self.compute, self.batch, self.replan = arrivals, compute, batch, replan
         self.workloads, self.current = [problem], 0
         self.resident = resident
@@ -268,8 +272,7 @@ class _Run:
 
     def _account(self) -> None:
         """Book the work done under the unit costs in force."""
-        sent = self.work[:, [PROMPT, DECODED]].sum(1)[:, None] * self.steps.bytes_out
-        self.link_bytes += sent + sent.T
+        self.link_bytes += self.steps.link_bytes(self.work[:, [PROMPT, DECODED]])
         self.device_busy += np.einsum("nu,und->d", self.work, self.steps.device_seconds)
         tokens = self.work[:, PROMPT] + self.work[:, DECODED]
         self.seen[self.current] += tokens
@@ -281,7 +284,7 @@ class _Run:
         self.shift = np.inf
         self.workloads.append(trade_places(self.workloads[0]))
         self.current = 1
-        self._use(Steps.build(self.workloads[1], self.resident, self.compute))
+        self._use(Steps.build(self.workloads[1], self.resident, self.compute, self.host))
 
     def _revise(self) -> None:
         """Plan on what has been seen; if the plan pays, start loading its weights."""
@@ -331,4 +334,4 @@ class _Run:
             self._account()
             self.resident, self.plan, self.load = self.plan, None, []
             self.resume = self.now + self.replan.policy.stall
-            self._use(Steps.build(self.workloads[self.current], self.resident, self.compute))
+            self._use(Steps.build(self.workloads[self.current], self.resident, self.compute, self.host))

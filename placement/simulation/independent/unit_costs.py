@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from placement.costs.hosting import Hops, at_home, seen_from_hosts
 from placement.costs.network_use import NetworkUse, network_use
 from placement.costs.routing import serving_server
 from placement.data.problem import VALUE_BYTES, Problem
@@ -60,7 +61,9 @@ class Steps:
     """Unit costs of one placement. Work comes in three units: a prompt token, a decoded token, a decode step.
 
     A step of a server runs through its groups in order: dense work at home, sending, experts, receiving. A group lasts
-    `base`; where others use the same resources, it lasts as much longer as its most delayed resource. Resources are
+    `base`; where others use the same resources, it lasts as much longer as its most delayed resource. Only the dense group
+    uses several resources one after the other, where layers are hosted elsewhere: each host's devices, and a port for each
+    hop, the one that most of its sources share. Resources are
     each server's devices taken together, 0..N-1, its port out, N..2N-1, its port in, 2N..3N-1, and links slower than
     the ports they join, from 3N. Entries say which group uses how much of which resource, in order of groups.
 
@@ -69,10 +72,11 @@ class Steps:
         resource: of each entry, int64 [entries].
         group: of each entry, int64 [entries], ascending; group g of server n is 4 n + g.
         base: seconds of each group per unit, float64 [3, 4 N].
-        link_bytes: from row to column per token that entered at a server, there and back: float64 [N source, N, N] as
-            two parts, `bytes_out` [N, N] from the source to others; what comes back is its transpose.
+        sent: bytes per token that entered at a server, as (source, from, to) int64 [3, sends] and `sent_bytes` float64
+            [2, sends], of prompts and decoded; some pairs of servers occur more than once.
         device_seconds: computing on each device per unit, float64 [3, N source, D].
         use: how often tokens need which exchange.
+        hop_seconds: waiting of a step for its hops from host to host, float64 [N].
         resources: number of resources.
     """
 
@@ -80,9 +84,11 @@ class Steps:
     resource: np.ndarray
     group: np.ndarray
     base: np.ndarray
-    bytes_out: np.ndarray
+    sent: np.ndarray
+    sent_bytes: np.ndarray
     device_seconds: np.ndarray
     use: NetworkUse
+    hop_seconds: np.ndarray
     resources: int
 
     def waiting(self, server: int, tokens: float) -> float:
@@ -91,7 +97,15 @@ class Steps:
         sum_l E[max over exchanges of alpha_nm] with alpha_nm the round trip of the pair; an exchange takes place where
         at least one token needs it.
         """
-        return float(self.use.of(server).waiting(tokens=tokens).sum())
+        return float(self.use.of(server).waiting(tokens=tokens).sum() + self.hop_seconds[server])
+
+    def link_bytes(self, tokens: np.ndarray) -> np.ndarray:
+        """Bytes from row to column, [N, N], of so many prompt and decoded tokens that entered at each server, [N, 2]."""
+        servers = len(tokens)
+        pair = self.sent[1] * servers + self.sent[2]
+        size = (tokens.T[:, self.sent[0]] * self.sent_bytes).sum(0)
+        sent = np.bincount(pair, size, minlength=servers * servers)
+        return sent.reshape(servers, servers)
 
     def alone(self, server: int, amount: np.ndarray) -> float:
         """Seconds of a step on an idle cluster; amount of each unit, float64 [3]."""
@@ -99,7 +113,7 @@ class Steps:
         return float((amount @ self.base[:, groups]).sum() + self.waiting(server, amount[:2].sum()))
 
     @classmethod
-    def build(cls, problem: Problem, resident: np.ndarray, compute: Compute) -> "Steps":
+    def build(cls, problem: Problem, resident: np.ndarray, compute: Compute, host: np.ndarray | None = None) -> "Steps":
         """Derive the unit costs.
 
         Args:
@@ -107,20 +121,26 @@ class Steps:
                 as independent (`network_use`). A server without any wants what the others want.
             resident: bool [D, L, E], every expert resident somewhere.
             compute: speed of the devices.
+            host: who hosts each source's layers, int [N, L]; None is at home.
         """
-        serving = serving_server(problem, problem.held(resident))
-        use = network_use(problem, serving)
+        serving = seen_from_hosts(serving_server(problem, problem.held(resident)), host)
+        use, hops = network_use(problem, serving, host), Hops.of(problem, host)
         calls = _device_calls(problem, resident, serving)
         volume = use.pairs * (problem.hidden_size * VALUE_BYTES)
-        entries, base, resources = _entries(problem, volume, calls, compute)
+        where = at_home(problem) if host is None else host
+        dense = _dense(problem, compute, where)
+        entries, base, resources = _entries(problem, volume, calls, compute, where, dense, hops)
+        sent, sent_bytes = _sends(problem, volume, where, hops)
         return cls(
             unit=np.array([entry[2:] for entry in entries]).T,
             resource=np.array([entry[1] for entry in entries], np.int64),
             group=np.array([entry[0] for entry in entries], np.int64),
             base=base,
-            bytes_out=volume.sum(1),
-            device_seconds=_device_seconds(problem, calls, compute),
+            sent=sent,
+            sent_bytes=sent_bytes,
+            device_seconds=_device_seconds(problem, calls, compute, dense),
             use=use,
+            hop_seconds=hops.waiting(problem),
             resources=resources,
         )
 
@@ -146,25 +166,45 @@ def _layer_seconds(problem: Problem, compute: Compute) -> tuple[np.ndarray, floa
     return np.stack([expert * share, compute.decode_token * share, 0 * share]), compute.prefill_token - expert
 
 
-def _dense(problem: Problem, compute: Compute) -> np.ndarray:
-    """Dense seconds per unit at each server, its devices sharing tokens and every one reading the weights: [3, N]."""
+def _dense(problem: Problem, compute: Compute, host: np.ndarray) -> np.ndarray:
+    """Dense seconds per unit of each source at each server, [3, N source, N]: each layer is its host's.
+
+    A server's devices share tokens, and every one reads the weights.
+    """
+    servers, layers, _ = problem.shape
     speed = np.add.reduceat(problem.speed, problem.first_device)
     slowest = np.minimum.reduceat(problem.speed, problem.first_device)
     token = _layer_seconds(problem, compute)[1]
-    return np.stack([token / speed, 0.0 * speed, compute.decode_step / slowest])
+    whole = np.stack([token / speed, 0.0 * speed, compute.decode_step / slowest])
+    part = np.zeros((servers, servers))
+    np.add.at(part, (np.arange(servers)[:, None], host), 1.0 / layers)
+    return whole[:, None] * part
 
 
-def _device_seconds(problem: Problem, calls: np.ndarray, compute: Compute) -> np.ndarray:
+def _device_seconds(problem: Problem, calls: np.ndarray, compute: Compute, dense: np.ndarray) -> np.ndarray:
     seconds, _ = _layer_seconds(problem, compute)
     busy = np.einsum("ul,nld->und", seconds, calls) / problem.speed
-    dense = _dense(problem, compute)
-    for device, server in enumerate(problem.device_server):
-        busy[:, server, device] += dense[:, server]
-    return busy
+    return busy + dense[..., problem.device_server]
+
+
+def _sends(problem: Problem, volume: np.ndarray, host: np.ndarray, hops: Hops) -> tuple[np.ndarray, np.ndarray]:
+    """What a token of each source sends where, as `Steps.sent` and `Steps.sent_bytes`."""
+    source, layer, partner = np.nonzero(volume)
+    at, size = host[source, layer], volume[source, layer, partner]
+    row = np.stack([~hops.home, np.ones(len(hops.home))]) * (problem.hidden_size * VALUE_BYTES)
+    ways = ((source, at, partner), (source, partner, at), (hops.source, hops.start, hops.end))
+    sent = np.concatenate([np.array(way, np.int64).reshape(3, -1) for way in ways], axis=1)
+    return sent, np.concatenate([np.broadcast_to([*size, *size], (2, 2 * len(size))), row], axis=1)
 
 
 def _entries(
-    problem: Problem, volume: np.ndarray, calls: np.ndarray, compute: Compute
+    problem: Problem,
+    volume: np.ndarray,
+    calls: np.ndarray,
+    compute: Compute,
+    host: np.ndarray,
+    dense: np.ndarray,
+    hops: Hops,
 ) -> tuple[list[tuple[float, ...]], np.ndarray, int]:
     """Entries (group, resource, seconds per prompt token, per decoded token, per step), bases [3, 4 N], resources."""
     servers = len(problem.names)
@@ -172,33 +212,66 @@ def _entries(
     seconds, _ = _layer_seconds(problem, compute)
     # A layer waits for the busiest device of each server, and for the slowest server.
     busiest = np.maximum.reduceat(calls / problem.speed, problem.first_device, axis=2)
+    moving = _hop_entries(problem, hops, port_out, port_in, slow)
+    if len(hops.source):  # a hosted layer that needs nobody else is part of what the hosts do one after the other
+        alone = volume.sum(-1) == 0
+        dense, busiest = (
+            dense + np.einsum("ul,nlm->unm", seconds, busiest * alone[..., None]),
+            busiest * ~alone[..., None],
+        )
     base = np.zeros((3, servers, 4))
-    base[..., DENSE] = _dense(problem, compute)
+    base[..., DENSE] = dense.sum(-1)
+    base[..., DENSE] += np.array([sum(own.values(), np.zeros(3)) for own in moving]).T
     base[..., EXPERTS] = np.einsum("ul,nl->un", seconds, busiest.max(-1))
-    total = volume.sum(-1)
     for group, rate, port in ((OUT, problem.bandwidth, port_out), (BACK, problem.bandwidth.T, port_in)):
-        base[:2, :, group] = np.maximum((volume / rate[:, None]).max(-1), total / port[:, None]).sum(-1)
+        slowest = np.maximum((volume / rate[host]).max(-1), volume.sum(-1) / port[host])
+        base[:2, :, group] = slowest.sum(-1)
     expert = np.einsum("ul,nlm->unm", seconds, busiest)
-    sent = volume.sum(1)
     entries: list[tuple[float, ...]] = []
     for n in range(servers):
-        partners = np.flatnonzero(sent[n])
-        entries.append((4 * n + DENSE, n, *base[:, n, DENSE]))
-        for group, own, own_port, far, far_port in (
-            (OUT, servers + n, port_out, 2 * servers, port_in),
-            (BACK, 2 * servers + n, port_in, servers, port_out),
-        ):
+        entries += [(4 * n + DENSE, int(m), *dense[:, n, m].tolist()) for m in np.unique(host[n])]
+        entries += [(4 * n + DENSE, r, *s.tolist()) for r, s in moving[n].items()]
+        sent = np.zeros((servers, servers))
+        np.add.at(sent, host[n], volume[n])  # of the source's tokens, from host to partner
+        for group in (OUT, BACK):
             if group == BACK:
                 for m in sorted({n, *np.flatnonzero(expert[0, n] + expert[1, n])}):
                     entries.append((4 * n + EXPERTS, int(m), *expert[:, n, m].tolist()))
-            used = [(own, sent[n].sum() / own_port[n])]
-            for m in partners.tolist():
-                used.append((far + m, sent[n, m] / far_port[m]))
-                pair = (n, m) if group == OUT else (m, n)
-                if pair in slow:
-                    used.append((slow[pair], sent[n, m] / problem.bandwidth[pair]))
-            entries.extend((4 * n + group, resource, s, s, 0.0) for resource, s in used)
+            used = _port_seconds(problem, sent if group == OUT else sent.T, port_out, port_in, slow)
+            own = (servers if group == OUT else 2 * servers) + n
+            entries.extend((4 * n + group, r, s, s, 0.0) for r, s in (used or {own: 0.0}).items())
     return entries, base.reshape(3, -1), 3 * servers + len(slow)
+
+
+def _port_seconds(
+    problem: Problem, sent: np.ndarray, port_out: np.ndarray, port_in: np.ndarray, slow: dict[tuple[int, int], int]
+) -> dict[int, float]:
+    """Seconds for which bytes from row to column, [N, N], keep each port and slow link that they use."""
+    servers = len(sent)
+    used: dict[int, float] = {}
+    for n in np.flatnonzero(sent.any(1)).tolist():
+        used[servers + n] = float(sent[n].sum() / port_out[n])
+    for m in np.flatnonzero(sent.any(0)).tolist():
+        used[2 * servers + m] = float(sent[:, m].sum() / port_in[m])
+    for pair in zip(*(axis.tolist() for axis in sent.nonzero()), strict=True):
+        if pair in slow:
+            used[slow[pair]] = float(sent[pair] / problem.bandwidth[pair])
+    return used
+
+
+def _hop_entries(
+    problem: Problem, hops: Hops, port_out: np.ndarray, port_in: np.ndarray, slow: dict[tuple[int, int], int]
+) -> list[dict[int, np.ndarray]]:
+    """Seconds of hops at the ports or slow links that they wait for, by resource, [3] units; one table a source."""
+    servers = len(problem.names)
+    found: list[dict[int, np.ndarray]] = [{} for _ in range(servers)]
+    every = (hops.source, hops.start, hops.end, hops.home)
+    for source, start, end, home in zip(*(values.tolist() for values in every), strict=True):
+        seconds = problem.row_seconds[start, end] * np.array([not home, 1.0, 0.0])
+        # What leaves home meets others at the first host's port, what comes later at its host's own.
+        resource = slow.get((start, end), 2 * servers + end if start == source else servers + start)
+        found[source][resource] = found[source].get(resource, 0.0) + seconds
+    return found
 
 
 def ports(problem: Problem) -> tuple[np.ndarray, np.ndarray, dict[tuple[int, int], int]]:

@@ -40,6 +40,7 @@ class Exchange:
         message_seconds: of a sender, for each message; row_seconds: of a row each way, half at either end: packed, copied,
             added up.
         contention: by how much longer these take for each device beyond two that takes part in a layer, as a share.
+        carrier: the device that has a device's rows in each layer, int64 [D, L]; None where each keeps its own.
     """
 
     server: np.ndarray
@@ -55,6 +56,7 @@ class Exchange:
     message_seconds: float = 0.0
     row_seconds: float = 0.0
     contention: float = 0.0
+    carrier: np.ndarray | None = None
 
     @classmethod
     def build(
@@ -67,6 +69,7 @@ class Exchange:
         contention: float = 0.0,
         serving: np.ndarray | None = None,
         likely: np.ndarray | None = None,
+        host: np.ndarray | None = None,
     ) -> "Exchange":
         """Tables of a placement.
 
@@ -77,6 +80,8 @@ class Exchange:
             serving: whose copies serve each server, int [N, L, E]; default: `serving_server`.
             likely: servers that a token of another is nearly sure to need, bool [N, L, N]; default: by the problem's
                 own statistics.
+            host: who hosts each server's layers, int [N, L]; None is at home. A row goes to the device of the host that has
+                its own device's number, counted round.
         """
         server = problem.device_server
         serving = serving_server(problem, problem.held(resident)) if serving is None else serving
@@ -100,40 +105,63 @@ class Exchange:
             message_seconds=message_seconds,
             row_seconds=row_seconds,
             contention=contention,
+            carrier=None if host is None else _carriers(server, host),
         )
 
-    def seconds(self, ids: Sequence[np.ndarray], compute: float, overhead: float = 0.0) -> float:
+    def seconds(
+        self, ids: Sequence[np.ndarray], compute: float, overhead: float = 0.0, ends: Sequence[int] | None = None
+    ) -> float:
         """A whole step.
 
         Args:
             ids: experts of the tokens of each device, int [D][rows, L, k].
             compute: seconds of the step without any message, spread evenly over the layers.
             overhead: seconds of a device in each layer in which it takes part, sending or receiving, beside its messages.
+            ends: rows of each device that give a next token, which a host elsewhere sends home; None: all.
         """
-        layers, devices = self.device.shape[1], len(self.server)
+        layers, devices, rows = self.device.shape[1], len(self.server), [len(own) for own in ids]
         busy = np.array([len(own) > 0 for own in ids])
-        live = np.logical_or.reduce(self.needs & busy, axis=-1)
+        at = np.repeat(np.arange(devices)[:, None], layers, 1) if self.carrier is None else self.carrier
+        carries = np.zeros((layers, devices), bool)  # whether a device has rows in a layer
+        carries[np.arange(layers), at[busy]] = True
+        live = np.logical_or.reduce(self.needs & carries[:, None, None], axis=-1)
         meets = [bool(np.any(own)) for own in live]
-        if not any(meets):
+        if not any(meets) and self.carrier is None:
             return compute
-        wants = [self._wants(source, own) for source, own in enumerate(ids)]
+        wants = [self._wants(at[source], own) for source, own in enumerate(ids)]
         clock, ports = [0.0] * devices, {}
         for layer in range(layers):
+            self._hop(at[:, layer - 1] if layer else np.arange(devices), at[:, layer], rows, clock, ports)
             clock = [time + compute / layers for time in clock]
             if meets[layer]:
                 part = [bool(live[layer][device].any() or live[layer][:, device].any()) for device in range(devices)]
                 crowd = 1 + self.contention * max(0, sum(part) - 2)
                 clock = [time + crowd * overhead * own for time, own in zip(clock, part, strict=True)]
-                self._layer(layer, live[layer], [want[:, layer] for want in wants], crowd, clock, ports)
+                here = [np.concatenate([np.zeros((0, devices), bool), *own]) for own in _by(at[:, layer], wants, layer)]
+                self._layer(layer, live[layer], here, crowd, clock, ports)
+        self._hop(at[:, -1], np.arange(devices), rows if ends is None else ends, clock, ports)
         return max(clock)
 
-    def _wants(self, source: int, ids: np.ndarray) -> np.ndarray:
-        """Devices that each token needs, bool [rows, L, D]."""
+    def _wants(self, carrier: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Devices that each token needs, bool [rows, L, D]; its rows are on `carrier`, [L]."""
         layers, devices = self.device.shape[1], len(self.server)
         wants = np.zeros((len(ids), layers, devices), bool)
         row, layer = np.arange(len(ids))[:, None, None], np.arange(layers)[:, None]
-        wants[row, layer, self.device[source, layer, ids]] = True
+        wants[row, layer, self.device[carrier[:, None], layer, ids]] = True
         return wants
+
+    def _hop(
+        self,
+        before: np.ndarray,
+        after: np.ndarray,
+        rows: Sequence[int],
+        clock: list[float],
+        ports: dict[tuple[str, int], float],
+    ) -> None:
+        """Rows go on to the device that hosts the next layer, int [D] each: one message a device, whose number is known."""
+        for device, (source, target) in enumerate(zip(before.tolist(), after.tolist(), strict=True)):
+            if source != target and rows[device]:
+                self._message(source, target, rows[device] * self.sum_bytes, rows[device], 1.0, clock, ports)
 
     def _layer(
         self,
@@ -189,6 +217,21 @@ class Exchange:
             ports[out] = ports[into] = begin + sending
         arrival = begin + sending + float(self.latency[source, target])
         clock[target] = max(clock[target], arrival) + end
+
+
+def _by(carrier: np.ndarray, wants: list[np.ndarray], layer: int) -> list[list[np.ndarray]]:
+    """What the rows of one layer want, bool [rows, D] each, by the device that has them."""
+    found: list[list[np.ndarray]] = [[] for _ in wants]
+    for device, want in zip(carrier.tolist(), wants, strict=True):
+        found[device].append(want[:, layer])
+    return found
+
+
+def _carriers(server: np.ndarray, host: np.ndarray) -> np.ndarray:
+    """The device that has each device's rows in each layer, int64 [D, L]; its own where the host is its own server."""
+    members = [np.flatnonzero(server == n) for n in range(len(host))]
+    number = np.concatenate([np.arange(len(own)) for own in members])
+    return np.array([[members[h][number[d] % len(members[h])] for h in host[n]] for d, n in enumerate(server.tolist())])
 
 
 def digits(count: int) -> list[int]:

@@ -104,6 +104,7 @@ def lock_step(
     chunks: Sequence[int] = (64,),
     serving: np.ndarray | None = None,
     likely: np.ndarray | None = None,
+    host: np.ndarray | None = None,
     seed: int = 0,
 ) -> Served:
     """Serve all requests under a placement; deterministic.
@@ -113,10 +114,10 @@ def lock_step(
         resident: bool [D, L, E], every expert resident somewhere.
         costs: of a step at home.
         sequences: batch slots of a device; chunks: prompt tokens that a step may take of a prompt (scheduling.next_turn).
-        serving, likely: see `Exchange.build`; as the runtime was given them.
+        serving, likely, host: see `Exchange.build`; the first two as the runtime was given them.
         seed: of the tokens drawn; the same for all placements that are to be compared.
     """
-    exchange = Exchange.build(problem, resident, **costs.messages, serving=serving, likely=likely)
+    exchange = Exchange.build(problem, resident, **costs.messages, serving=serving, likely=likely, host=host)
     routing = _draw(problem, arrivals, seed)
     devices = len(problem.device_server)
     none = routing[0][:0] if routing else np.zeros((0, problem.shape[1], problem.top_k), np.int64)
@@ -127,7 +128,8 @@ def lock_step(
             rows[device].append(routing[request][start : start + count])
         ids = [np.concatenate(own) if own else none for own in rows]
         compute = costs.seconds(prefill, [len(own) for own in ids])
-        return compute, exchange.seconds(ids, compute, costs.overhead(prefill)) - compute
+        ends = [min(len(own), 1) for own in ids] if prefill else None  # of a chunk one row gives a next token
+        return compute, exchange.seconds(ids, compute, costs.overhead(prefill), ends) - compute
 
     return serve(arrivals, problem.device_server.tolist(), step, sequences=sequences, chunks=chunks)
 

@@ -59,7 +59,7 @@ def test_experts_equal_their_twin(kind, hidden, inner, biased, limit, tokens, rn
     slots = jnp.asarray(rng.integers(-1, 8, (tokens, 3)), jnp.int32)
     weights = jnp.asarray(rng.random((tokens, 3)), jnp.float32)
     got = jax.jit(lambda *a: slot_experts_native(*a, limit=limit))(banks, x, slots, weights)
-    assert got.dtype == x.dtype
+    assert got.dtype == jnp.float32
     wide = x.astype(jnp.float32)
     close(got, slot_experts_xla(banks, wide, slots, weights, limit=limit), kind)
 
@@ -145,6 +145,21 @@ def neighbours(rng, rows, own, place):
     """`own` at row `place` among random others."""
     others = rng.normal(size=(rows, *own.shape)).astype(np.float32)
     return jnp.asarray(others).at[place].set(own.astype(jnp.float32)).astype(own.dtype)
+
+
+@pytest.mark.parametrize("compute", [slot_experts_native, slot_experts_xla])
+def test_in_bfloat16_partial_sums_add_up_to_the_same_bits_in_every_order(compute, rng):
+    banks = banks_of(rng, "bfloat16", [8], 200, 70, True)
+    x = jnp.asarray(rng.normal(size=(5, 200)), "bfloat16")
+    slots = jnp.asarray(rng.permuted(np.tile(np.arange(8), (5, 1)), axis=1))
+    weights = jnp.asarray(rng.random((5, 8)) / 20)  # the products of random weights are large
+    whole = np.asarray(compute(banks, x, slots, weights))
+    assert np.abs(whole).max() > 1
+    for _ in range(5):  # assignments dealt to three devices, whose sums come back in any order
+        device = jnp.asarray(rng.integers(0, 3, slots.shape))
+        partial = [np.asarray(compute(banks, x, jnp.where(device == d, slots, -1), weights)) for d in range(3)]
+        one, two, three = rng.permutation(3)
+        np.testing.assert_array_equal(partial[one] + (partial[two] + partial[three]), whole)
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])

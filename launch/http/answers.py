@@ -1,0 +1,111 @@
+"""Answers in the form of OpenAI's API, whole and as they grow. Knows no sockets."""
+
+import json
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from launch.http.book import Accepted, Token
+from launch.http.fields import Wanted
+
+Piece = Callable[[int], str]  # the text of a token by itself
+
+
+class Form:
+    """How one client's answer looks.
+
+    Args:
+        model: name that answers carry; piece: text of a token id by itself, for logprobs.
+    """
+
+    def __init__(self, wanted: Wanted, model: str, piece: Piece) -> None:
+        self._wanted, self._piece, self.logprobs = wanted, piece, wanted.logprobs is not None
+        kind = "chat.completion" if wanted.chat else "text_completion"
+        prefix = "chatcmpl" if wanted.chat else "cmpl"
+        self.id = f"{prefix}-{secrets.token_hex(12)}"
+        whole = {"id": self.id, "object": kind, "created": int(time.time()), "model": model}
+        self._whole = whole
+        self._chunk = {**whole, "object": "chat.completion.chunk"} if wanted.chat else whole
+        # Of a chunk only the choice changes from token to token.
+        self._head = json.dumps(self._chunk, separators=(",", ":"))[:-1] + ',"choices":['
+
+    def whole(self, answers: Sequence[Accepted]) -> dict[str, Any]:
+        """The body of an answer that is not streamed."""
+        return {**self._whole, "choices": [self._choice(i, a) for i, a in enumerate(answers)], "usage": usage(answers)}
+
+    def _choice(self, index: int, accepted: Accepted) -> dict[str, Any]:
+        assert accepted.ending is not None
+        text = accepted.text.text
+        content = {"message": {"role": "assistant", "content": text}} if self._wanted.chat else {"text": text}
+        return {
+            "index": index,
+            **content,
+            "logprobs": self._logprobs(accepted.tokens),
+            "finish_reason": accepted.ending.reason,
+        }
+
+    def first(self, index: int) -> bytes:
+        """What a chat's stream begins with."""
+        return self._event(self._delta(index, {"role": "assistant", "content": ""}, None, None))
+
+    def next(self, index: int, text: str, tokens: Sequence[Token], reason: str | None) -> bytes:
+        """More of an answer."""
+        logprobs = self._logprobs(tokens)
+        if self._wanted.chat:
+            return self._event(self._delta(index, {"content": text} if text else {}, logprobs, reason))
+        return self._event({"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason})
+
+    def _delta(self, index: int, delta: dict[str, str], logprobs: Any, reason: str | None) -> dict[str, Any]:
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+    def _event(self, choice: dict[str, Any]) -> bytes:
+        end = '],"usage":null}\n\n' if self._wanted.usage else "]}\n\n"
+        return f"data: {self._head}{json.dumps(choice, separators=(',', ':'))}{end}".encode()
+
+    def last(self, answers: Sequence[Accepted]) -> bytes:
+        """What a stream ends with."""
+        end = b"data: [DONE]\n\n"
+        if not self._wanted.usage:
+            return end
+        return f"data: {json.dumps({**self._chunk, 'choices': [], 'usage': usage(answers)})}\n\n".encode() + end
+
+    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+        if self._wanted.logprobs is None:
+            return None
+        found = [token for token in tokens if token.logprobs is not None]
+        if self._wanted.chat:
+            return {"content": [self._chat_logprob(token) for token in found], "refusal": None}
+        return {
+            "text_offset": [token.start for token in found],
+            "tokens": [self._piece(token.id) for token in found],
+            "token_logprobs": [token.logprobs[0] for token in found if token.logprobs],
+            "top_logprobs": [
+                {self._piece(i): value for i, value in token.logprobs[1]} for token in found if token.logprobs
+            ],
+        }
+
+    def _chat_logprob(self, token: Token) -> dict[str, Any]:
+        assert token.logprobs is not None
+        own, likeliest = token.logprobs
+        return {**self._one(token.id, own), "top_logprobs": [self._one(i, value) for i, value in likeliest]}
+
+    def _one(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self._piece(token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+def usage(answers: Sequence[Accepted]) -> dict[str, int]:
+    """Tokens of an answer; a prompt counts once, however many answers it has."""
+    prompts = {id(a.request.prompt): len(a.request.prompt) for a in answers}
+    prompt, answer = sum(prompts.values()), sum(len(a.tokens) for a in answers)
+    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+
+
+def problem(status: int, message: str, param: str | None = None) -> dict[str, Any]:
+    """An error as OpenAI's clients read it."""
+    kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": None}}
+
+
+_KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}

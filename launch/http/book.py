@@ -1,0 +1,200 @@
+"""The requests that a front door has accepted: each is answered once, whatever becomes of the worker that serves it.
+
+Knows no HTTP and no worker: tokens come in by number, and those who wait for an answer take what has come.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any, NamedTuple
+
+from launch.engine.request import Logprobs, Request
+from launch.serve.requests import Text
+
+_FRUITLESS = 3  # workers that a request may outlive without a token in between: it may be what ends them
+
+
+class Ending(NamedTuple):
+    """Why a request ended: "stop" or "length"; otherwise no answer could be given, and `status` is HTTP's for it."""
+
+    reason: str
+    status: int = 200
+    message: str = ""
+
+
+class Token(NamedTuple):
+    """A token of an answer, and where the text ended before and after it."""
+
+    id: int
+    logprobs: Logprobs | None
+    start: int
+    end: int
+
+
+class Refused(Exception):
+    """A request that cannot be accepted, or answered. Attributes: status of HTTP, and the field that is wrong."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.retry_after = status, message, param, retry_after
+
+
+class Accepted:
+    """One accepted request. Times are on the monotonic clock.
+
+    Attributes:
+        request: its prompt, parameters and tokens so far; text: that of these tokens.
+        tokens: of the answer; ending: why it ended, None until it has.
+        sent: whether the present worker has it.
+    """
+
+    def __init__(self, number: int, request: Request, text: Text, logprobs: int | None, label: str) -> None:
+        self.number, self.request, self.text, self.logprobs, self.label = number, request, text, logprobs, label
+        self.tokens: list[Token] = []
+        self.ending: Ending | None = None
+        self.sent = False
+        self.accepted_at = time.monotonic()
+        self.first_at = self.last_at = 0.0
+        self.fruitless, self.had = 0, 0
+        self._news = asyncio.Event()
+
+    async def changes(self) -> AsyncIterator[None]:
+        """Gives control whenever there is more, at the end for the last time."""
+        while True:
+            self._news.clear()
+            yield
+            if self.ending is not None and not self._news.is_set():
+                return
+            await self._news.wait()
+
+    async def end(self) -> Ending:
+        """Wait for the end."""
+        async for _ in self.changes():
+            pass
+        assert self.ending is not None
+        return self.ending
+
+    def tell(self) -> None:
+        self._news.set()
+
+
+class Book:
+    """All that is accepted and not yet answered, in the order it came.
+
+    Args:
+        most: requests that may be under way at once.
+        context: longest sequence; eos: token that ends an answer.
+        ended: called with every request that has ended; cancel: with the number of one whose worker is to stop.
+
+    Attributes:
+        refusing: why no more are accepted, as HTTP's status and a text, or None.
+    """
+
+    def __init__(
+        self,
+        most: int,
+        context: int,
+        eos: int | None,
+        ended: Callable[[Accepted], None] = lambda _: None,
+        cancel: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self.most = most
+        self.ended, self.cancel_in_worker = ended, cancel
+        self.refusing: tuple[int, str] | None = None
+        self._context, self._eos = context, eos
+        self._open: dict[int, Accepted] = {}
+        self._number = 0
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def __iter__(self) -> Iterator[Accepted]:
+        return iter(list(self._open.values()))
+
+    def get(self, number: int) -> Accepted | None:
+        return self._open.get(number)
+
+    def check_room(self, count: int) -> None:
+        """Raises Refused where so many more cannot be accepted now."""
+        if self.refusing is not None:
+            raise Refused(*self.refusing, retry_after=5)
+        if count > self.most:
+            raise Refused(400, f"{count} answers in one request; at most {self.most} can be under way (--queue)")
+        if len(self._open) + count > self.most:
+            raise Refused(429, f"{len(self._open)} requests are under way, and no more fit; try again", retry_after=1)
+
+    def accept(self, request: Request, text: Text, logprobs: int | None = None, label: str = "") -> Accepted:
+        """Own a request from now on. `check_room` has to be asked first."""
+        self._number += 1
+        accepted = Accepted(self._number, request, text, logprobs, label)
+        self._open[self._number] = accepted
+        return accepted
+
+    def take(self, number: int, token: int, logprobs: Any = None) -> None:
+        """A worker has given a request its next token."""
+        accepted = self._open.get(number)
+        if accepted is None:
+            return
+        accepted.last_at = time.monotonic()
+        accepted.first_at = accepted.first_at or accepted.last_at
+        start = len(accepted.text.text)
+        ended = accepted.request.take(token, self._eos, self._context)
+        if ended:
+            accepted.text.finish()
+        found = None if logprobs is None else (logprobs[0], [(int(i), value) for i, value in logprobs[1]])
+        accepted.tokens.append(Token(token, found, start, len(accepted.text.text)))
+        accepted.tell()
+        if ended:
+            self._end(accepted, Ending(accepted.request.reason), by_worker=token in accepted.request.stop_token_ids)
+
+    def fail(self, number: int, status: int, message: str) -> None:
+        """Answer a request with an error; one that is not open any more is left alone."""
+        if accepted := self._open.get(number):
+            self._end(accepted, Ending("error", status, message), by_worker=False)
+
+    def _end(self, accepted: Accepted, ending: Ending, *, by_worker: bool) -> None:
+        if accepted.ending is None:
+            accepted.ending = ending
+            del self._open[accepted.number]
+            if accepted.sent and not by_worker and ending.reason != "length":
+                self.cancel_in_worker(accepted.number)
+            accepted.tell()
+            self.ended(accepted)
+
+    def lost_worker(self, *, serving: bool) -> None:
+        """The worker has ended: what it had goes to the next one. serving: it had begun to serve."""
+        for accepted in self:
+            if accepted.sent and serving:
+                gained = len(accepted.tokens) > accepted.had
+                accepted.fruitless = 0 if gained else accepted.fruitless + 1
+                accepted.had = len(accepted.tokens)
+            accepted.sent = False
+            if accepted.fruitless >= _FRUITLESS:
+                self.fail(accepted.number, 500, f"{_FRUITLESS} workers have ended while they served this request")
+
+    def unsent(self) -> list[dict[str, Any]]:
+        """Requests that the present worker does not have, as it takes them; they count as sent from now on."""
+        found = []
+        for accepted in self._open.values():
+            if not accepted.sent:
+                accepted.sent = True
+                found.append(_described(accepted))
+        return found
+
+
+def _described(accepted: Accepted) -> dict[str, Any]:
+    request = accepted.request
+    # Stop texts and the text itself are the front door's to watch.
+    params = {name: getattr(request.params, name) for name in _PARAMS}
+    return {
+        "id": accepted.number,
+        "prompt": request.prompt,
+        "output": request.output,
+        "max_tokens": request.max_tokens,
+        "params": params,
+        "stop_token_ids": sorted(request.stop_token_ids),
+        "logprobs": accepted.logprobs,
+    }
+
+
+_PARAMS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")

@@ -1,0 +1,143 @@
+"""`python -m launch serve --http`: the front door of one server, from start to end. Loads no JAX; its worker does."""
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvicorn
+
+from dancemoe_jax.model.config import ModelConfig
+from dancemoe_jax.text.tokenizer import load_tokenizer_bundle
+from launch.cluster.addresses import join_address, listen
+from launch.cluster.example import ALONE
+from launch.http.addresses import listening_at
+from launch.http.app import make_app
+from launch.http.book import Book
+from launch.http.health import Health
+from launch.http.protocol import LimitedProtocol
+from launch.http.service import Service
+from launch.http.supervisor import Supervisor
+from placement import Cluster, InputError
+
+log = logging.getLogger(__name__)
+
+_KEEP_ALIVE_S = 30
+_LARGEST_HEAD = 2**16  # bytes
+
+
+def serve_http(args: argparse.Namespace, cluster: Cluster | None, path: Path, config: ModelConfig) -> int:
+    """Be the front door of a server until it is told to end; the exit status.
+
+    Raises:
+        InputError, ModelError: the address, the model's tokenizer or a flag cannot be used.
+    """
+    for flag in ("queue", "hold", "stuck", "deadline"):
+        if not getattr(args, flag) > 0:
+            raise InputError(f"--{flag} {getattr(args, flag)}: must be greater than 0")
+    names = cluster.names if cluster else (ALONE,)
+    server = args.server or ALONE
+    if server not in names:
+        raise InputError(f"server {server}: not in {args.cluster}; known are {', '.join(names)}")
+    bundle = load_tokenizer_bundle(path, config)
+    host, port = listening_at(args.http)
+    with listen(host, port, "--http") as listening, tempfile.TemporaryDirectory(prefix="front-door-") as folder:
+        listening.listen(2048)
+        book = Book(args.queue, config.max_position, config.eos_token)
+        supervisor = Supervisor(
+            _command(),
+            Path(folder),
+            args.secret,
+            book,
+            stuck=args.stuck,
+            hold=args.hold,
+            deadline=args.deadline,
+            alone=len(names) == 1,
+        )
+        book.cancel_in_worker = supervisor.cancel
+        service = Service(bundle, config, (path.resolve().name,), names.index(server), book, supervisor)
+        door = _Door(service, Health(server, book, supervisor), args.drain)
+        log.info("%s: HTTP at http://%s", server, join_address(*listening.getsockname()[:2]))
+        return asyncio.run(door.run(listening))
+
+
+def _command() -> list[str]:
+    """The worker's command: this one's own, without a front door; `Supervisor` adds the socket."""
+    return [sys.executable, "-m", "launch", *sys.argv[1:]]
+
+
+class _Door:
+    """Serves HTTP and keeps a worker, until signals say that it is to end: the first drains, the second ends at once."""
+
+    def __init__(self, service: Service, health: Health, drain: float) -> None:
+        self._service, self._drain_s = service, drain
+        self._server = _Server(
+            uvicorn.Config(
+                make_app(service, health),
+                http=LimitedProtocol,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=_KEEP_ALIVE_S,
+                timeout_graceful_shutdown=2,
+                h11_max_incomplete_event_size=_LARGEST_HEAD,
+            )
+        )
+        logging.getLogger("uvicorn").setLevel(logging.ERROR)
+        self._came: list[int] = []
+        self._draining: asyncio.Task[None] | None = None
+
+    async def run(self, listening: socket.socket) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._signal, number)
+        self._service.supervisor.drained = self._begin_drain
+        worker = asyncio.create_task(self._service.supervisor.run())
+        serving = asyncio.create_task(self._server.serve(sockets=[listening]))
+        status = await worker
+        for accepted in self._service.book:
+            self._service.book.fail(accepted.number, 503, "the server has ended")
+        self._server.should_exit = True
+        await serving
+        return 128 + self._came[1] if len(self._came) > 1 else status
+
+    def _signal(self, number: int) -> None:
+        self._came.append(number)
+        if len(self._came) > 1:
+            self._service.supervisor.end()
+            return
+        self._service.supervisor.drain()
+        self._begin_drain()
+
+    def _begin_drain(self) -> None:
+        if self._draining is None:
+            book = self._service.book
+            book.refusing = (503, "the server is draining: it takes no more requests")
+            log.info("draining: %d requests run on, at most %g s; no more are taken", len(book), self._drain_s)
+            self._draining = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        book, supervisor = self._service.book, self._service.supervisor
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._drain_s):
+                while len(book):
+                    await asyncio.sleep(0.05)
+        for accepted in book:
+            book.fail(accepted.number, 503, f"not answered within {self._drain_s:g} s of the server's draining")
+        supervisor.finish()
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to the front door."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield

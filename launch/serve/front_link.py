@@ -1,0 +1,240 @@
+"""Requests from a front door (launch/http) to a host, and their tokens back. The front door owns them: it starts this
+process, and gives what is unfinished to the next one if this one ends.
+
+    front door -> here    {submit, cancel, last, ask}    here -> front door    {phase, tokens, ended, beat, failed, ...}
+
+Each way has a connection of its own, so that one thread reads and another writes.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dancemoe_jax.errors import DanceMoEError
+from dancemoe_jax.inference.sampling_params import SamplingParams
+from launch.cluster.framing import Connection, MessageError, connect
+from launch.cluster.jax_runtime import leave_at_once
+from launch.engine.host import Host, Stream
+from launch.engine.request import Request
+from launch.serve.front_messages import LONGEST, PURPOSE, SUBMITTED, TO_WORKER
+from placement import Cluster
+
+log = logging.getLogger(__name__)
+
+_CONNECT_S = 10.0
+_BEAT_S = 0.5
+_FLUSH_S = 5.0
+
+
+class FrontLink:
+    """What a worker hears from its front door and says to it; stands where a `Feeder` stands for JSON lines.
+
+    Args:
+        path: of the front door's Unix socket; secret: of the cluster.
+
+    Attributes:
+        problem: why it cannot go on, or "": never; without a front door the process ends at once.
+    """
+
+    problem = ""
+
+    def __init__(self, path: str, secret: bytes) -> None:
+        self._reading = self._open(path, secret, "requests")
+        self._writing = self._open(path, secret, "tokens")
+        self._host: Host | None = None
+        self._streams: dict[int, _Tokens] = {}
+        self._count, self._last, self._over = threading.Lock(), False, threading.Event()
+        self._news: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self.answers: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+        for name, target in (("front door's requests", self._read), ("tokens", self._write), ("beat", self._beat)):
+            threading.Thread(target=target, name=name, daemon=True).start()
+
+    @staticmethod
+    def _open(path: str, secret: bytes, role: str) -> Connection:
+        connection = connect(path, secret, PURPOSE, _CONNECT_S)
+        connection.send({"role": role})
+        return connection
+
+    # ---- what `launch.serve.server` calls ----
+
+    def phase(self, name: str) -> None:
+        """Say what this process does on its way to serving."""
+        self._news.put(("phase", name))
+
+    def start(self, host: Host, cluster: Cluster) -> None:
+        """Requests go to a host from now on."""
+        self._host = host
+        self.take_in(cluster)
+        self.phase("serving")
+
+    def take_in(self, cluster: Cluster) -> None:
+        """The cluster has other servers from now on."""
+        self._news.put(("servers", list(cluster.names)))
+
+    @property
+    def pending(self) -> int:
+        """Requests without a full answer."""
+        return len(self._streams)
+
+    def close(self) -> None:
+        """The cluster drains: the front door is to send what it has accepted, and no more."""
+        self._news.put(("draining", True))
+
+    def settle(self, seconds: float) -> None:
+        """Wait at most so long until all that was said has been sent."""
+        sent = threading.Event()
+        self._news.put(("sent", sent))
+        sent.wait(seconds)
+
+    def end_because(self, problem: str) -> None:
+        """Say why this process ends before it has served."""
+        self._news.put(("problem", " ".join(problem.split())))
+        self.settle(_FLUSH_S)
+
+    def failed_step(self, why: str) -> None:
+        """A step has failed: its requests are told so, the others go on in the next process. Does not return."""
+        host = self._host
+        running = {id(request) for request in host.engine.taking} if host else set()
+        ids = [number for number, stream in list(self._streams.items()) if id(stream.request) in running]
+        log.error("a step has failed, and %d requests with it (%s); the worker starts again", len(ids), why)
+        self._news.put(("failed", {"ids": ids, "why": why}))
+        self.settle(_FLUSH_S)
+        leave_at_once()
+
+    # ---- from the front door ----
+
+    def _read(self) -> None:
+        try:
+            while True:
+                self._take(self._reading.receive(TO_WORKER, None, LONGEST))
+        except MessageError:
+            leave_at_once()  # the front door has gone, and with it all that asks
+
+    def _take(self, message: Mapping[str, Any]) -> None:
+        for given in message.get("submit", ()):
+            self._submit(given)
+        for number in message.get("cancel", ()):
+            if stream := self._streams.get(number):
+                stream.cancel()
+        if message.get("last"):
+            with self._count:
+                self._last = True
+            self._finish_if_over()
+        if "ask" in message:
+            threading.Thread(target=self._reply, args=(message["ask"],), name="operator", daemon=True).start()
+
+    def _submit(self, given: Mapping[str, Any]) -> None:
+        number = given["id"]
+        assert self._host is not None
+        try:
+            fields = {name: given[name] for name in SUBMITTED}
+            params: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in fields.pop("params").items()
+            }
+            request = Request(
+                self._host.server,
+                fields["prompt"],
+                fields["max_tokens"],
+                time.monotonic(),
+                params=SamplingParams(**params),
+                stop_token_ids=frozenset(fields["stop_token_ids"]),
+                output=fields["output"],
+                logprobs=fields["logprobs"],
+            )
+            request.restart()
+            stream = _Tokens(request, number, self)
+            with self._count:
+                self._streams[number] = stream
+            self._host.submit(request, stream)
+        except DanceMoEError as error:
+            self._streams.pop(number, None)
+            self._news.put(("ended", [number, "refused", str(error)]))
+
+    def _reply(self, request: Mapping[str, Any]) -> None:
+        reply: dict[str, Any] = {"id": request.get("id")}
+        try:
+            if self.answers is None:
+                raise ValueError("this server answers no such request; see --state")
+            reply["reply"] = dict(self.answers(request))
+        except Exception as error:  # whatever it is, the operator is told
+            reply["error"] = " ".join(str(error).split()) or type(error).__name__
+        self._news.put(("reply", reply))
+
+    # ---- to the front door ----
+
+    def given(self, number: int, token: int, logprobs: Any) -> None:
+        """A request has been given a token."""
+        self._news.put(("tokens", [number, token] if logprobs is None else [number, token, logprobs]))
+
+    def ended(self, number: int, request: Request) -> None:
+        """A request has ended here."""
+        with self._count:
+            self._streams.pop(number, None)
+        # One that the front door did not cancel goes on in the next process: this one ends.
+        if request.reason != "cancelled" or request.cancelled:
+            self._news.put(("ended", [number, request.reason, request.error]))
+        self._finish_if_over()
+
+    def _finish_if_over(self) -> None:
+        with self._count:
+            over = self._last and not self._streams
+        if over and self._host is not None:
+            self._host.finish()
+
+    def _beat(self) -> None:
+        while True:
+            host = self._host
+            engine = host.engine if host else None
+            self._news.put(("beat", {"steps": sum(engine.steps.values()) if engine else 0}))
+            time.sleep(_BEAT_S)
+
+    def _write(self) -> None:
+        try:
+            while True:
+                self._send_all(self._news.get())
+        except MessageError:
+            leave_at_once()
+
+    def _send_all(self, first: tuple[str, Any]) -> None:
+        """One message with all that there is to say now."""
+        message: dict[str, Any] = {}
+        sent: list[threading.Event] = []
+        for kind, value in _waiting(first, self._news):
+            if kind == "sent":
+                sent.append(value)
+            elif kind in ("tokens", "ended", "phase", "reply"):
+                message.setdefault(kind, []).append(value)
+            else:
+                message[kind] = value
+        if message:
+            self._writing.send(message)
+        for event in sent:
+            event.set()
+
+
+def _waiting(first: tuple[str, Any], news: "queue.SimpleQueue[tuple[str, Any]]") -> list[tuple[str, Any]]:
+    found = [first]
+    while True:
+        try:
+            found.append(news.get_nowait())
+        except queue.Empty:
+            return found
+
+
+class _Tokens(Stream):
+    """A request of the front door: its tokens go there."""
+
+    def __init__(self, request: Request, number: int, link: FrontLink) -> None:
+        super().__init__(request)
+        self._number, self._link = number, link
+
+    def _take(self, token: int) -> bool:
+        request = self.request
+        self._link.given(self._number, token, request.last_logprobs if request.logprobs is not None else None)
+        return False
+
+    def close(self) -> None:
+        self._link.ended(self._number, self.request)
