@@ -15,7 +15,7 @@ _log = logging.getLogger("launch")
 
 COMMANDS = {
     "demo": "serve a small model on three unequal servers, plan from what is seen, migrate while serving",
-    "serve": "a model over the servers of a cluster, one process each, requests as JSON lines",
+    "serve": "a model over the servers of a cluster, requests over HTTP or as JSON lines",
     "migrate": "look at, start and stop migrations of a cluster that serves",
     "calibrate": "measure links and devices of a running cluster, for the planner",
     "generate": "continue prompts",

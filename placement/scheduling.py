@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 Kind = Literal["prefill", "decode"]
 
-_WIDER = (2, 8)  # times the smallest chunk
+_WIDER = 4  # times the smallest chunk
 TOGETHER = 4  # short prompts that a device takes in one step where nobody decodes
 
 
@@ -156,17 +156,17 @@ def chunks_of(chunk: int, context: int) -> tuple[int, ...]:
     Args:
         chunk: where somebody decodes; context: longest sequence, in tokens.
 
-    >>> chunks_of(64, 4096), chunks_of(64, 256)
-    ((64, 128, 512), (64, 128))
+    >>> chunks_of(64, 4096), chunks_of(64, 128)
+    ((64, 256), (64,))
     """
-    return (chunk, *(times * chunk for times in _WIDER if times * chunk <= context))
+    return (chunk, _WIDER * chunk) if _WIDER * chunk <= context else (chunk,)
 
 
 def widths(chunks: Sequence[int]) -> tuple[Width, ...]:
     """All widths that `next_turn` gives for these chunks.
 
-    >>> widths((64, 128, 512))
-    (Width(prompts=1, chunk=64), Width(prompts=1, chunk=128), Width(prompts=1, chunk=512), Width(prompts=4, chunk=128))
+    >>> widths((64, 256))
+    (Width(prompts=1, chunk=64), Width(prompts=1, chunk=256), Width(prompts=4, chunk=64))
     """
     several = [Width(TOGETHER, chunks[-1] // TOGETHER)] if len(chunks) > 1 else []
     return (*(Width(1, chunk) for chunk in chunks), *several)
@@ -183,12 +183,12 @@ def next_turn(last: Kind | None, wishes: Sequence[Wish], chunks: Sequence[int]) 
         wishes: of the devices; of those whose wishes are the largest will do.
         chunks: tokens of a prompt that a step may take, smallest first; the smallest where somebody decodes.
 
-    >>> next_turn(None, [Wish(100, 1, False), Wish(0, 0, False)], (64, 128, 512)).width
-    Width(prompts=1, chunk=128)
-    >>> next_turn("decode", [Wish(100, 1, False), Wish(0, 0, True)], (64, 128, 512)).width
+    >>> next_turn(None, [Wish(100, 1, False), Wish(0, 0, False)], (64, 256)).width
+    Width(prompts=1, chunk=256)
+    >>> next_turn("decode", [Wish(100, 1, False), Wish(0, 0, True)], (64, 256)).width
     Width(prompts=1, chunk=64)
-    >>> next_turn(None, [Wish(100, 3, False)], (64, 128, 512)).width
-    Width(prompts=4, chunk=128)
+    >>> next_turn(None, [Wish(50, 3, False)], (64, 256)).width
+    Width(prompts=4, chunk=64)
     """
     decode = any(wish.decode for wish in wishes)
     tokens = max((wish.prefill for wish in wishes), default=0)

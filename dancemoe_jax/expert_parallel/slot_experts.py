@@ -4,9 +4,9 @@ from jaxtyping import Array, Float, Int
 
 from dancemoe_jax.expert_parallel.pool import ExpertPool
 from dancemoe_jax.kernels.experts import slot_experts_native, slot_experts_xla
-from dancemoe_jax.kernels.gpu.call import GpuKernels
-from dancemoe_jax.kernels.gpu.experts import fits, slot_experts_gpu
-from dancemoe_jax.kernels.gpu.loop import slot_experts_loop
+from dancemoe_jax.kernels.gpu_call import GpuKernels
+from dancemoe_jax.kernels.gpu_experts import fits, slot_experts_gpu
+from dancemoe_jax.kernels.gpu_loop import slot_experts_loop
 
 
 def slot_experts(
@@ -28,7 +28,7 @@ def slot_experts(
         native: whether the native call computes it (kernels.library.use_native) or XLA.
         tile: rows that XLA computes at once; a few for decode, more for prefill.
         limit: of the experts' SwiGLU (ModelConfig.swiglu_limit).
-        gpu: kernels that compute it on a GPU, where they take such a pool (kernels.gpu.call.gpu_kernels).
+        gpu: kernels that compute it on a GPU, where they take such a pool (kernels.gpu_call.gpu_kernels).
         most_slots: distinct slots that can occur at most: a layer's experts; None: any number.
     """
     if native:

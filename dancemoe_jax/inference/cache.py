@@ -10,8 +10,8 @@ from jaxtyping import Array, Bool, Int
 from dancemoe_jax.expert_parallel.pool import BFLOAT16_BITS
 from dancemoe_jax.inference.finite import finite_tokens
 from dancemoe_jax.kernels.attention import cached_attention_native
-from dancemoe_jax.kernels.gpu.attention import cached_attention_gpu
-from dancemoe_jax.kernels.gpu.call import GpuKernels
+from dancemoe_jax.kernels.gpu_attention import cached_attention_gpu
+from dancemoe_jax.kernels.gpu_call import GpuKernels
 from dancemoe_jax.mesh import sharded
 from dancemoe_jax.model.present import where_present
 

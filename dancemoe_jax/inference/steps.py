@@ -28,7 +28,7 @@ from dancemoe_jax.inference.finite import finite_rows
 from dancemoe_jax.inference.next_tokens import next_tokens
 from dancemoe_jax.inference.routed_experts import routed_experts
 from dancemoe_jax.inference.step_arguments import check_model, check_rest
-from dancemoe_jax.kernels.gpu.call import GpuKernels, gpu_kernels
+from dancemoe_jax.kernels.gpu_call import GpuKernels, gpu_kernels
 from dancemoe_jax.kernels.library import Kernels, use_native
 from dancemoe_jax.mesh import AXIS, on_cpu, put, replicated, sharded
 from dancemoe_jax.model.config import ModelConfig
@@ -174,7 +174,7 @@ def decode_step(
     check_array("positions", positions, "integers", rows)
     check_array("active", active, "booleans", rows)
     check_rest(control, routing, config, mesh, sequences)
-    native, gpu = _native(kernels, mesh, weights), gpu_kernels(kernels, mesh.devices.flat[0])
+    native, gpu = _native(kernels, mesh, weights), gpu_kernels(kernels, mesh.devices.flat)
 
     def local(weights, state, tokens, positions, active, *rest):
         rows = jnp.where(active[0], positions[0], config.max_position)[:, None]
@@ -227,7 +227,7 @@ def prefill(
     for name, array in (("sequences", sequences), ("starts", starts), ("lengths", lengths)):
         check_array(name, array, "integers", {"devices": mesh.size, "rows": rows})
     check_rest(control, routing, config, mesh, rows * chunk)
-    native, gpu = _native(kernels, mesh, weights), gpu_kernels(kernels, mesh.devices.flat[0])
+    native, gpu = _native(kernels, mesh, weights), gpu_kernels(kernels, mesh.devices.flat)
 
     def local(weights, state, tokens, sequences, starts, lengths, *rest):
         index = jnp.arange(tokens.shape[2])[None]

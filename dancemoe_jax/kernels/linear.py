@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dancemoe_jax.kernels.call import native_call
-from dancemoe_jax.kernels.gpu.call import GpuKernels
-from dancemoe_jax.kernels.gpu.linear import MOST_ROWS, stacked_linear_gpu
+from dancemoe_jax.kernels.gpu_call import GpuKernels
+from dancemoe_jax.kernels.gpu_linear import MOST_ROWS, stacked_linear_gpu
 
 
 class StackedWeight(NamedTuple):

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from dancemoe_jax.kernels.gpu.call import GpuKernels
+from dancemoe_jax.kernels.gpu_call import GpuKernels
 from dancemoe_jax.kernels.linear import StackedWeight, linear, linear_of_heads
 from dancemoe_jax.model.attention import along_last, attend, rms_norm, rotate
 from dancemoe_jax.model.config import ModelConfig

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool
 
-from dancemoe_jax.kernels.gpu.call import GpuKernels
+from dancemoe_jax.kernels.gpu_call import GpuKernels
 from dancemoe_jax.kernels.linear import StackedWeight
 
 # Parameters of products, which native calls take where they lie.

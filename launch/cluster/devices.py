@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from launch.cluster.gpu import check_promise
+from launch.cluster.gpu import check_promise, prepare_gpu
 from placement import Cluster, InputError
 
 
@@ -54,6 +54,24 @@ def _check_memory(cluster: Cluster, server: str, devices: Sequence[Any], promise
             limit = (device.memory_stats() or {}).get("bytes_limit")
             if limit is not None:
                 check_promise(str(cluster.source), f"{server} device {number}, as JAX sees it,", memory, limit, spare=0)
+
+
+def prepare_devices(cluster: Cluster, index: int, own: str | None) -> list[int]:
+    """Have JAX find a server's devices as its file lists them: before it looks for any.
+
+    Args:
+        own: address under which the other servers reach this one; None where there are none.
+
+    Returns:
+        The accelerators that the server's process takes (`visible_devices`).
+
+    Raises:
+        InputError: the file promises more memory than a card has.
+    """
+    cards, promised = visible_devices(cluster, index), cluster.memory[cluster.device_server == index].tolist()
+    prepare_gpu(promised, cards, own, str(cluster.source))
+    jax.config.update("jax_num_cpu_devices", len(cards))
+    return cards
 
 
 def visible_devices(cluster: Cluster, index: int) -> list[int]:

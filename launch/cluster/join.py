@@ -19,9 +19,8 @@ from jax.sharding import PartitionSpec as P
 from dancemoe_jax.mesh import AXIS, make_mesh, shard_rows
 from launch.cluster.addresses import coordinator_address, source_address, split_address
 from launch.cluster.channel import ChannelLost, open_channel
-from launch.cluster.devices import ordered_devices, visible_devices
+from launch.cluster.devices import ordered_devices, prepare_devices
 from launch.cluster.fingerprint import cluster_fingerprint
-from launch.cluster.gpu import prepare_gpu
 from launch.cluster.jax_runtime import abandon, is_of_exchange, leave_at_once, start_program
 from launch.cluster.liveness import watching
 from launch.cluster.rendezvous import rendezvous
@@ -73,11 +72,8 @@ def join(
     if server not in cluster.names:
         raise InputError(f"server {server}: not in {cluster.source}; known are {', '.join(cluster.names)}")
     index, count = cluster.names.index(server), len(cluster.servers)
-    devices_here = len(cluster.servers[index].devices)
-    cards, promised = visible_devices(cluster, index), cluster.memory[cluster.device_server == index].tolist()
     if count == 1:
-        prepare_gpu(promised, cards, None, str(cluster.source))
-        jax.config.update("jax_num_cpu_devices", devices_here)
+        prepare_devices(cluster, index, None)
         yield ordered_devices(cluster)
         return
     coordinator = coordinator or coordinator_address(cluster)
@@ -86,12 +82,7 @@ def join(
     with rendezvous(
         cluster.names, server, coordinator, facts, timeout, secret, absent=absent, patience=patience
     ) as address:
-        _, port = split_address(coordinator, "coordinator")
-        own = address if index == 0 else source_address(address, port, f"server {server}")
-        log.info("%s: meets the others at %s port %d, is reached at %s", server, address, port, own)
-        prepare_gpu(promised, cards, own, str(cluster.source))
-        jax.config.update("jax_num_cpu_devices", devices_here)
-        start_program(address, port, own, count, index, cards, timeout)
+        own = _start(cluster, server, address, coordinator, timeout)
     with _joined(cluster, index, own, secret, lost) as devices:
         yield devices
     jax.distributed.shutdown()
@@ -112,6 +103,16 @@ def _joined(
         loss.end_if_it_explains(error)
         abandon()
         raise
+
+
+def _start(cluster: Cluster, server: str, address: str, coordinator: str, timeout: float) -> str:
+    """Become one of the processes that meet at an address of the first one; the address under which they reach this one."""
+    index, (_, port) = cluster.names.index(server), split_address(coordinator, "coordinator")
+    own = address if index == 0 else source_address(address, port, f"server {server}")
+    log.info("%s: meets the others at %s port %d, is reached at %s", server, address, port, own)
+    cards = prepare_devices(cluster, index, own)
+    start_program(address, port, own, len(cluster.servers), index, cards, timeout)
+    return own
 
 
 class _Loss:

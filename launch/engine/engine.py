@@ -20,6 +20,7 @@ from dancemoe_jax.mesh import own_rows, shard_rows
 from dancemoe_jax.model.config import ModelConfig
 from launch.engine.batch import Batch, Member
 from launch.engine.control_word import ControlWord, MigrationProgress, blank
+from launch.engine.logprobs import note_logprobs
 from launch.engine.request import Request
 from launch.engine.step_counters import StepCounters
 from launch.engine.step_inputs import decode_inputs, given_routing, prefill_inputs, row_numbers
@@ -242,13 +243,15 @@ class Engine:
         failed, members, numbers = self._take_out_broken(members, numbers, result)
         width = 1 if turn.kind == "decode" else turn.width.chunk
         tokens = self._choice.next_tokens(members, numbers, self.batch.running, result, width)
-        ready, given = [], []
-        for (rows, request), token in zip(members, tokens, strict=True):
+        ready, ready_rows, given = [], [], []
+        for (rows, request), number, token in zip(members, numbers, tokens, strict=True):
             if turn.kind == "prefill":
                 request.done = rows.start + rows.count
             if request.prefilled:
                 ready.append((rows, request))
+                ready_rows.append(number)
                 given.append(token)
+        note_logprobs(ready, ready_rows, given, result.logits)
         return failed + self.batch.give(ready, given, None if self.replays else self.config.eos_token)
 
     def _take_out_broken(

@@ -56,15 +56,15 @@ class Loaded:
         """Which links' rows go unasked under a placement, where users are as the profile says: bool [servers, layers,
         servers]."""
         problem = self.problem if profile is self.profile else Problem.build(profile, self.cluster)
-        return likely_links(problem, self._serving(resident))
+        return likely_links(problem, self.serving(resident))
 
     def tables(self, slots: np.ndarray, likely: np.ndarray) -> Tables:
         """Routing tables of an assignment, on the devices."""
         layout: PoolLayout = self.engine.shapes["layout"]
-        tables = routing_tables(layout, slots, serving=self._serving(slots >= 0), likely=likely)
+        tables = routing_tables(layout, slots, serving=self.serving(slots >= 0), likely=likely)
         return place_tables(tables, self.engine.mesh)
 
-    def _serving(self, resident: np.ndarray) -> np.ndarray:
+    def serving(self, resident: np.ndarray) -> np.ndarray:
         """Whose copies serve each server; statistics play no part, so any profile of the model gives the same."""
         return serving_server(self.problem, self.problem.held(resident))
 

@@ -10,10 +10,14 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from launch.http.access import Access
 from launch.http.answers import problem
 from launch.http.book import Refused
 from launch.http.endpoints import Endpoints
 from launch.http.health import Health
+from launch.http.metrics import Metrics
+from launch.http.openapi import openapi
+from launch.http.operators import Operators
 from launch.http.service import Service
 
 log = logging.getLogger(__name__)
@@ -21,7 +25,7 @@ log = logging.getLogger(__name__)
 Handler = Callable[[HttpRequest], Awaitable[Response]]
 
 
-def make_app(service: Service, health: Health) -> Starlette:
+def make_app(service: Service, health: Health, metrics: Metrics, operators: Operators, access: Access) -> Starlette:
     """The application over a service."""
     endpoints = Endpoints(service)
 
@@ -32,22 +36,48 @@ def make_app(service: Service, health: Health) -> Starlette:
         found = health.report()
         return JSONResponse(found, 200 if found["ready"] else 503)
 
+    async def schema(request: HttpRequest) -> Response:
+        return JSONResponse(openapi(service.names[0]))
+
+    def user(path: str, handler: Handler, method: str) -> Route:
+        return Route(path, _checked(access.check_user, handler), methods=[method])
+
+    def operator(path: str, handler: Handler, *methods: str) -> Route:
+        return Route(path, _checked(access.check_operator, handler), methods=list(methods))
+
+    def refused(request: HttpRequest, error: Any) -> Response:
+        metrics.refused(error.status)
+        headers = {"retry-after": str(error.retry_after)} if error.retry_after else {}
+        if error.status == 401:
+            headers["www-authenticate"] = "Bearer"
+        return JSONResponse(problem(error.status, error.message, error.param), error.status, headers)
+
     routes = [
-        Route("/v1/completions", endpoints.completions, methods=["POST"]),
-        Route("/v1/chat/completions", endpoints.chat, methods=["POST"]),
-        Route("/v1/models", endpoints.models, methods=["GET"]),
-        Route("/v1/models/{name:path}", endpoints.model, methods=["GET"]),
-        Route("/tokenize", endpoints.tokenize, methods=["POST"]),
-        Route("/detokenize", endpoints.detokenize, methods=["POST"]),
+        user("/v1/completions", endpoints.completions, "POST"),
+        user("/v1/chat/completions", endpoints.chat, "POST"),
+        user("/v1/models", endpoints.models, "GET"),
+        user("/v1/models/{name:path}", endpoints.model, "GET"),
+        user("/tokenize", endpoints.tokenize, "POST"),
+        user("/detokenize", endpoints.detokenize, "POST"),
         Route("/health", live, methods=["GET"]),
         Route("/ready", ready, methods=["GET"]),
+        Route("/openapi.json", schema, methods=["GET"]),
+        Route("/", operators.page, methods=["GET"]),  # holds no figures; /status does
+        operator("/status", operators.status, "GET"),
+        operator("/metrics", operators.metrics, "GET"),
+        operator("/placement", operators.placement, "GET"),
+        operator("/profile", operators.profile, "GET", "POST"),
+        operator("/migrations", operators.migrations, "GET", "POST"),
     ]
-    return Starlette(routes=routes, exception_handlers={Refused: _refused, HTTPException: _http, Exception: _failed})
+    return Starlette(routes=routes, exception_handlers={Refused: refused, HTTPException: _http, Exception: _failed})
 
 
-def _refused(request: HttpRequest, error: Any) -> Response:
-    headers = {"retry-after": str(error.retry_after)} if error.retry_after else None
-    return JSONResponse(problem(error.status, error.message, error.param), error.status, headers)
+def _checked(check: Callable[[HttpRequest], None], handler: Handler) -> Handler:
+    async def answer(request: HttpRequest) -> Response:
+        check(request)
+        return await handler(request)
+
+    return answer
 
 
 def _http(request: HttpRequest, error: Any) -> Response:

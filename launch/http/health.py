@@ -47,4 +47,9 @@ class Health:
         stuck = supervisor.stuck_for(time.monotonic())
         if stuck > supervisor.stuck:
             add("stuck", f"no step has ended for {stuck:.1f} s while requests wait")
+        if stats := supervisor.stats:
+            if stats["covered"] < 1:
+                add("coverage", f"{1 - stats['covered']:.1%} of the experts are on no device")
+            if stats["controller"] is False:
+                add("controller", "the thread that revises the placement has ended; see the log, and start again")
         return found

@@ -3,24 +3,30 @@
 import argparse
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import signal
 import socket
+import ssl
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import uvicorn
+from starlette.applications import Starlette
 
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.text.tokenizer import load_tokenizer_bundle
 from launch.cluster.addresses import join_address, listen
 from launch.cluster.example import ALONE
+from launch.http.access import Access
 from launch.http.addresses import listening_at
 from launch.http.app import make_app
 from launch.http.book import Book
 from launch.http.health import Health
+from launch.http.metrics import Metrics
+from launch.http.operators import Operators
 from launch.http.protocol import LimitedProtocol
 from launch.http.service import Service
 from launch.http.supervisor import Supervisor
@@ -30,6 +36,7 @@ log = logging.getLogger(__name__)
 
 _KEEP_ALIVE_S = 30
 _LARGEST_HEAD = 2**16  # bytes
+_LATER_S = 10.0  # for the worker to end, once the cluster has drained
 
 
 def serve_http(args: argparse.Namespace, cluster: Cluster | None, path: Path, config: ModelConfig) -> int:
@@ -41,10 +48,13 @@ def serve_http(args: argparse.Namespace, cluster: Cluster | None, path: Path, co
     for flag in ("queue", "hold", "stuck", "deadline"):
         if not getattr(args, flag) > 0:
             raise InputError(f"--{flag} {getattr(args, flag)}: must be greater than 0")
+    if args.tls_key and not args.tls_cert:
+        raise InputError("--tls-key: give --tls-cert too")
     names = cluster.names if cluster else (ALONE,)
     server = args.server or ALONE
     if server not in names:
         raise InputError(f"server {server}: not in {args.cluster}; known are {', '.join(names)}")
+    access = Access(args.tokens, args.operator_token)
     bundle = load_tokenizer_bundle(path, config)
     host, port = listening_at(args.http)
     with listen(host, port, "--http") as listening, tempfile.TemporaryDirectory(prefix="front-door-") as folder:
@@ -61,9 +71,16 @@ def serve_http(args: argparse.Namespace, cluster: Cluster | None, path: Path, co
             alone=len(names) == 1,
         )
         book.cancel_in_worker = supervisor.cancel
+        metrics = Metrics(server, book, supervisor)
+        book.ended = metrics.ended
         service = Service(bundle, config, (path.resolve().name,), names.index(server), book, supervisor)
-        door = _Door(service, Health(server, book, supervisor), args.drain)
-        log.info("%s: HTTP at http://%s", server, join_address(*listening.getsockname()[:2]))
+        health = Health(server, book, supervisor)
+        operators = Operators(service, health, metrics, args.state if server == names[0] else None, args.secret)
+        door = _Door(service, make_app(service, health, metrics, operators, access), args)
+        where = join_address(*listening.getsockname()[:2])
+        log.info("%s: %s://%s", server, "https" if args.tls_cert else "http", where)
+        if access.open_to_all and not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:
+            log.warning("%s: anyone who reaches %s can ask; give --tokens FILE to have them show one", server, where)
         return asyncio.run(door.run(listening))
 
 
@@ -75,11 +92,11 @@ def _command() -> list[str]:
 class _Door:
     """Serves HTTP and keeps a worker, until signals say that it is to end: the first drains, the second ends at once."""
 
-    def __init__(self, service: Service, health: Health, drain: float) -> None:
-        self._service, self._drain_s = service, drain
+    def __init__(self, service: Service, app: Starlette, args: argparse.Namespace) -> None:
+        self._service, self._drain_s = service, args.drain
         self._server = _Server(
             uvicorn.Config(
-                make_app(service, health),
+                app,
                 http=LimitedProtocol,
                 ws="none",
                 lifespan="off",
@@ -89,9 +106,17 @@ class _Door:
                 timeout_keep_alive=_KEEP_ALIVE_S,
                 timeout_graceful_shutdown=2,
                 h11_max_incomplete_event_size=_LARGEST_HEAD,
+                ssl_certfile=args.tls_cert,
+                ssl_keyfile=args.tls_key,
             )
         )
-        logging.getLogger("uvicorn").setLevel(logging.ERROR)
+        try:
+            self._server.config.load()
+        except (OSError, ssl.SSLError) as error:
+            raise InputError(
+                f"--tls-cert {args.tls_cert}, --tls-key {args.tls_key}: cannot be used ({error})"
+            ) from None
+        logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # app.py says what fails, in a line
         self._came: list[int] = []
         self._draining: asyncio.Task[None] | None = None
 
@@ -133,6 +158,8 @@ class _Door:
         for accepted in book:
             book.fail(accepted.number, 503, f"not answered within {self._drain_s:g} s of the server's draining")
         supervisor.finish()
+        await asyncio.sleep(self._drain_s + _LATER_S)  # the other servers have as long for their own
+        supervisor.end()
 
 
 class _Server(uvicorn.Server):

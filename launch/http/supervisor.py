@@ -17,7 +17,7 @@ from typing import Any
 from launch.cluster.async_framing import AsyncConnection, listen_at
 from launch.cluster.framing import MessageError
 from launch.cluster.processes import following
-from launch.http.book import Book
+from launch.http.book import Book, Refused
 from launch.serve.front_messages import PURPOSE, ROLE, TO_FRONT, TO_WORKER
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,6 @@ class Worker:
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process, self.phase, self.served = process, "starting", False
         self.steps = 0
-        self.beat: dict[str, Any] = {}
         self.moved_at = self.spoke_at = time.monotonic()
         self.requests: AsyncConnection | None = None
 
@@ -97,6 +96,7 @@ class Supervisor:
         self._alone, self._joining, self._ending, self._last = alone, False, False, False
         self._asked: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._ask_number = 0
+        self._stats: dict[str, Any] | None = None
 
     @property
     def serving(self) -> bool:
@@ -156,6 +156,11 @@ class Supervisor:
         self._book.lost_worker(serving=served)
         return status, served
 
+    @property
+    def stats(self) -> dict[str, Any] | None:
+        """What the worker last told of itself (`launch.serve.stats`), the last one's until the next one has any."""
+        return self._stats
+
     # ---- what the worker says ----
 
     async def _take(self, connection: AsyncConnection) -> None:
@@ -175,8 +180,8 @@ class Supervisor:
         for number, token, *logprobs in message.get("tokens", ()):
             self._book.take(number, token, *logprobs)
         for number, reason, error in message.get("ended", ()):
-            if reason in ("refused", "error"):
-                self._book.fail(number, 400 if reason == "refused" else 500, error)
+            # One that ended well is closed already: the book counts as the worker does.
+            self._book.fail(number, 400 if reason == "refused" else 500, error or f"the worker ended it ({reason})")
         if failed := message.get("failed"):
             for number in failed["ids"]:
                 self._book.fail(number, 500, f"the step that served this request has failed: {failed['why']}")
@@ -185,7 +190,8 @@ class Supervisor:
         if beat := message.get("beat"):
             if beat["steps"] != worker.steps:
                 worker.moved_at = now
-            worker.steps, worker.beat = beat["steps"], beat
+            worker.steps = beat["steps"]
+            self._stats = beat.get("stats", self._stats)
         if "servers" in message:
             self.servers = tuple(message["servers"])
         for reply in message.get("reply", ()):
@@ -212,6 +218,11 @@ class Supervisor:
             self.flush()
 
     # ---- what it is told ----
+
+    def check_hope(self) -> None:
+        """Raises Refused where no worker has served for so long that requests do not wait any more."""
+        if not self.serving and time.monotonic() - self.lost_at > self._hold:
+            raise Refused(503, f"no worker has served for {self._hold:g} s: {self.state}", retry_after=5)
 
     def flush(self) -> None:
         """Send the worker what it does not have yet."""

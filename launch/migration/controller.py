@@ -30,6 +30,7 @@ from placement.migration.decide import Confirmation, Figures, Policy
 
 log = logging.getLogger(__name__)
 
+CONTROLLER = "controller"  # name of the thread that revises the placement
 _END_S = 5.0  # for a revision to end, when serving does
 T = TypeVar("T")
 
@@ -61,7 +62,7 @@ class Controller:
         self._waiting: Confirmation[Placement] = Confirmation()
         self._busy, self._ended = threading.Lock(), threading.Event()
         self._planning = Planning()
-        self._thread = threading.Thread(target=self._revise, name="controller", daemon=True)
+        self._thread = threading.Thread(target=self._revise, name=CONTROLLER, daemon=True)
 
     def start(self, reason: str = "start") -> None:
         """Record what is in force and why, and revise it from now on."""
@@ -164,7 +165,8 @@ class Controller:
         try:
             present.validate(self.cluster)
         except InputError as error:
-            return str(error)
+            # The first part says which device and by how much; what follows is for those who wrote a file.
+            return f"there is less memory now ({str(error).partition(': experts')[0].removeprefix('placement: ')})"
         return ""
 
     def _weigh(

@@ -10,7 +10,8 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from dancemoe_jax.errors import DanceMoEError
@@ -18,8 +19,11 @@ from dancemoe_jax.inference.sampling_params import SamplingParams
 from launch.cluster.framing import Connection, MessageError, connect
 from launch.cluster.jax_runtime import leave_at_once
 from launch.engine.host import Host, Stream
+from launch.engine.loading import Loaded
 from launch.engine.request import Request
+from launch.migration.worker import MigrationWorker
 from launch.serve.front_messages import LONGEST, PURPOSE, SUBMITTED, TO_WORKER
+from launch.serve.stats import Stats
 from placement import Cluster
 
 log = logging.getLogger(__name__)
@@ -46,9 +50,10 @@ class FrontLink:
         self._writing = self._open(path, secret, "tokens")
         self._host: Host | None = None
         self._streams: dict[int, _Tokens] = {}
+        self._left: dict[int, Request] = {}  # what the loop's end has cut off
         self._count, self._last, self._over = threading.Lock(), False, threading.Event()
         self._news: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-        self.answers: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+        self._stats: Stats | None = None
         for name, target in (("front door's requests", self._read), ("tokens", self._write), ("beat", self._beat)):
             threading.Thread(target=target, name=name, daemon=True).start()
 
@@ -74,6 +79,10 @@ class FrontLink:
         """The cluster has other servers from now on."""
         self._news.put(("servers", list(cluster.names)))
 
+    def watch(self, host: Host, loaded: Loaded, worker: MigrationWorker | None) -> None:
+        """Tell the front door what a program does."""
+        self._stats = Stats(host, loaded, worker)
+
     @property
     def pending(self) -> int:
         """Requests without a full answer."""
@@ -97,8 +106,9 @@ class FrontLink:
     def failed_step(self, why: str) -> None:
         """A step has failed: its requests are told so, the others go on in the next process. Does not return."""
         host = self._host
-        running = {id(request) for request in host.engine.taking} if host else set()
-        ids = [number for number, stream in list(self._streams.items()) if id(stream.request) in running]
+        taken = {id(request) for request in host.engine.taking} if host else set()
+        open_here = {number: stream.request for number, stream in list(self._streams.items())}
+        ids = [number for number, request in {**open_here, **self._left}.items() if id(request) in taken]
         log.error("a step has failed, and %d requests with it (%s); the worker starts again", len(ids), why)
         self._news.put(("failed", {"ids": ids, "why": why}))
         self.settle(_FLUSH_S)
@@ -156,9 +166,8 @@ class FrontLink:
     def _reply(self, request: Mapping[str, Any]) -> None:
         reply: dict[str, Any] = {"id": request.get("id")}
         try:
-            if self.answers is None:
-                raise ValueError("this server answers no such request; see --state")
-            reply["reply"] = dict(self.answers(request))
+            assert self._stats is not None
+            reply["reply"] = self._stats.answer(request)
         except Exception as error:  # whatever it is, the operator is told
             reply["error"] = " ".join(str(error).split()) or type(error).__name__
         self._news.put(("reply", reply))
@@ -176,6 +185,8 @@ class FrontLink:
         # One that the front door did not cancel goes on in the next process: this one ends.
         if request.reason != "cancelled" or request.cancelled:
             self._news.put(("ended", [number, request.reason, request.error]))
+        else:
+            self._left[number] = request
         self._finish_if_over()
 
     def _finish_if_over(self) -> None:
@@ -186,9 +197,12 @@ class FrontLink:
 
     def _beat(self) -> None:
         while True:
-            host = self._host
-            engine = host.engine if host else None
-            self._news.put(("beat", {"steps": sum(engine.steps.values()) if engine else 0}))
+            host, stats = self._host, self._stats
+            beat: dict[str, Any] = {"steps": sum(host.engine.steps.values()) if host else 0}
+            if stats is not None:
+                with suppress(AttributeError, RuntimeError):  # the program is on its way to the next one
+                    beat["stats"] = stats.report()
+            self._news.put(("beat", beat))
             time.sleep(_BEAT_S)
 
     def _write(self) -> None:

@@ -46,11 +46,7 @@ def serve(
     if cluster is None:
         cluster = alone(config, args.sequences, itemsize=jnp.dtype(args.dtype).itemsize, int8=args.int8)
         args.server = cluster.names[0]
-    if lines is None:
-        source: Feeder | FrontLink = FrontLink(args.front_door, args.secret)
-    else:
-        maker = RequestMaker(load_tokenizer_bundle(path, config), config)
-        source = Feeder(maker, lines, shared=args.requests != "-", shares=not args.join)
+    source = _source(args, path, config, lines)
     facts = facts_of(args, path, config, policy)
     state = open_state(args.state) if args.state and args.server == cluster.names[0] else None
     record = read_record(state) if state else None
@@ -74,6 +70,7 @@ def serve(
     )
     if isinstance(source, FrontLink):
         server.phase, server.failed_step, server.patience = source.phase, source.failed_step, _PATIENCE_S
+        server.watch = source.watch
     try:
         if args.join:
             server.join_serving(args.join, cluster)
@@ -90,6 +87,13 @@ def serve(
     if source.problem:
         return 1
     return 128 + drain.cancelled if drain.cancelled else 0
+
+
+def _source(args: argparse.Namespace, path: Path, config: ModelConfig, lines: BinaryIO | None) -> Feeder | FrontLink:
+    if lines is None:
+        return FrontLink(args.front_door, args.secret)
+    maker = RequestMaker(load_tokenizer_bundle(path, config), config)
+    return Feeder(maker, lines, shared=args.requests != "-", shares=not args.join)
 
 
 def facts_of(args: argparse.Namespace, path: Path, config: ModelConfig, policy: Policy) -> dict[str, str]:

@@ -27,6 +27,7 @@ from launch.engine.host import Host
 from launch.engine.loading import Loaded, load
 from launch.engine.memory import sizes
 from launch.migration.record import Record
+from launch.migration.worker import MigrationWorker
 from launch.serve.attach_migration import Start, migrating, resumed
 from launch.serve.drain import Drain
 from launch.serve.warm_up import warm_up
@@ -55,6 +56,7 @@ class Server:
             taken are answered.
         phase: called with what it does on its way to serving; failed_step: with why a step has failed that no other
             server's end explains; patience: seconds for the first server's port to become free.
+        watch: called with what each program serves, before its loop starts.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Server:
     settle: Callable[[float], None]
     phase: Callable[[str], None] = field(default_factory=lambda: _ignore, init=False)
     failed_step: Callable[[str], None] = field(default_factory=lambda: _ignore, init=False)
+    watch: Callable[[Host, Loaded, MigrationWorker | None], None] | None = field(default=None, init=False)
     patience: float = field(default=0.0, init=False)
     host: Host | None = field(default=None, init=False)
     _gone: threading.Event = field(default_factory=threading.Event, init=False)  # whether another server has ended
@@ -133,31 +136,19 @@ class Server:
             devices = self._join(stack, group, also or {})
             self.phase("loading the model")
             self._since = self._since or time.monotonic()
-            profile = sizes(self.path, self.config, cluster, **self.options)
-            placed, epoch, fits = group.placement, group.epoch, False
-            if first:
-                placed, epoch, fits = resumed(record, placed, profile, cluster)
-            planned = {"placed": placed, "profile": profile, "fits": fits, "kernels": self.kernels}
-            loaded = load(
-                self.path,
-                self.config,
-                cluster,
-                devices,
-                chunk=self.chunk,
-                read=read,
-                fingerprint=self.facts["model"],
-                **planned,
-                **self.options,
-            )
+            loaded, epoch = self._load(group, devices, record, read)
             self.phase("compiling")
             warm_up(loaded.engine, self.name)
             host = self._moved(loaded, cluster)
             stack.enter_context(self.drain.watching(host))
             change = GroupChange(host, cluster)
             stack.callback(change.end)
+            worker = None
             if self.policy is not None:
                 start = Start(epoch, group.reason, group.limits, self.facts, group.coordinator, self.secret)
-                stack.enter_context(migrating(host, loaded, self.policy, self.state, start))
+                worker = stack.enter_context(migrating(host, loaded, self.policy, self.state, start))
+            if self.watch is not None:
+                self.watch(host, loaded, worker)
             log.info("%s: serving after %.1f s", self.name, time.monotonic() - self._since)
             if first or read is not None:
                 self.begin(host, cluster)
@@ -174,6 +165,32 @@ class Server:
             self._since = time.monotonic()
             loaded.engine.release()
             return change.group
+
+    def _load(
+        self,
+        group: ProcessGroup,
+        devices: list[Any],
+        record: Record | None,
+        read: Callable[[int, int], ExpertWeights] | None,
+    ) -> tuple[Loaded, int]:
+        """This server's share of the model, and the number of its placement."""
+        profile = sizes(self.path, self.config, group.cluster, **self.options)
+        placed, epoch, fits = group.placement, group.epoch, False
+        if self.host is None and read is None:
+            placed, epoch, fits = resumed(record, placed, profile, group.cluster)
+        planned = {"placed": placed, "profile": profile, "fits": fits, "kernels": self.kernels}
+        loaded = load(
+            self.path,
+            self.config,
+            group.cluster,
+            devices,
+            chunk=self.chunk,
+            read=read,
+            fingerprint=self.facts["model"],
+            **planned,
+            **self.options,
+        )
+        return loaded, epoch
 
     def _join(self, stack: contextlib.ExitStack, group: ProcessGroup, also: Mapping[str, str]) -> list[Any]:
         """All devices of a program, which the stack leaves. Raises _NotTogether where others serve on without it."""

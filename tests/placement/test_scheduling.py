@@ -70,13 +70,13 @@ def test_a_step_tells_what_is_wanted_after_it():
 
 def test_a_prefill_step_is_wide_only_where_nobody_decodes():
     chunks = chunks_of(64, 4096)
-    for tokens, wanted in ((1, 64), (64, 64), (65, 128), (129, 512), (4000, 512)):
+    for tokens, wanted in ((1, 64), (64, 64), (65, 256), (4000, 256)):
         assert next_turn("prefill", [Wish(tokens, 1, False)], chunks) == Turn("prefill", Width(1, wanted))
         assert next_turn("decode", [Wish(tokens, 5, False), Wish(0, 0, True)], chunks) == Turn("prefill", Width(1, 64))
     assert next_turn("decode", [Wish(0, 0, False)], chunks) is None
     # Short prompts go together; one that is long goes alone.
-    assert next_turn("prefill", [Wish(90, 2, False)], chunks) == Turn("prefill", Width(4, 128))
-    assert next_turn("prefill", [Wish(300, 2, False)], chunks) == Turn("prefill", Width(1, 512))
+    assert next_turn("prefill", [Wish(60, 2, False)], chunks) == Turn("prefill", Width(4, 64))
+    assert next_turn("prefill", [Wish(90, 2, False)], chunks) == Turn("prefill", Width(1, 256))
 
 
 @pytest.mark.parametrize("chunks", [(64,), (64, 128), (64, 128, 512)])

@@ -1,6 +1,6 @@
 """Steps compiled for a GPU on a machine that has none: devices to compile for and abstract arguments.
 
-The compiler comes with the package `jax-cuda13-pjrt` (extra `gpu-compiler`). What it makes is what a card would be given, but
+The compiler comes with the extra `gpu-compiler`. What it makes is what a card would be given, but
 for autotuning, which needs the card. Nothing runs.
 """
 
@@ -80,7 +80,7 @@ def target_mesh(topology: str = "1x1x1", card: str = "sm_90") -> Mesh:
     """
     if not has_gpu_plugin():
         raise InputError(
-            "compiling for a GPU: jax-cuda13-pjrt is not installed; pip install 'dancemoe-jax[gpu-compiler]'"
+            "compiling for a GPU: JAX's compiler for GPUs is not installed; pip install 'dancemoe-jax[gpu-compiler]'"
         )
     config = _CARD.format(**CARDS[card])
     return make_mesh(topologies.get_topology_desc(platform="cuda", target_config=config, topology=topology).devices)

@@ -1,8 +1,9 @@
 """llama.cpp through its own binary `llama-batched-bench`, where only a folder of binaries is at hand."""
 
-import json
 import subprocess
 from pathlib import Path
+
+from placement.files import parse_json
 
 BINARY = "llama-batched-bench"
 
@@ -35,8 +36,8 @@ class LlamaBinaries:
     def _run(self, batch: int, tokens: int, steps: int) -> dict[str, float]:
         sizes = ["-c", str(batch * self._context), "-npp", str(tokens), "-ntg", str(steps), "-npl", str(batch), "-pps"]
         done = subprocess.run([*self._command, *sizes], capture_output=True, text=True, check=False)
-        for line in (done.stdout + done.stderr).splitlines():
+        for line in (done.stdout + done.stderr).split("\n"):
             if '"t_tg"' in line:
-                return json.loads(line[line.index("{") :])
-        said = done.stderr.strip().splitlines()
-        raise RuntimeError(f"{BINARY}: {said[-1] if said else f'ended with {done.returncode}'}")
+                return parse_json(line[line.index("{") :], BINARY)
+        said = done.stderr.strip().split("\n")
+        raise RuntimeError(f"{BINARY}: {said[-1] if said[-1] else f'ended with {done.returncode}'}")

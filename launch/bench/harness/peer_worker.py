@@ -13,6 +13,8 @@ import sys
 import time
 from typing import Any
 
+from placement.files import parse_json
+
 
 def main() -> None:
     """Answer until the input ends."""
@@ -24,7 +26,7 @@ def main() -> None:
 
     side: Any = None
     for line in sys.stdin:
-        asked = json.loads(line)
+        asked = parse_json(line, "bench peers")
         try:
             if side is None:
                 begin = time.perf_counter()
@@ -35,7 +37,7 @@ def main() -> None:
             else:
                 answer(seconds=side.decode(asked["decode"], asked["used"], asked["steps"]))
         except Exception as error:  # the other engines' errors are of any type
-            answer(error=f"{type(error).__name__}: {error}".splitlines()[0])
+            answer(error=f"{type(error).__name__}: {error}".partition("\n")[0])
 
 
 def _load(side: str, threads: int, **arguments: Any) -> Any:

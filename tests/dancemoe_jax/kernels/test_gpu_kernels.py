@@ -10,11 +10,11 @@ import pytest
 from dancemoe_jax import generate
 from dancemoe_jax.inference import steps
 from dancemoe_jax.kernels.attention import cached_attention_xla
-from dancemoe_jax.kernels.gpu.attention import cached_attention_gpu
-from dancemoe_jax.kernels.gpu.call import gpu_kernels
-from dancemoe_jax.kernels.gpu.experts import fits, make_plan, slot_experts_gpu
-from dancemoe_jax.kernels.gpu.linear import stacked_linear_gpu
-from dancemoe_jax.kernels.gpu.loop import slot_experts_loop
+from dancemoe_jax.kernels.gpu_attention import cached_attention_gpu
+from dancemoe_jax.kernels.gpu_call import gpu_kernels
+from dancemoe_jax.kernels.gpu_experts import fits, make_plan, slot_experts_gpu
+from dancemoe_jax.kernels.gpu_linear import stacked_linear_gpu
+from dancemoe_jax.kernels.gpu_loop import slot_experts_loop
 from dancemoe_jax.kernels.swiglu import ExpertWeights
 from dancemoe_jax.model.experts import dequantize, quantize
 from tests.helpers.cluster_of_devices import PROMPTS, Small, random_resident
@@ -168,7 +168,7 @@ def test_products_are_those_of_float64(heads, transposed, rng):
 
 
 def test_whole_steps_with_the_kernels_give_the_reference_tokens(monkeypatch, rng):
-    monkeypatch.setattr(steps, "gpu_kernels", lambda kernels, device: HOW)
+    monkeypatch.setattr(steps, "gpu_kernels", lambda kernels, devices: HOW)
     monkeypatch.setattr(steps, "use_native", lambda *_: False)
     # What carries kernels out operation by operation does not know of axes over which values vary.
     monkeypatch.setattr(jax, "shard_map", functools.partial(jax.shard_map, check_vma=False))
@@ -194,10 +194,10 @@ class Card:
 
 
 def test_kernels_are_for_cards_that_their_compiler_knows():
-    assert gpu_kernels("auto", Card()) == "compiled"
-    assert gpu_kernels("xla", Card()) is None
     turing, other = Card(), Card()
     turing.compute_capability = "7.5"
     other.device_kind = "AMD Instinct"
-    assert gpu_kernels("auto", turing) == gpu_kernels("auto", other) == "loop"
-    assert gpu_kernels("auto", jax.devices("cpu")[0]) is None
+    assert gpu_kernels("auto", [Card(), Card()]) == "compiled"
+    assert gpu_kernels("xla", [Card()]) is None
+    assert gpu_kernels("auto", [Card(), turing]) == gpu_kernels("auto", [other]) == "loop"
+    assert gpu_kernels("auto", jax.devices("cpu")) is None

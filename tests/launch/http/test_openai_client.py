@@ -1,6 +1,7 @@
 """The real `openai` client against a front door: what it gets is what `generate` says, streamed or not."""
 
 import json
+import math
 
 import openai
 import pytest
@@ -156,3 +157,35 @@ def test_paths_and_methods(door):
     assert door.http.get("/v1/completions").status_code == 405
     assert json.loads(door.http.get("/health").text) == {"status": "live"}
     assert door.ready()["ready"] is True
+
+
+def test_logprobs_are_those_of_the_models_logits(door):
+    given = {"model": MODEL, "prompt": "def main(", "max_tokens": 6}
+    greedy = door.client.completions.create(**given, temperature=0, logprobs=3).choices[0]
+    found = greedy.logprobs
+    assert "".join(found.tokens) == greedy.text
+    assert found.text_offset == [len("".join(found.tokens[:i])) for i in range(6)]
+    for own, likeliest in zip(found.token_logprobs, found.top_logprobs, strict=True):
+        assert len(likeliest) == 3
+        assert own == max(likeliest.values()) < 0  # the likeliest was taken
+        assert sum(math.exp(value) for value in likeliest.values()) < 1
+    # Whatever the temperature is, they are the model's own: the first token's are the same.
+    hot = door.client.completions.create(**given, temperature=2.0, seed=1, logprobs=3).choices[0].logprobs
+    assert hot.top_logprobs[0] == found.top_logprobs[0]
+    chat = door.client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": "def main("}],
+        max_tokens=6,
+        temperature=0,
+        logprobs=True,
+        top_logprobs=2,
+    )
+    content = chat.choices[0].logprobs.content
+    assert [part.logprob for part in content] == pytest.approx(found.token_logprobs)
+    assert [len(part.top_logprobs) for part in content] == [2] * 6
+    assert bytes(content[0].bytes).decode() == content[0].token
+    chunks = list(door.client.completions.create(**given, temperature=0, logprobs=3, stream=True))
+    parts = [
+        value for chunk in chunks if chunk.choices[0].logprobs for value in chunk.choices[0].logprobs.token_logprobs
+    ]
+    assert parts == pytest.approx(found.token_logprobs)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dancemoe_jax.kernels.experts import weighted_sum
-from dancemoe_jax.kernels.gpu.experts import make_plan
+from dancemoe_jax.kernels.gpu_experts import make_plan
 from dancemoe_jax.kernels.swiglu import ExpertWeights, gated
 
 _TILE = 8

@@ -1,12 +1,12 @@
 """Pallas kernels for NVIDIA GPUs: whether a platform takes them, and one call, also inside shard_map.
 
 Triton's lowering is what reaches Ampere, Ada and Hopper alike in every JAX that is supported; it is to go one day, and
-Pallas' other lowering is for Hopper and newer today. So the kernels keep to what both have, nothing outside this folder
-knows which it is, and where there is no kernel steps run through XLA.
+Pallas' other lowering is for Hopper and newer today. So the kernels keep to what both have, nothing outside these
+modules knows which it is, and where there is no kernel steps run through XLA.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -17,24 +17,29 @@ from jax.experimental.pallas import triton
 from dancemoe_jax.kernels.call import alike, varying_together
 
 # Compiled for the card, or carried out operation by operation on any device, for tests; "loop" for GPUs that the kernels are
-# not for, where the expert product is a loop that does not wait (loop.py) and the rest XLA's; None: XLA throughout.
+# not for, where the expert product is a loop that does not wait (gpu_loop.py) and the rest XLA's; None: XLA throughout.
 GpuKernels = Literal["compiled", "interpreted", "loop"] | None
 # The least compute capability that Triton compiles for.
 _LEAST = 8.0
 
 
-def gpu_kernels(kernels: str, device: Any) -> GpuKernels:
-    """Which kernels a step on this device takes.
+def gpu_kernels(kernels: str, devices: Iterable[Any]) -> GpuKernels:
+    """Which kernels steps on these devices take, the same on all of them.
 
     Args:
         kernels: "auto" or "xla" (kernels.library.Kernels).
-        device: of the mesh, or of one that is compiled for and not there.
+        devices: of the mesh, or devices that are compiled for and not there.
     """
-    if kernels != "auto" or device.platform not in ("gpu", "cuda"):
+    devices = list(devices)
+    if kernels != "auto" or any(device.platform not in ("gpu", "cuda") for device in devices):
         return None
+    return "compiled" if all(map(_compiles, devices)) else "loop"
+
+
+def _compiles(device: Any) -> bool:
+    """Whether Triton compiles for a GPU."""
     capability = getattr(device, "compute_capability", None)
-    known = "NVIDIA" in device.device_kind and (capability is None or float(capability) >= _LEAST)
-    return "compiled" if known else "loop"
+    return "NVIDIA" in device.device_kind and (capability is None or float(capability) >= _LEAST)
 
 
 def kernel_call(

@@ -1,0 +1,98 @@
+"""Front doors of a cluster: every server answers its own users, and all go on when a worker of any of them ends."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+
+from launch.cluster.addresses import free_port
+from tests.helpers.paths import ROOT
+from tests.launch.test_serve import CLUSTER
+
+NAMES = ("edge-a", "edge-b", "edge-c")
+
+
+class Cluster:
+    """Three front doors, started at once."""
+
+    def __init__(self, folder, *flags: str) -> None:
+        file = folder / "cluster.toml"
+        file.write_text(CLUSTER)
+        self.port, self.log_file = free_port(), folder / "log"
+        given = [sys.executable, "-m", "launch", "serve", "--cluster", str(file), "--http", f"127.0.0.1:{self.port}"]
+        shape = ["--context", "128", "--sequences", "4", "--chunk", "16"]
+        with open(self.log_file, "wb") as log:
+            self.process = subprocess.Popen(
+                [*given, *shape, *flags], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT
+            )
+
+    def ready(self, server: int) -> dict:
+        return httpx.get(f"http://127.0.0.1:{self.port + server}/ready", timeout=30).json()
+
+    def wait_until_ready(self, seconds: float = 400.0) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.log_file.read_text()
+            try:
+                if all(self.ready(server)["ready"] for server in range(3)):
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.2)
+        raise AssertionError(self.log_file.read_text())
+
+    def text(self, server: int, prompt: str, tokens: int = 60) -> str:
+        with openai.OpenAI(
+            base_url=f"http://127.0.0.1:{self.port + server}/v1", api_key="none", max_retries=0
+        ) as client:
+            found = client.completions.create(
+                model="tiny-moe", prompt=prompt, max_tokens=tokens, temperature=0, timeout=300
+            )
+        return found.choices[0].text
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    opened = Cluster(tmp_path_factory.mktemp("cluster"), "--stuck", "15", "--hold", "300")
+    try:
+        opened.wait_until_ready()
+        yield opened
+    finally:
+        opened.process.send_signal(signal.SIGTERM)
+        try:
+            status = opened.process.wait(90)
+        finally:
+            opened.process.kill()
+            opened.process.wait()
+    assert status == 0, opened.log_file.read_text()
+
+
+def test_each_server_answers_what_generate_does(cluster, generated):
+    prompts = ["def main(", "The import statement", "12 + 30 = "]
+    expected = [generated(prompt, max_tokens=60)["text"] for prompt in prompts]
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(cluster.text, range(3), prompts)) == expected
+
+
+@pytest.mark.parametrize("server", [0, 2])
+def test_all_go_on_when_a_worker_ends(cluster, server):
+    prompts = ["def main(", "The import statement", "12 + 30 = "] * 2
+    expected = [cluster.text(i % 3, prompt, 110) for i, prompt in enumerate(prompts)]
+    before = [cluster.ready(i)["restarts"] for i in range(3)]
+    with ThreadPoolExecutor(6) as pool:
+        running = [pool.submit(cluster.text, i % 3, prompt, 110) for i, prompt in enumerate(prompts)]
+        time.sleep(0.3)
+        os.kill(cluster.ready(server)["worker"]["pid"], signal.SIGKILL)
+        time.sleep(1.0)
+        others = [cluster.ready(i) for i in range(3) if i != server]
+        assert [one.result(400) for one in running] == expected
+    assert all(not found["ready"] for found in others)
+    assert all(any(NAMES[server] in reason["message"] for reason in found["reasons"]) for found in others)
+    cluster.wait_until_ready()
+    assert all(cluster.ready(i)["restarts"] > before[i] for i in range(3))
