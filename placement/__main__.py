@@ -15,6 +15,7 @@ COMMANDS = {
     "plan": "choose a placement and write it",
     "validate": "check a placement against a cluster",
     "compare": "plan with several strategies and show what each costs",
+    "advise": "how fast a model would run, what is in the way, what would help",
     "diff": "what moves between two placements, how long it takes, if it pays",
     "simulate": "serve requests with several strategies' plans",
     "convert": "read and write other engines' files",

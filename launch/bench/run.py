@@ -7,6 +7,7 @@ from launch.log import add_log_arguments
 
 WHAT = {
     "load": "memory and speed of loading one server's share of a large checkpoint",
+    "requests": "load on any server of OpenAI's API: time to first token, for each further one, goodput",
     "testbed": "requests of a routing trace on servers joined by real links, by strategy",
     "shift": "users of the servers change what they work on: serving with and without migration",
     "migrate": "what running requests notice of migrations",

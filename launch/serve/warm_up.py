@@ -1,7 +1,10 @@
 """Ready when it says so: every shape of a step is compiled, and each kind of step run once, before a server serves."""
 
+import contextlib
 import logging
+import threading
 import time
+from collections.abc import Iterator
 
 import jax
 
@@ -13,6 +16,7 @@ from launch.engine.request import Request
 log = logging.getLogger(__name__)
 
 _PROMPT, _TOKENS = [0, 0], 2
+_SAY_S = 20.0
 _KINDS = (("greedy", SamplingParams()), ("sampling", SamplingParams(temperature=1.0)))
 
 
@@ -27,7 +31,31 @@ def warm_up(engine: Engine, server: str) -> None:
         InputError: the steps do not fit a card, or the servers' programs do not fit together (engine.programs).
     """
     begin = time.monotonic()
-    check_programs(engine)
+    with _saying_that_it_goes_on(server, begin):
+        check_programs(engine)
+        _serve_small_requests(engine, server, begin)
+    engine.forget()
+    jax.block_until_ready(engine.state)
+    log.info("%s: compiled after %.1f s", server, time.monotonic() - begin)
+
+
+@contextlib.contextmanager
+def _saying_that_it_goes_on(server: str, begin: float) -> Iterator[None]:
+    """A line now and then within the block: on a busy machine a first start takes minutes."""
+    over = threading.Event()
+
+    def say() -> None:
+        while not over.wait(_SAY_S):
+            log.info("%s: still compiling after %.0f s", server, time.monotonic() - begin)
+
+    threading.Thread(target=say, name="progress", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _serve_small_requests(engine: Engine, server: str, begin: float) -> None:
     for kind, params in _KINDS:
         log.info("%s: compiling the steps (%s)", server, kind)
         for own in sorted({int(engine.device_server[device]) for device in engine.own}):
@@ -35,6 +63,3 @@ def warm_up(engine: Engine, server: str) -> None:
         engine.wake()
         while not engine.asleep:
             engine.step()
-    engine.forget()
-    jax.block_until_ready(engine.state)
-    log.info("%s: compiled after %.1f s", server, time.monotonic() - begin)

@@ -36,6 +36,7 @@ class Grid:
         lengths: prompt and output tokens to draw from, [P, 2].
         requests: simulated per cell, in the mean; servers get at least `duration` seconds each.
         duration: seconds.
+        chunk: prompt tokens of a step.
         seed: of arrivals and of strategies that draw.
     """
 
@@ -46,6 +47,7 @@ class Grid:
     lengths: tuple[tuple[int, int], ...] = ((128, 64),)
     requests: int = 1500
     duration: float = 120.0
+    chunk: int = 64
     seed: int = 0
 
 
@@ -140,7 +142,8 @@ def _column(task: tuple[Grid, Profile, Profile, str, int]) -> list[tuple[Cell, d
         for gap in grid.gaps:
             duration = max(grid.duration, grid.requests * gap / len(names))
             arrivals = Arrivals.poisson(len(names), gap, duration, grid.lengths, grid.seed)
-            done = simulate(problem, planned.resident, arrivals, compute, steps=steps, host=planned.host)
+            options = {"chunk": grid.chunk, "steps": steps, "host": planned.host}
+            done = simulate(problem, planned.resident, arrivals, compute, **options)
             p50, p95, p99 = np.percentile(done.latency, [50, 95, 99]).tolist()
             figures = {"mean": float(done.latency.mean()), "p50": p50, "p95": p95, "p99": p99}
             figures["port_utilisation"] = float(done.port_utilisation.max())

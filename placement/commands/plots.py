@@ -158,6 +158,28 @@ def plot_costs(costs: Mapping[str, Mapping[str, Any]], title: str, path: str | o
         _save(plt, figure, path)
 
 
+def plot_parts(parts: Mapping[str, Mapping[str, float]], title: str, path: str | os.PathLike[str]) -> None:
+    """Where time goes: a bar for each name, made of parts in seconds.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    plt = _pyplot()
+    with plt.rc_context(_STYLE):
+        figure, axis = plt.subplots(figsize=(7.2, 0.38 * len(parts) + 1.5), layout="constrained")
+        left = np.zeros(len(parts))
+        for i, part in enumerate(next(iter(parts.values()), {})):
+            values = np.array([1e3 * bar[part] for bar in parts.values()])
+            axis.barh(list(parts), values, left=left, color=COLOURS[i], label=part, height=0.7)
+            left += values
+        axis.invert_yaxis()
+        axis.set(title=title, xlabel="milliseconds of a decoded token")
+        axis.grid(color="#E5E5E5", axis="x")
+        axis.set_axisbelow(True)
+        axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+        _save(plt, figure, path)
+
+
 def frontier(points: Mapping[str, tuple[float, float]]) -> list[str]:
     """Names that no other beats in both figures, from left to right; of equal ones the first."""
     best, lowest = [], np.inf

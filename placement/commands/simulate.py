@@ -67,7 +67,8 @@ def run(arguments: argparse.Namespace) -> None:
     for name in names:
         planned = plan(profile, cluster, name, seed=arguments.seed)
         replan = _replan(arguments, cluster, name)
-        options = {"batch": arguments.batch, "shift": arguments.shift, "replan": replan, "host": planned.host}
+        options = {"batch": arguments.batch, "chunk": arguments.chunk, "shift": arguments.shift, "replan": replan}
+        options["host"] = planned.host
         done[name] = simulate(problem, planned.resident, arrivals, compute, **options)
     if arguments.plot:
         from placement.commands.plots import plot_latencies

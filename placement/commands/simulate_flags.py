@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--costs", metavar="C.json", help=what)
     what = "with --lock-step: sequences a device serves at once (4)"
     add("--sequences", type=_count, default=4, metavar="N", help=what)
-    what = "with --lock-step: prompt tokens of a step on a device (64)"
+    what = "prompt tokens of a step, of a device with --lock-step, else of a server (64)"
     add("--chunk", type=_count, default=64, metavar="N", help=what)
     add("--seed", type=whole_number, default=0, help="of arrivals and of strategies that draw (default: 0)")
     what = "the paper's grid on clusters of its own: 4 to 256 GPUs, 100 to 1000 Mbit/s, gaps 8 to 15 s"

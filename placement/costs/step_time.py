@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from placement.costs.computing import longest_alone
 from placement.costs.hosting import Hops, at_home, seen_from_hosts
 from placement.costs.network_use import network_use
 from placement.costs.routing import device_load, serving_server
@@ -20,7 +21,7 @@ def predict(problem: Problem, resident: np.ndarray, host: np.ndarray | None = No
 
     With a active sequences at servers of their own drawing, a layer waits for the slowest exchange of any of them:
     P(at most v) = (mean_n P_n(at most v))^a. Its rows wait for the busiest interface, there and back, and its
-    assignments for the busiest device:
+    assignments for the busiest device, that of a token alone or, if that is longer, that of all of them in the mean:
 
         step = hops + sum_l E[max alpha] + busiest interface(beta x expected token-server pairs) + busiest device's computing
 
@@ -43,7 +44,8 @@ def predict(problem: Problem, resident: np.ndarray, host: np.ndarray | None = No
     load = device_load(problem, resident, host)
     total = load.sum(0)
     busiest = problem.top_k * (load / problem.speed[:, None]).max(0) / np.where(total > 0, total, 1.0)
-    prefill_compute, decode_compute = (float(busiest @ seconds) for seconds in problem.assignment_seconds)
+    longest = np.maximum(share @ longest_alone(problem, resident, serving), work.active * busiest)
+    in_prompt, decoded = problem.assignment_seconds
 
     waiting, moving = hops.waiting(problem), hops.row_seconds(problem)
     rows = _rows(problem, use.pairs, share, work.active, where).sum()
@@ -55,8 +57,8 @@ def predict(problem: Problem, resident: np.ndarray, host: np.ndarray | None = No
     prefill_network += share @ waiting if work.prefill_tokens else 0.0
     alone = waiting + moving + use.waiting().sum(-1)
     alone += [_rows(problem, use.pairs, own, 1, where).sum() for own in np.eye(len(share))]
-    decode = decode_network + work.active * decode_compute
-    prefill = prefill_network + work.prefill_tokens * prefill_compute
+    decode = decode_network + longest @ decoded
+    prefill = prefill_network + work.prefill_tokens * (busiest @ in_prompt)
     crossings = np.einsum("n,nlm->", share, use.pairs)
     sent = work.prefill_tokens * crossings * 2 * VALUE_BYTES * problem.hidden_size
     return {

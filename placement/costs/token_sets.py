@@ -1,6 +1,7 @@
 """Which experts fire together: token-level sets of every source, and how much a growing local set serves of them."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -29,6 +30,7 @@ class TokenSets:
     recorded: np.ndarray
 
 
+@lru_cache(maxsize=4)
 def token_sets(problem: Problem, seed: int = 0) -> TokenSets:
     """Recorded sets where the profile has them; for a server with counts alone, sets drawn as if independent.
 

@@ -5,6 +5,10 @@ from dataclasses import dataclass
 
 from placement.files import InputError, show
 
+# Of `launch bench exchange`, one decoded token whose every layer leaves its server: 1.58 ms a layer, of which 0.29 ms are its
+# bytes at 500 Mbit/s and 0.1 ms the links' latency (launch/bench/README.md). `launch calibrate` measures links, not this.
+EXCHANGE_SECONDS = 1.2e-3
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -27,7 +31,7 @@ class Workload:
     active: int = 1
     prefill_tokens: int = 256
     decode_steps: int = 128
-    exchange_seconds: float = 3e-3
+    exchange_seconds: float = EXCHANGE_SECONDS
     assignment_seconds: float | None = None
 
     def __post_init__(self) -> None:

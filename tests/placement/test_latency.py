@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement import STRATEGIES, Cluster, InputError, Problem, Profile, Workload, evaluate, plan
+from placement.costs.computing import longest_in_server
 from placement.costs.network_use import network_use
 from placement.costs.routing import serving_server
 from placement.costs.step_time import predict
 from placement.costs.token_sets import chains, token_sets
+from placement.data.workload import EXCHANGE_SECONDS
 from placement.strategies.latency.local_search import local_search
 from placement.strategies.latency.plan import latency
 from tests.helpers.paths import DEEPSEEK
@@ -81,7 +83,7 @@ def test_predict_by_counting_tokens(problem):
         mine = problem.tokens.ids[problem.tokens.server == n]
         for token, layer in itertools.product(mine, range(problem.shape[1])):
             away = {int(serving[n, layer, e]) for e in token[layer]} - {n}
-            exchange = [0.003 + problem.latency[n, m] + problem.latency[m, n] for m in away]
+            exchange = [EXCHANGE_SECONDS + problem.latency[n, m] + problem.latency[m, n] for m in away]
             seconds += max(exchange, default=0.0) + sum(row[n, m] + row[m, n] for m in away)
             met += len(away)
         if len(mine):
@@ -114,7 +116,7 @@ def test_active_sequences_wait_for_each_other():
         found = predict(three_servers(counts, workload=work), held)
         waits = 1 - (1 / 3) ** active
         rows = 2 * 1e-3 * max(2 / 3, active * 2 / 3)  # all meet at c's interface, there and back
-        assert np.isclose(found["decode_network_seconds"], 3e-3 * waits + rows)
+        assert np.isclose(found["decode_network_seconds"], EXCHANGE_SECONDS * waits + rows)
 
 
 def test_busiest_device_computes():
@@ -124,6 +126,31 @@ def test_busiest_device_computes():
     assert np.isclose(found["decode_seconds"] - found["decode_network_seconds"], 1.0)  # one of two each
     found = predict(three_servers(counts, workload=work), np.array([[[1, 1]], [[0, 0]], [[0, 0]]], bool))
     assert (found["decode_network_seconds"], found["decode_seconds"]) == (0.0, 2.0)
+
+
+def test_a_decoded_token_waits_for_most_of_its_experts_on_one_device():
+    # Every token has both its experts on one device; a prompt's tokens spread over both devices.
+    ids = np.array([[[0, 1]], [[2, 3]]] * 2)
+    counts = np.array([[[2, 2, 2, 2]], [[0] * 4], [[0] * 4]])
+    tokens = {"ids": ids, "server": np.zeros(4, int), "sequence": np.zeros(4, int)}
+    held = np.array([[[1, 1, 0, 0]], [[0, 0, 1, 1]], [[0, 0, 0, 0]]], bool)
+    for active, seconds in ((1, 2.0), (2, 2.0), (3, 3.0)):  # of three, more than the mean waits for one of them alone
+        work = Workload(active, 10, 1, assignment_seconds=1.0)
+        found = predict(three_servers(counts, workload=work, **tokens), held)
+        assert np.isclose(found["decode_seconds"] - found["decode_network_seconds"], seconds)
+        assert np.isclose(found["prefill_seconds"] - found["prefill_network_seconds"], 10.0)
+    apart = np.array([[[1, 0, 1, 0]], [[0, 1, 0, 1]], [[0, 0, 0, 0]]], bool)
+    found = predict(three_servers(counts, workload=Workload(1, 10, 1, assignment_seconds=1.0), **tokens), apart)
+    assert np.isclose(found["decode_seconds"] - found["decode_network_seconds"], 1.0)
+
+
+def test_experts_of_a_token_meet_on_a_servers_devices():
+    counts = np.ones((1, 1, 4))
+    devices = [{"memory": 9, "speed": 2.0}, {"memory": 9, "speed": 2.0}]
+    cluster = Cluster.from_dict({"server": [{"name": "a", "devices": devices}]})
+    problem = Problem.build(Profile(counts, ("a",), "m", 2, 500, 1), cluster)
+    # One expert takes half a second at twice the speed; two are on one device half of the time.
+    assert longest_in_server(problem)[0] == pytest.approx([0.0, 0.5, 0.75], abs=0.02)
 
 
 @given(instances(kinds=(COUNTS,)))

@@ -66,7 +66,16 @@ def test_prefill_goes_before_decoding_and_sequences_share_steps():
     # Five steps until 1.5; prefill until 2.5; five shared steps of 0.12 s until 3.1; fifteen alone until 4.6.
     assert np.allclose(done.first_token, [1, 1])
     assert np.allclose(done.latency, [3.1, 4.6 - 1.5])
-    assert done.events == 6  # two arrivals, two prefills, two last tokens
+    assert done.events == 7  # two arrivals, the end of the step then, two prefills, two last tokens
+
+
+def test_chunks_of_a_prompt_and_decode_steps_take_turns():
+    given = requests((0, 0, 100, 11), (1.55, 0, 100, 21))
+    done = simulate(*one_server(), given, SLOW, chunk=50)
+    # The step that runs at 1.55 ends at 1.6; half a prompt until 2.1, a decode step, the other half until 2.7. Of the first
+    # request's ten steps three are left, shared until 3.06; seventeen of the second one's twenty follow alone.
+    assert np.allclose(done.first_token, [1, 2.7 - 1.55])
+    assert np.allclose(done.latency, [3.06, 4.76 - 1.55])
 
 
 def test_full_batch_waits():

@@ -1,17 +1,16 @@
 """Event-driven simulation of requests on a cluster: how long they take under a placement. Plans nothing itself.
 
-Modelled: every server runs its own loop, as engines do that are not in lock-step. It takes one step after the other: the
-whole prompt of the request that waits longest as one prefill step, else a decode step of all its sequences, up to `batch`
-of them; so prefill always comes first and holds up its server's decoding. This is not how this project's engine schedules:
-it takes prompts in chunks, in turns with decode steps (`placement.scheduling`, simulated by `simulation.lockstep`). A
-step is dense work at home, an exchange with the servers it needs (latency where any token needs one, bytes per token
-and server), experts on the devices that hold the copies, and the way back. Servers share each other's devices, the
-ports out of and into each server, and links slower than those ports. Sharing is processor sharing in the mean: a step
-finds at every resource the other servers' steps with the share of time that they spend there (approximate mean value
-analysis of a closed network, Schweitzer 1979, one customer per server), solved again whenever any server starts
-something else (beyond 16 servers after every N/16 such changes, in between for the changed server alone). Between
-events rates are constant, so a decode of many tokens costs one event. Migrations read storage
-or use links as one more customer, and stall every server when they take over.
+Modelled: every server runs its own loop, as engines do that are not in lock-step, one step after the other: a chunk of the
+prompt that waits longest, or a decode step of all its sequences, up to `batch` of them; where both are wanted they take
+turns, by the rule of this project's engine (`placement.scheduling`; `simulation.lockstep` simulates it whole). A step is
+dense work at home, an exchange with the servers it needs (latency where any token needs one, bytes per token and server),
+experts on the devices that hold the copies, and the way back. Servers share each other's devices, the ports out of and
+into each server, and links slower than those ports. Sharing is processor sharing in the mean: a step finds at every
+resource the other servers' steps with the share of time that they spend there (approximate mean value analysis of a closed
+network, Schweitzer 1979, one customer per server), solved again whenever any server starts something else (beyond 16
+servers after every N/16 such changes, in between for the changed server alone). Between events rates are constant, so a
+decode of many tokens costs one event. Migrations read storage or use links as one more customer, and stall every server
+when they take over.
 
 Not modelled: variance between steps of one kind (a step takes its expectation), overlap of exchange and computing,
 experts shared by sequences of one decode step, memory of the KV cache, packet loss, and lock-step between servers.
@@ -27,6 +26,7 @@ import numpy as np
 from placement.data.arrivals import Arrivals
 from placement.data.problem import Problem
 from placement.migration.decide import Confirmation
+from placement.scheduling import Kind, next_kind
 from placement.simulation.independent.contention import Customers
 from placement.simulation.independent.replan import DECAY, Load, Replan, observe, trade_places, weigh_plan
 from placement.simulation.independent.unit_costs import DECODED, PROMPT, STEP, Compute, Steps, ports
@@ -85,6 +85,7 @@ def simulate(
     compute: Compute | None = None,
     *,
     batch: int = 32,
+    chunk: int | None = None,
     shift: float | None = None,
     replan: Replan | None = None,
     steps: Steps | None = None,
@@ -98,6 +99,7 @@ def simulate(
         arrivals: R requests.
         compute: speed of the devices; None takes `Compute.roofline`.
         batch: sequences that a server decodes together at most; further requests wait.
+        chunk: prompt tokens of a step at most; None: the whole prompt.
         shift: seconds after which the servers' workloads trade places.
         replan: revise the placement while serving.
         steps: `Steps.build(problem, resident, compute, host)`, where the caller has it already.
@@ -105,7 +107,7 @@ def simulate(
     """
     compute = compute or Compute.roofline(problem)
     steps = steps or Steps.build(problem, resident, compute, host)
-    run = _Run(problem, resident, arrivals, compute, batch, shift, replan, steps, host)
+    run = _Run(problem, resident, arrivals, compute, (batch, chunk or 2**62), shift, replan, steps, host)
     run.serve()
     elapsed = max(run.now, 1e-12)
     rate = np.where(np.eye(len(problem.names), dtype=bool), np.inf, problem.bandwidth)
@@ -132,17 +134,16 @@ class _Run:
         resident: np.ndarray,
         arrivals: Arrivals,
         compute: Compute,
-        batch: int,
+        most: tuple[int, int],
         shift: float | None,
         replan: Replan | None,
         steps: Steps,
         host: np.ndarray | None,
     ) -> None:
         servers = self.servers = len(problem.names)
-        self.host = host
-        self.arrivals, self.compute, self.batch, self.replan = arrivals, compute, batch, replan
-        self.workloads, self.current = [problem], 0
-        self.resident = resident
+        self.arrivals, self.compute, self.replan, self.host = arrivals, compute, replan, host
+        self.batch, self.chunk = most  # sequences of a server, prompt tokens of a step
+        self.workloads, self.current, self.resident = [problem], 0, resident
         self.port_out, self.port_in, _ = ports(problem)
         self.now, self.resume, self.events = 0.0, 0.0, 0
         self.shift = np.inf if shift is None else shift
@@ -152,7 +153,9 @@ class _Run:
         self.left = np.full(2 * servers, np.inf)  # units until a row's next event
         self.amount = np.zeros((servers, 3))  # units of work in one unit of a row
         self.doing = [_IDLE] * servers
-        self.request = [-1] * servers  # being prefilled
+        self.last: list[Kind | None] = [None] * servers  # kind of the step before
+        self.request = [-1] * servers  # being prefilled, with tokens of its prompt that have not been through a step
+        self.prompt_left = [0] * servers
         self.steps_done = np.zeros(servers)
         self.queue: list[deque[int]] = [deque() for _ in range(servers)]
         self.decoding: list[list[tuple[float, int]]] = [[] for _ in range(servers)]  # (last step, request)
@@ -183,8 +186,12 @@ class _Run:
                 server = entry[coming]
                 self.queue[server].append(coming)
                 coming += 1
-                if self.doing[server] != _PREFILL:
+                if self.doing[server] == _IDLE:
                     self._next_step(server)
+                elif self.doing[server] == _DECODE:  # after the step that it is in
+                    done = self.steps_done[server]
+                    self.left[server] = min(self.left[server], max(0.0, np.ceil(done - 1e-6) - done))
+                    self.stale = True
             elif at < due:
                 self.stale = True  # the stall is over
             elif row >= servers:
@@ -216,15 +223,19 @@ class _Run:
         self.steps_done += units * self.amount[:, STEP]
 
     def _next_step(self, server: int) -> None:
-        """Let a server begin what is next for it: the oldest waiting prompt, a decode step of all its sequences."""
-        amount = np.zeros(3)
-        decoding = self.decoding[server]
-        if self.queue[server] and len(decoding) < self.batch:
-            request = self.request[server] = self.queue[server].popleft()
+        """Let a server begin what is next for it: a chunk of the oldest prompt, or decode steps of all its sequences."""
+        amount, decoding = np.zeros(3), self.decoding[server]
+        if self.request[server] < 0 and self.queue[server] and len(decoding) < self.batch:
+            self.request[server] = self.queue[server].popleft()
+            self.prompt_left[server] = int(self.arrivals.prompt[self.request[server]])
+        prompt = self.request[server] >= 0
+        kind = self.last[server] = next_kind(self.last[server], prompt, bool(decoding))
+        if kind == "prefill":
             self.doing[server], self.left[server] = _PREFILL, 1.0
-            amount[PROMPT] = self.arrivals.prompt[request]
-        elif decoding:
-            self.doing[server], self.left[server] = _DECODE, decoding[0][0] - self.steps_done[server]
+            amount[PROMPT] = min(self.chunk, self.prompt_left[server])
+        elif kind == "decode":  # one step where a prompt waits for its turn, else until a sequence ends
+            left = decoding[0][0] - self.steps_done[server]
+            self.doing[server], self.left[server] = _DECODE, min(left, 1.0) if prompt else left
             amount[DECODED], amount[STEP] = len(decoding), 1.0
         else:
             self.doing[server], self.left[server] = _IDLE, np.inf
@@ -243,14 +254,16 @@ class _Run:
         finished = []
         if self.doing[server] == _PREFILL:
             request = self.request[server]
-            self.first[request] = self.now
-            more = int(self.arrivals.output[request]) - 1
-            if more:
-                heapq.heappush(self.decoding[server], (self.steps_done[server] + more, request))
-            else:
-                finished.append(request)
+            self.prompt_left[server] -= int(self.amount[server, PROMPT])
+            if not self.prompt_left[server]:
+                self.request[server] = -1
+                self.first[request] = self.now
+                if more := int(self.arrivals.output[request]) - 1:
+                    heapq.heappush(self.decoding[server], (self.steps_done[server] + more, request))
+                else:
+                    finished.append(request)
         else:
-            self.steps_done[server] = self.decoding[server][0][0]
+            self.steps_done[server] = round(self.steps_done[server])
             while self.decoding[server] and self.decoding[server][0][0] <= self.steps_done[server] + 1e-6:
                 finished.append(heapq.heappop(self.decoding[server])[1])
             if not self.decoding[server]:

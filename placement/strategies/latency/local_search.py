@@ -9,6 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
+from placement.costs.computing import longest_in_server
 from placement.costs.routing import copy_preference
 from placement.costs.token_sets import TokenSets
 from placement.data.problem import Problem
@@ -22,11 +23,14 @@ _LEAST = 1e-7  # of the time at the start: smaller improvements are not worth a 
 
 @dataclass(frozen=True, eq=False)
 class _Prices:
-    """Seconds in one layer: exchange [N, N] and rows [N, N] of a token per server met, computing [L] of an assignment."""
+    """Seconds in one layer: exchange [N, N] and rows [N, N] of a token per server met, and of an assignment at speed 1 in
+    the prompt and in the decode steps, [L] each; `longest` is `computing.longest_in_server`, speed [N] that of a server."""
 
     exchange: np.ndarray
     rows: np.ndarray
-    computing: np.ndarray
+    in_prompt: np.ndarray
+    decoded: np.ndarray
+    longest: np.ndarray
     speed: np.ndarray
 
 
@@ -57,7 +61,7 @@ def local_search(
         return held
     held = held.copy()
     partners = servers if servers <= _ALL_PARTNERS else 1
-    cost = sets.ids[0].size * sets.ids.shape[2] * len(sets.ids) * (partners + 1)
+    cost = sets.ids[0].size * max(sets.ids.shape[2], 2 * servers) * len(sets.ids) * (partners + 1)
     cost += servers * held.size  # of finding each source's copies
     effects = Effects(*(np.zeros(shape) for shape in (layers, problem.shape, problem.shape, problem.shape)))
     if partners == 1:
@@ -102,9 +106,9 @@ def _prices(problem: Problem) -> _Prices:
     tokens = work.prefill_tokens + work.decode_steps * work.active
     rows = problem.row_seconds + problem.row_seconds.T
     speed = np.bincount(problem.device_server, problem.speed)
-    prompt, decoded = problem.assignment_seconds
-    computing = work.prefill_tokens * prompt + work.decode_steps * work.active * decoded
-    return _Prices(problem.exchange_seconds, tokens * rows, computing, speed)
+    in_prompt, decoded = problem.assignment_seconds
+    computing = (work.prefill_tokens * in_prompt, work.decode_steps * decoded)
+    return _Prices(problem.exchange_seconds, tokens * rows, *computing, longest_in_server(problem), speed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +122,8 @@ class _Calls:
         first: whose copy a source uses, int64 [N, E]; target: of each assignment, int64 [T, k].
         waits: seconds of its exchange, float64 [T, k]; longest: of the token's, float64 [T].
         rows: seconds of its row, float64 [T, k]; computing: of an assignment at each server, float64 [N].
+        alone: seconds of an expert of a token for which its device computes longest; count: its experts at each server,
+            int64 [T, N].
         slow: weight of a token's exchange in a chunk and its steps.
         prices: of the problem.
     """
@@ -133,6 +139,8 @@ class _Calls:
     longest: np.ndarray
     rows: np.ndarray
     computing: np.ndarray
+    alone: float
+    count: np.ndarray
     slow: float
     prices: _Prices
 
@@ -144,7 +152,22 @@ class _Calls:
             met |= new == self.target[:, i : i + 1]
         after = np.where(met, 0.0, self.prices.rows[self.row, new]) + self.computing[new]
         after += self.slow * np.maximum(self._others, self.prices.exchange[self.row, new])
+        if self.alone:
+            rest, now = self._computing
+            there = self.prices.longest[new, self.count[np.arange(len(new))[:, None], new] + (new != self.target)]
+            after += self.alone * np.where(new == self.target, 0.0, np.maximum(rest, there) - now)
         return (after - self._saved) * self.weight
+
+    @cached_property
+    def _computing(self) -> tuple[np.ndarray, np.ndarray]:
+        """Longest computing of a token: if an assignment leaves its server, beside where it goes, [T, k]; now, [T, 1]."""
+        servers, token = np.arange(self.count.shape[1]), np.arange(len(self.ids))[:, None]
+        value = self.prices.longest[servers, self.count]
+        order = np.sort(value, -1)
+        here = value[token, self.target]
+        now, second = order[:, -1:], order[:, -2:-1]
+        left = self.prices.longest[self.target, self.count[token, self.target] - 1]
+        return np.maximum(np.where(here == now, second, now), left), now
 
     @cached_property
     def _others(self) -> np.ndarray:
@@ -171,23 +194,32 @@ def _follow(problem: Problem, sets: TokenSets, prices: _Prices, held: np.ndarray
     first = distance.argmin(1)
     target = first[row, ids]
     waits, rows = prices.exchange[row, target], prices.rows[row, target]
-    # A layer waits for its busiest server: only what goes there costs time to compute.
-    spent = np.bincount(target.ravel(), np.repeat(sets.weight, ids.shape[1]), len(prices.speed)) / prices.speed
-    busiest = prices.computing[layer] * float(spent.max())
-    computing = np.where(spent >= _BUSY * spent.max(), prices.computing[layer] / prices.speed, 0.0)
-    longest = waits.max(-1)
+    # A layer waits for its busiest server: only what goes there costs time to compute. A decoded token alone waits for that
+    # of its own few experts.
+    servers = len(prices.speed)
+    spent = np.bincount(target.ravel(), np.repeat(sets.weight, ids.shape[1]), servers) / prices.speed
+    token = np.arange(len(ids))[:, None] * servers
+    count = np.bincount((token + target).ravel(), minlength=len(ids) * servers).reshape(-1, servers)
+    longest = float(sets.weight @ prices.longest[np.arange(servers), count].max(-1))
+    together = work.active * float(spent.max())
+    alone = float(prices.decoded[layer]) if longest > together else 0.0
+    shared = prices.in_prompt[layer] + (0.0 if alone else work.active * prices.decoded[layer])
+    busiest = prices.in_prompt[layer] * float(spent.max()) + prices.decoded[layer] * max(longest, together)
+    computing = np.where(spent >= _BUSY * spent.max(), shared / prices.speed, 0.0)
+    slowest = waits.max(-1)
     # Of a sequences at once the slowest counts: a token's exchange matters as far as the others need none.
-    need = float(sets.weight @ (longest > 0))
+    need = float(sets.weight @ (slowest > 0))
     slow = work.decode_steps * work.active * (1 - need) ** (work.active - 1)
-    exchange = float(sets.weight @ longest)
+    exchange = float(sets.weight @ slowest)
     earlier = np.zeros(ids.shape, bool)  # an expert of the token before this one goes to the same server
     for i in range(ids.shape[1]):
         earlier[:, i] = (target == target[:, i : i + 1])[:, :i].any(-1)
     time = float(sets.weight @ (np.where(earlier, 0.0, rows).sum(-1))) + busiest
-    together = (1 - (1 - need) ** work.active) / need if need > 0 else 0.0
+    any_waits = (1 - (1 - need) ** work.active) / need if need > 0 else 0.0
     weight = sets.weight[:, None]
-    calls = _Calls(ids, row, weight, rank, distance, first, target, waits, longest, rows, computing, slow, prices)
-    return calls, time + work.decode_steps * exchange * together
+    own = (waits, slowest, rows, computing, alone, count, slow, prices)
+    calls = _Calls(ids, row, weight, rank, distance, first, target, *own)
+    return calls, time + work.decode_steps * exchange * any_waits
 
 
 def _measure(
