@@ -20,6 +20,7 @@ from launch.bench.harness.peer_binaries import BINARY
 from launch.bench.harness.peer_gguf import write_gguf
 from launch.bench.harness.peer_shapes import SHAPES, VOCABULARY
 from placement import InputError
+from placement.files import parse_json
 from placement.text_table import print_table, print_text
 
 KINDS = {"float32": "float32", "bfloat16": "bfloat16", "int8": "q8_0"}  # ours, and llama.cpp's beside it
@@ -160,9 +161,9 @@ class Worker:
             process.stdin.write(json.dumps(question) + "\n")
             process.stdin.flush()
         line = process.stdout.readline()
-        said = (
-            json.loads(line) if line else {"error": f"its process ended with {process.wait()}, out of memory perhaps"}
-        )
+        if not line:
+            line = json.dumps({"error": f"its process ended with {process.wait()}, out of memory perhaps"})
+        said = parse_json(line, self._side)
         if "error" in said:
             raise InputError(f"{self._side}: {said['error']}; leave it out, or measure fewer --layers")
         return said
