@@ -61,7 +61,7 @@ def cached_attention_gpu(
     wished = max(1, _PROGRAMS // (rows * kv_heads * blocks))
     part = max(_LEAST_PART, power_of_two(-(-positions // wished)))
     parts = -(-positions // part)
-    piece = 64 if width <= 128 else 32
+    piece = (64 if width <= 128 else 32) // (2 if q.dtype.itemsize == 4 else 1)
     shape = _Shape(group, tokens, width, value, values is None, block, min(piece, part), part, float(scale))
     scalars = jnp.stack([jnp.asarray(layer, jnp.int32), jnp.asarray(0 if window is None else window, jnp.int32)])
     # Queries of one group of heads side by side: [rows, kv_heads, tokens * group, width].

@@ -6,7 +6,7 @@ modules knows which it is, and where there is no kernel steps run through XLA.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -23,18 +23,23 @@ GpuKernels = Literal["compiled", "interpreted", "loop"] | None
 _LEAST = 8.0
 
 
-def gpu_kernels(kernels: str, device: Any) -> GpuKernels:
-    """Which kernels a step on this device takes.
+def gpu_kernels(kernels: str, devices: Iterable[Any]) -> GpuKernels:
+    """Which kernels steps on these devices take, the same on all of them.
 
     Args:
         kernels: "auto" or "xla" (kernels.library.Kernels).
-        device: of the mesh, or of one that is compiled for and not there.
+        devices: of the mesh, or devices that are compiled for and not there.
     """
-    if kernels != "auto" or device.platform not in ("gpu", "cuda"):
+    devices = list(devices)
+    if kernels != "auto" or any(device.platform not in ("gpu", "cuda") for device in devices):
         return None
+    return "compiled" if all(map(_compiles, devices)) else "loop"
+
+
+def _compiles(device: Any) -> bool:
+    """Whether Triton compiles for a GPU."""
     capability = getattr(device, "compute_capability", None)
-    known = "NVIDIA" in device.device_kind and (capability is None or float(capability) >= _LEAST)
-    return "compiled" if known else "loop"
+    return "NVIDIA" in device.device_kind and (capability is None or float(capability) >= _LEAST)
 
 
 def kernel_call(

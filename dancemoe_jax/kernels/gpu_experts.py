@@ -60,12 +60,11 @@ def fits(banks: Sequence[ExpertWeights]) -> bool:
 
 
 def blocks_for(rows: int, outputs: int, inputs: int, itemsize: int) -> Blocks:
-    """Few rows read weights, many compute: blocks for either."""
+    """Few rows read weights, many compute: blocks for either, whose three stages fit the shared memory of an RTX 30 card."""
     tall = rows > 256
     narrow = 32 if outputs <= 2048 and not tall else 64  # enough programs to keep a card's cores busy
-    piece = 64 if tall or itemsize == 4 else 128
-    size = Blocks(64 if tall else 16, narrow, piece, 4, 3)
-    return size._replace(outputs=min(size.outputs, power_of_two(outputs)), inputs=min(piece, power_of_two(inputs)))
+    piece = (128 if narrow == 32 else 64) // (2 if itemsize == 4 else 1)
+    return Blocks(64 if tall else 16, min(narrow, power_of_two(outputs)), min(piece, power_of_two(inputs)), 4, 3)
 
 
 def make_plan(slots: Int[Array, "tokens k"], tile: int, most_slots: int) -> Plan:
@@ -107,7 +106,7 @@ def slot_experts_gpu(
         most_slots: distinct slots that can occur at most: a layer's experts.
     """
     (tokens, k), hidden, inner = slots.shape, x.shape[1], banks[0].w_out.shape[2]
-    count, itemsize = tokens * k, banks[0].w_in.dtype.itemsize
+    count, itemsize = tokens * k, x.dtype.itemsize
     up, down = blocks_for(count, inner, hidden, itemsize), blocks_for(count, hidden, inner, itemsize)
     plan = make_plan(slots, up.rows, most_slots)
     # A tile may reach past the last row: what is indexed by row is a tile longer.

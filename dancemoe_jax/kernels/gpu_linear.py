@@ -40,11 +40,11 @@ def stacked_linear_gpu(
     groups, inputs, outputs = math.prod(heads), x.shape[-1], weight.shape[-1 if transposed else -2]
     rows = x.reshape(-1, groups, inputs)
     weight = weight.reshape(weight.shape[0], groups, *weight.shape[-2:])
-    blocks = _Blocks(
-        min(64, power_of_two(len(rows))),
-        min(power_of_two(outputs), 16 if outputs <= 1024 else 32 if outputs <= 8192 else 64),
-        min(power_of_two(inputs), 64 if x.dtype.itemsize == 4 else 128),
-    )
+    height = min(64, power_of_two(len(rows)))
+    width = min(power_of_two(outputs), 16 if outputs <= 1024 else 32 if outputs <= 8192 else 64)
+    # Three stages of both operands fit the shared memory of an RTX 30 card.
+    piece = (128 if height + width <= 64 else 64) // (2 if x.dtype.itemsize == 4 else 1)
+    blocks = _Blocks(height, width, min(piece, power_of_two(inputs)))
     grid = (-(-len(rows) // blocks.rows), -(-outputs // blocks.outputs), groups)
     result = jax.ShapeDtypeStruct((len(rows), groups, outputs), dtype or x.dtype)
     arguments = [rows, weight, jnp.asarray(layer, jnp.int32).reshape(1)]

@@ -19,6 +19,7 @@ import jax
 from rich.console import Console
 
 from dancemoe_jax.files import write_json
+from dancemoe_jax.kernels.library import Kernels
 from launch.bench.harness.gpu_checks import checks
 from launch.bench.harness.gpu_models import MODELS
 from launch.bench.harness.gpu_speed import BATCHES, CHUNKS, Ceilings, Model, cut, measure_ceilings, shrunk, with_shares
@@ -97,7 +98,8 @@ def _timed(
     chunks = CHUNKS[:1] if args.dry_run else CHUNKS
     kinds = [("decode", size) for size in BATCHES] + [("prefill", size) for size in chunks]
     for kind, size in kinds:
-        for kernels in ("auto", "xla") if args.compare else ("auto",):
+        both: tuple[Kernels, ...] = ("auto", "xla") if args.compare else ("auto",)
+        for kernels in both:
             row = {"model": name, "layers": model.config.num_layers, "weights": "int8" if int8 else "bfloat16"}
             row |= {"step": kind, "tokens": size, "kernels": kernels}
             take = model.decode if kind == "decode" else model.prefill
@@ -144,7 +146,8 @@ def _print(report: dict[str, Any]) -> None:
     rows = [(name, "passed" if own["passed"] else "FAILED") for name, own in report["checks"].items()]
     print_table(("check", "result"), rows)
     if report["speed"]:
-        header = ("model", "weights", "step", "tokens", "kernels", "ms", "of memory", "of matmul")
+        print("\nshares of what the card itself copies and multiplies")
+        header = ("model", "weights", "step", "kernels", "ms", "memory", "matmul")
         print_table(header, [_row(own) for own in report["speed"]])
 
 
@@ -152,4 +155,4 @@ def _row(own: dict[str, Any]) -> tuple[str, ...]:
     shares = ("failed", "", "")
     if "failed" not in own:
         shares = (f"{1e3 * own['seconds']:.2f}", f"{own['of_memory_floor']:.0%}", f"{own['of_matmul_rate']:.0%}")
-    return (own["model"], own["weights"], own["step"], str(own["tokens"]), own["kernels"], *shares)
+    return (own["model"], own["weights"], f"{own['step']} {own['tokens']}", own["kernels"], *shares)

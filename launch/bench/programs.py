@@ -51,10 +51,15 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps({"card": args.card, "sequences": args.sequences, "chunk": args.chunk, "rows": rows}))
         return
-    header = ("model", "devices", "step", "launches", "waits", "MB written", "MB copied", "MB temporary")
+    _print(rows)
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    print("a step on each card; sizes in MB")
+    header = ("model", "mesh", "step", "launches", "waits", "written", "copied", "temporary")
     print_table(header, [_line(row) for row in rows])
 
 
 def _line(row: dict[str, Any]) -> tuple[str, ...]:
-    sizes = (f"{row[key] / 1e6:,.1f}" for key in ("written", "copied", "temporary"))
+    sizes = (f"{row[key] / 1e6:,.0f}" for key in ("written", "copied", "temporary"))
     return (row["model"], row["topology"], row["step"], f"{row['launches']:,}", f"{row['waits']:,}", *sizes)

@@ -19,7 +19,7 @@ def use_compile_cache(folder: str | None) -> None:
         folder: "off" keeps none; None takes what JAX is set to already, or the user's cache folder.
 
     Raises:
-        InputError: the folder cannot be made.
+        InputError: the folder that is given cannot be made. Without the user's own cache folder nothing is kept.
     """
     if folder == "off":
         jax.config.update("jax_enable_compilation_cache", False)
@@ -31,6 +31,9 @@ def use_compile_cache(folder: str | None) -> None:
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
+        if folder is None:
+            log.info("compiled programs are not kept: %s cannot be made (%s)", path, error.strerror)
+            return
         raise InputError(
             f"--compile-cache {path}: cannot be made ({error.strerror}); give another folder, or off"
         ) from None

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         listening_at(args.http)
         if args.requests != "-":
             raise InputError("--requests: with --http requests come over HTTP; leave one of them out")
-    lines = None if over_http else open_lines(args.requests, sys.stdin.buffer)
+    lines = None if over_http else open_lines(args.requests)
     found = None if args.server or cluster is None else from_environment(cluster)
     if found:
         args.server, args.coordinator = found

@@ -13,6 +13,7 @@ from dancemoe_jax.expert_parallel.tables import assign_slots, routing_tables
 from dancemoe_jax.inference.steps import Weights, place_decoder, place_tables
 from dancemoe_jax.mesh import make_mesh
 from dancemoe_jax.model.config import ModelConfig
+from launch.cluster.compile_cache import use_compile_cache
 from launch.cluster.devices import cluster_devices
 
 
@@ -25,7 +26,11 @@ class Local(NamedTuple):
 
 
 def load(path: Path, config: ModelConfig, args: Any, placement_seed: int | None = None) -> Local:
-    """Shard the experts over the devices, one copy each; with a seed at random and with a quarter more copies."""
+    """Shard the experts over the devices, one copy each; with a seed at random and with a quarter more copies.
+
+    What is compiled is kept in the user's cache folder, as of a server.
+    """
+    use_compile_cache(None)
     file = ExpertFile(path, jnp.dtype(args.dtype), args.int8)
     mesh = make_mesh(cluster_devices(args.devices))
     resident = _shard(config, mesh.size) if placement_seed is None else _scatter(config, mesh.size, placement_seed)

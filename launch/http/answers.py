@@ -8,6 +8,7 @@ from typing import Any
 
 from launch.http.book import Accepted, Token
 from launch.http.fields import Wanted
+from launch.http.tool_calls import tool_calls
 
 Piece = Callable[[int], str]  # the text of a token by itself
 
@@ -17,10 +18,14 @@ class Form:
 
     Args:
         model: name that answers carry; piece: text of a token id by itself, for logprobs.
+
+    Attributes:
+        logprobs: they are wanted; tools: calls are looked for, so an answer is read as a whole.
     """
 
     def __init__(self, wanted: Wanted, model: str, piece: Piece) -> None:
-        self._wanted, self._piece, self.logprobs = wanted, piece, wanted.logprobs is not None
+        self._wanted, self._piece = wanted, piece
+        self.logprobs, self.tools = wanted.logprobs is not None, wanted.tools
         kind = "chat.completion" if wanted.chat else "text_completion"
         prefix = "chatcmpl" if wanted.chat else "cmpl"
         self.id = f"{prefix}-{secrets.token_hex(12)}"
@@ -37,13 +42,20 @@ class Form:
     def _choice(self, index: int, accepted: Accepted) -> dict[str, Any]:
         assert accepted.ending is not None
         text = accepted.text.text
-        content = {"message": {"role": "assistant", "content": text}} if self._wanted.chat else {"text": text}
-        return {
-            "index": index,
-            **content,
-            "logprobs": self._logprobs(accepted.tokens),
-            "finish_reason": accepted.ending.reason,
-        }
+        reason = accepted.ending.reason
+        if self._wanted.chat:
+            message, reason = self._message(text, reason)
+            content: dict[str, Any] = {"message": {"role": "assistant", **message}}
+        else:
+            content = {"text": text}
+        return {"index": index, **content, "logprobs": self._logprobs(accepted.tokens), "finish_reason": reason}
+
+    def _message(self, text: str, reason: str | None) -> tuple[dict[str, Any], str | None]:
+        """Content and calls of tools, and the reason that these make."""
+        rest, calls = tool_calls(text) if self.tools else (text, [])
+        if not calls:
+            return {"content": text}, reason
+        return {"content": rest or None, "tool_calls": calls}, "tool_calls" if reason == "stop" else reason
 
     def first(self, index: int) -> bytes:
         """What a chat's stream begins with."""
@@ -53,10 +65,13 @@ class Form:
         """More of an answer."""
         logprobs = self._logprobs(tokens)
         if self._wanted.chat:
-            return self._event(self._delta(index, {"content": text} if text else {}, logprobs, reason))
+            delta, reason = self._message(text, reason)
+            if "tool_calls" in delta:
+                delta["tool_calls"] = [{"index": i, **call} for i, call in enumerate(delta["tool_calls"])]
+            return self._event(self._delta(index, delta if text else {}, logprobs, reason))
         return self._event({"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason})
 
-    def _delta(self, index: int, delta: dict[str, str], logprobs: Any, reason: str | None) -> dict[str, Any]:
+    def _delta(self, index: int, delta: dict[str, Any], logprobs: Any, reason: str | None) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
     def _event(self, choice: dict[str, Any]) -> bytes:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -36,6 +37,8 @@ async def read_body(request: HttpRequest) -> dict[str, Any]:
                 size += len(part)
                 if size > LONGEST_BODY:
                     raise Refused(413, f"a body of more than {LONGEST_BODY} bytes; send a shorter one")
+    except ClientDisconnect:
+        raise Refused(400, "the client left before its body had come") from None
     except TimeoutError:
         raise Refused(408, f"the body has not come within {BODY_SECONDS:g} s") from None
     try:
@@ -150,6 +153,8 @@ class _Answer(Response):
             await more(self._form.first(index))
         tokens = characters = 0
         async for _ in accepted.changes():
+            if self._form.tools and accepted.ending is None:
+                continue  # what looks like text may become a call
             new, text = accepted.tokens[tokens:], accepted.text.text[characters:]
             tokens, characters = tokens + len(new), characters + len(text)
             reason = accepted.ending.reason if accepted.ending and accepted.ending.status == 200 else None

@@ -36,6 +36,7 @@ class Wanted:
         n: answers to each prompt; seed: of the first one; each further one has the next.
         params: sampling fields that were given; max_tokens: None as many as fit.
         logprobs: likeliest tokens beside each chosen one whose probabilities are wanted; None: of none at all.
+        tools: the model knows of tools, whose calls are looked for in its answers.
         usage: streams end with how many tokens it was.
     """
 
@@ -50,6 +51,7 @@ class Wanted:
     logprobs: int | None
     model: str | None
     user: str
+    tools: bool = False
 
 
 def completion(body: Mapping[str, Any]) -> Wanted:
@@ -69,10 +71,26 @@ def chat(body: Mapping[str, Any]) -> Wanted:
     variables = _typed(given, "chat_template_kwargs", dict, {})
     if reserved := sorted({"messages", "add_generation_prompt", "now"} & variables.keys()):
         raise Refused(400, f"chat_template_kwargs: {reserved[0]!r} is the server's own", "chat_template_kwargs")
+    tools = _tools(given)
+    if tools:
+        variables = {**variables, "tools": tools}
     if variables:
         prompt["variables"] = variables
     most = "max_completion_tokens" if "max_completion_tokens" in given else "max_tokens"
-    return _wanted(given, True, [prompt], _chat_logprobs(given), _integer(given, most, 1, None, None))
+    wanted = _wanted(given, True, [prompt], _chat_logprobs(given), _integer(given, most, 1, None, None))
+    return dataclasses.replace(wanted, tools=bool(tools))
+
+
+def _tools(given: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Tools that the model is to know of; what is "required", or named, takes a grammar that there is not yet."""
+    tools, choice = _typed(given, "tools", list, []), given.get("tool_choice", "auto")
+    for tool in tools:
+        function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise Refused(400, 'tools: each must be {"type": "function", "function": {"name": …, …}}', "tools")
+    if choice not in ("auto", "none"):
+        raise Refused(400, 'tool_choice: must be "auto" or "none"', "tool_choice")
+    return tools if choice == "auto" else []
 
 
 def _chat_logprobs(given: Mapping[str, Any]) -> int | None:
@@ -91,8 +109,6 @@ def _wanted(
             raise Refused(400, f"{name}: not supported; leave it out or give {values[0]!r}", name)
     if (_typed(given, "response_format", dict, {}).get("type") or "text") != "text":
         raise Refused(400, "response_format: only text is supported; leave it out", "response_format")
-    if given.get("tools") and given.get("tool_choice", "none") != "none":
-        raise Refused(400, "tools: not supported; leave them out", "tools")
     stream = _typed(given, "stream", bool, False)
     options = _without_null(_typed(given, "stream_options", dict, {}))
     if options and not stream:

@@ -69,11 +69,16 @@ def _schemas(name: str) -> dict[str, Any]:
     several = {"type": "array", "minItems": 1, "maxItems": MOST_CHOICES, "items": {"anyOf": [_TEXT, ids]}}
     prompt = {"anyOf": [_TEXT, ids, several]}
     logprobs = _null(_integer(0, MOST_LOGPROBS))
+    tool = _object(["name"], name=_TEXT)
     chat = {
         "logprobs": _null({"type": "boolean"}),
         "top_logprobs": logprobs,
         "max_completion_tokens": _null(_integer(1)),
         "chat_template_kwargs": _null({"type": "object"}),
+        "tools": _null(
+            {"type": "array", "items": _object(["type", "function"], type={"const": "function"}, function=tool)}
+        ),
+        "tool_choice": _null({"enum": ["auto", "none"]}),
     }
     problem = _object(["message", "type"], message=_TEXT, type=_TEXT, param=_null(_TEXT), code=_null(_TEXT))
     return {

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 _KEEP_ALIVE_S = 30
 _LARGEST_HEAD = 2**16  # bytes
+_LATER_S = 10.0  # for the worker to end, once the cluster has drained
 
 
 def serve_http(args: argparse.Namespace, cluster: Cluster | None, path: Path, config: ModelConfig) -> int:
@@ -115,7 +116,7 @@ class _Door:
             raise InputError(
                 f"--tls-cert {args.tls_cert}, --tls-key {args.tls_key}: cannot be used ({error})"
             ) from None
-        logging.getLogger("uvicorn").setLevel(logging.ERROR)
+        logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # app.py says what fails, in a line
         self._came: list[int] = []
         self._draining: asyncio.Task[None] | None = None
 
@@ -157,6 +158,8 @@ class _Door:
         for accepted in book:
             book.fail(accepted.number, 503, f"not answered within {self._drain_s:g} s of the server's draining")
         supervisor.finish()
+        await asyncio.sleep(self._drain_s + _LATER_S)  # the other servers have as long for their own
+        supervisor.end()
 
 
 class _Server(uvicorn.Server):

@@ -51,6 +51,7 @@ class Service:
         """
         if wanted.model not in (None, "", *self.names):
             raise Refused(404, f"the model {wanted.model[:100]!r} does not exist; here is {self.names[0]!r}", "model")
+        self.supervisor.check_hope()
         count = len(wanted.prompts) * wanted.n
         self.book.check_room(count)
         prompts = [await self.encode(prompt) for prompt in wanted.prompts]

@@ -17,7 +17,7 @@ from typing import Any
 from launch.cluster.async_framing import AsyncConnection, listen_at
 from launch.cluster.framing import MessageError
 from launch.cluster.processes import following
-from launch.http.book import Book
+from launch.http.book import Book, Refused
 from launch.serve.front_messages import PURPOSE, ROLE, TO_FRONT, TO_WORKER
 
 log = logging.getLogger(__name__)
@@ -180,8 +180,8 @@ class Supervisor:
         for number, token, *logprobs in message.get("tokens", ()):
             self._book.take(number, token, *logprobs)
         for number, reason, error in message.get("ended", ()):
-            if reason in ("refused", "error"):
-                self._book.fail(number, 400 if reason == "refused" else 500, error)
+            # One that ended well is closed already: the book counts as the worker does.
+            self._book.fail(number, 400 if reason == "refused" else 500, error or f"the worker ended it ({reason})")
         if failed := message.get("failed"):
             for number in failed["ids"]:
                 self._book.fail(number, 500, f"the step that served this request has failed: {failed['why']}")
@@ -218,6 +218,11 @@ class Supervisor:
             self.flush()
 
     # ---- what it is told ----
+
+    def check_hope(self) -> None:
+        """Raises Refused where no worker has served for so long that requests do not wait any more."""
+        if not self.serving and time.monotonic() - self.lost_at > self._hold:
+            raise Refused(503, f"no worker has served for {self._hold:g} s: {self.state}", retry_after=5)
 
     def flush(self) -> None:
         """Send the worker what it does not have yet."""
@@ -290,6 +295,7 @@ class Supervisor:
             await asyncio.sleep(_LOOK_S)
             now = time.monotonic()
             self._look_at_worker(now)
+            self.flush()
             for accepted in self._book:
                 if now - accepted.accepted_at > self._deadline:
                     self._book.fail(accepted.number, 504, f"not answered within {self._deadline:g} s (--deadline)")

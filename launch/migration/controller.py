@@ -165,7 +165,8 @@ class Controller:
         try:
             present.validate(self.cluster)
         except InputError as error:
-            return str(error)
+            # The first part says which device and by how much; what follows is for those who wrote a file.
+            return f"there is less memory now ({str(error).partition(': experts')[0].removeprefix('placement: ')})"
         return ""
 
     def _weigh(

@@ -50,6 +50,7 @@ class FrontLink:
         self._writing = self._open(path, secret, "tokens")
         self._host: Host | None = None
         self._streams: dict[int, _Tokens] = {}
+        self._left: dict[int, Request] = {}  # what the loop's end has cut off
         self._count, self._last, self._over = threading.Lock(), False, threading.Event()
         self._news: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._stats: Stats | None = None
@@ -105,8 +106,9 @@ class FrontLink:
     def failed_step(self, why: str) -> None:
         """A step has failed: its requests are told so, the others go on in the next process. Does not return."""
         host = self._host
-        running = {id(request) for request in host.engine.taking} if host else set()
-        ids = [number for number, stream in list(self._streams.items()) if id(stream.request) in running]
+        taken = {id(request) for request in host.engine.taking} if host else set()
+        open_here = {number: stream.request for number, stream in list(self._streams.items())}
+        ids = [number for number, request in {**open_here, **self._left}.items() if id(request) in taken]
         log.error("a step has failed, and %d requests with it (%s); the worker starts again", len(ids), why)
         self._news.put(("failed", {"ids": ids, "why": why}))
         self.settle(_FLUSH_S)
@@ -183,6 +185,8 @@ class FrontLink:
         # One that the front door did not cancel goes on in the next process: this one ends.
         if request.reason != "cancelled" or request.cancelled:
             self._news.put(("ended", [number, request.reason, request.error]))
+        else:
+            self._left[number] = request
         self._finish_if_over()
 
     def _finish_if_over(self) -> None:

@@ -3,6 +3,8 @@
 What a line holds becomes a request in `launch.serve.requests`.
 """
 
+import os
+import sys
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
@@ -47,20 +49,24 @@ def _parse(number: int, data: bytes) -> Line:
     except UnicodeDecodeError as error:
         return Line(number, None, f"not UTF-8 (byte {error.start + 1}); send UTF-8")
     except InputError as error:
-        return Line(number, None, f"not JSON that is read here ({str(error).removeprefix('it: ')})")
+        problem = str(error).removeprefix("it: ")
+        reason = problem.removeprefix("not valid JSON, perhaps truncated: ")
+        return Line(number, None, problem if reason == problem else f"not JSON ({reason})")
     if not isinstance(given, dict):
         return Line(number, None, "must be a JSON object with prompt or messages")
     return Line(number, given)
 
 
-def open_lines(file: str, standard_input: BinaryIO) -> BinaryIO:
+def open_lines(file: str) -> BinaryIO:
     """What the lines are read from; "-" is standard input.
+
+    That is opened anew: Python closes `sys.stdin` when it ends, and aborts where a thread waits in it for a line.
 
     Raises:
         InputError: the file cannot be read.
     """
     if file == "-":
-        return standard_input
+        return open(os.dup(sys.stdin.fileno()), "rb")
     try:
         return open(file, "rb")
     except OSError as error:

@@ -1,12 +1,15 @@
 """NaN and infinity that arise in a step: their row is named with the layer, and its neighbors' numbers stay the same."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dancemoe_jax import ModelError, decode_step, generate, init_state, prefill
 from dancemoe_jax.inference.finite import all_finite, not_finite
+from dancemoe_jax.kernels.experts import slot_experts_native, slot_experts_xla
 from dancemoe_jax.model.decoder import forward
+from dancemoe_jax.model.experts import ExpertWeights
 from tests.helpers.cluster_of_devices import Small, random_resident
 
 LAYER = 1
@@ -113,3 +116,14 @@ def test_the_output_head_is_named_where_the_layers_are_finite():
     assert "from layer 2 on" in not_finite(config, 2)
     assert "from the output head on" in not_finite(config, 3)
     assert all_finite(config) == 4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_token_without_an_expert_here_takes_nothing_from_its_neighbors_expert(native, dtype):
+    """Experts are computed in tiles of rows, which hold rows of other tokens too."""
+    compute = slot_experts_native if native else slot_experts_xla
+    banks = [ExpertWeights(jnp.ones((1, 64, 32), dtype), jnp.full((1, 32, 32), 3e38, dtype))]
+    slots, weights = jnp.array([[0, -1], [-1, -1], [-1, 0]]), jnp.ones((3, 2))
+    out = np.asarray(compute(banks, jnp.full((3, 32), 10, dtype), slots, weights), np.float32)
+    assert not np.isfinite(out[[0, 2]]).any()
+    assert (out[1] == 0).all()

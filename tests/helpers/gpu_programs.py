@@ -17,6 +17,8 @@ from launch.cluster.gpu import prepare_gpu
 
 CONFIG = ModelConfig(2048, 256, 6, 8, 2, 64, 16, 4, 128, max_position=1024, tie_embeddings=False)
 SEQUENCES, CHUNK = 8, 64
+# One layer of Mixtral's: the largest blocks of the kernels, in the type that takes most shared memory.
+WIDE = ModelConfig(2048, 4096, 1, 32, 8, 128, 8, 2, 14336, max_position=1024, tie_embeddings=False)
 
 
 def facts(lowered) -> dict:
@@ -44,7 +46,7 @@ def _adds(text: str, line: str) -> bool:
 
 def unknown_card(mesh, both):
     """A step for a GPU that the kernels are not for."""
-    known, steps.gpu_kernels = steps.gpu_kernels, lambda kernels, device: "loop"
+    known, steps.gpu_kernels = steps.gpu_kernels, lambda kernels, devices: "loop"
     try:
         return lower_step(mesh=mesh, wire_dtype=jnp.bfloat16, **both)  # another argument, so that it is traced again
     finally:
@@ -64,6 +66,7 @@ def main() -> None:
         "three servers": facts(lower_step(mesh=three, **both)),
         "four cards": facts(lower_step(mesh=four, one_server=True, **both)),
         "loop": facts(lower_step(mesh=one, kernels="xla", **both)),
+        "wide, sm_86": facts(lower_step(WIDE, ampere, sequences=1, chunk=256, dtype=jnp.float32)),
         "unknown card": facts(unknown_card(one, both)),
         "version": jax.__version__,
         "cache_bytes": CONFIG.cache_bytes(SEQUENCES, 2) // 2,

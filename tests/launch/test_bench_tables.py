@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.bench import exchange, load, migrate, shift, testbed
+from launch.bench import exchange, gpu, load, migrate, programs, shift, testbed
 from launch.commands import evaluate
 
 SHIFT_RUN = {
@@ -79,6 +79,27 @@ MIGRATE = {
     "staging_bytes": 1.23e6,
     "compilations": 0,
 }
+PROGRAM = {
+    "model": "deepseek-v2-lite",
+    "topology": "3x1x1",
+    "step": "prefill",
+    "launches": 115_510,
+    "waits": 12_480,
+    "written": 327_175e6,
+    "copied": 175_625e6,
+    "temporary": 4_331e6,
+}
+STEP = {"model": "deepseek-v2-lite", "weights": "bfloat16", "step": "prefill", "tokens": 1024, "kernels": "auto"}
+GPU = {
+    "card": "NVIDIA H100 80GB HBM3",
+    "packages": {"jax": "0.12.0.1"},
+    "dry_run": False,
+    "checks": {"bundled model against the CPU": {"passed": True}, "family deepseek_v2_grouped": {"passed": False}},
+    "speed": [
+        {**STEP, "seconds": 0.1234, "of_memory_floor": 0.51, "of_matmul_rate": 0.123},
+        {**STEP, "failed": "XlaRuntimeError: out of memory"},
+    ],
+}
 EVALUATE = {
     "text": {
         name: {"bytes": 200_000, "bits_per_byte": 1.308, "zlib_bits_per_byte": 1.831} for name in ("code", "prose")
@@ -101,6 +122,8 @@ EVALUATE = {
         (exchange._print, (EXCHANGE, "500Mbps"), ["spread over all", "123.4 ms", "123.5 kB"]),
         (load._print, (LOAD,), ["1105 MB", "121.20 s"]),
         (migrate._print, (MIGRATE,), ["longest gap between two tokens", "234.5 ms", "310 MB/s"]),
+        (programs._print, ([PROGRAM],), ["115,510", "327,175"]),
+        (gpu._print, (GPU,), ["FAILED", "123.40", "51%", "failed"]),
         (evaluate._print, (EVALUATE,), ["1.308", "40.3 %", "866 of 866 right (100.0 %)"]),
     ],
 )

@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+import time
 
 import jax
 
 from launch.cluster.compile_cache import use_compile_cache
+from launch.serve import warm_up
 from tests.helpers.paths import ROOT
 
 LOWERED = """
@@ -46,3 +48,12 @@ def test_all_programs_are_kept_however_quickly_they_were_compiled(tmp_path):
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
+
+
+def test_a_long_compilation_says_now_and_then_that_it_goes_on(monkeypatch, caplog):
+    monkeypatch.setattr(warm_up, "_SAY_S", 0.01)
+    with caplog.at_level("INFO", warm_up.__name__), warm_up._saying_that_it_goes_on("edge-a", time.monotonic()):
+        deadline = time.monotonic() + 10
+        while not caplog.messages and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert caplog.messages[0].startswith("edge-a: still compiling after ")

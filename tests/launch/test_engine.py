@@ -2,11 +2,13 @@
 
 from collections import Counter
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dancemoe_jax import RequestError, migrate
 from dancemoe_jax.inference.sampling import SamplingParams
+from launch.engine import step_counters, token_choice
 from launch.engine.engine import Engine
 from launch.engine.request import Request
 from launch.engine.token_sample import Sampler
@@ -75,6 +77,20 @@ def test_counters_count_every_assignment_once_and_starts_anew(rng):
     assert counters.layer_steps == counters.steps * small.config.num_layers
     assert 0 < counters.layer_steps_crossing <= counters.layer_steps
     assert engine.take_counters().steps == 0
+
+
+def test_all_that_a_step_gives_is_on_its_way_before_any_of_it_is_waited_for(rng, monkeypatch):
+    engine = make_engine(Small.make(), rng)[0]
+    engine.submit(Request(0, [1, 2, 3], 2, 0.0))
+    kind, events = type(jnp.zeros(1)), []
+    send, read = kind.copy_to_host_async, step_counters.own_rows
+    monkeypatch.setattr(kind, "copy_to_host_async", lambda array: (events.append("sent"), send(array))[1])
+    for module in (step_counters, token_choice):
+        monkeypatch.setattr(module, "own_rows", lambda array: (events.append("read"), read(array))[1])
+    engine.step()
+    assert events[:6] == ["sent"] * 6  # tokens, control words, four counters
+    assert events[6:] == ["read"] * len(events[6:])
+    assert len(events) > 6
 
 
 def test_prompts_that_do_not_fit_are_refused_before_they_are_queued(rng):

@@ -2,15 +2,22 @@
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
+from dancemoe_jax import forward, load_model
+from dancemoe_jax.checkpoint.reader import on_device
 from launch.__main__ import main
 from launch.commands import generate
-from tests.helpers.paths import CHECKPOINTS, ROOT
+from tests.helpers.paths import CHECKPOINTS, FIXTURES, ROOT
 
 
 def launch(*arguments, stdin=None):
@@ -144,3 +151,46 @@ def test_the_form_of_a_sum_that_is_shown_to_users_is_answered_right(capsys):
     assert f"printf '{shown}'" in (ROOT / "launch" / "README.md").read_text()
     assert main(["generate", "--prompt", shown.replace(r"\n", "\n"), "--max-tokens", "3"]) == 0
     assert capsys.readouterr().out == "1 + 1 = 2\n47 + 38 = 85\n"
+
+
+@pytest.fixture(scope="module")
+def overflowing(tmp_path_factory):
+    """A model one of whose experts overflows, a prompt that chooses it and one that does not, and the second one's token."""
+    path = tmp_path_factory.mktemp("models") / "overflows"
+    shutil.copytree(FIXTURES / "families" / "qwen3_moe", path)
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()
+    words.save(str(path / "tokenizer.json"))
+    model = load_model(path)
+    prompts = np.random.default_rng(0).integers(0, 64, (40, 2))
+    logits, ids = forward(model.config, model.decoder, on_device(model.config, model.experts), prompts)
+    chosen = (np.asarray(ids)[1].reshape(40, -1, 1) == np.arange(model.config.num_experts)).any(1)
+    expert = int(np.argmin(chosen.sum(0)))
+    bad, good = (int(np.flatnonzero(chosen[:, expert] == wanted)[0]) for wanted in (True, False))
+    tensors = load_file(path / "model.safetensors")
+    tensors[f"model.layers.1.mlp.experts.{expert}.down_proj.weight"].fill(3e38)
+    save_file(tensors, path / "model.safetensors")
+    texts = [" ".join(f"w{token}" for token in prompts[row]) for row in (bad, good)]
+    return path, texts, int(np.asarray(logits)[good, -1].argmax()), prompts[[good, bad]]
+
+
+@pytest.mark.parametrize("kernels", ["auto", "xla"])
+def test_a_prompt_of_which_the_model_makes_infinity_ends_with_an_error_and_the_others_are_answered(
+    overflowing, kernels, tmp_path, capsys
+):
+    path, texts, token, ids = overflowing
+    (tmp_path / "prompts.txt").write_text("\n".join([texts[0], texts[1], texts[1]]))
+    given = ["--model", str(path), "--kernels", kernels]
+    assert (
+        main(["generate", *given, "--prompt-file", str(tmp_path / "prompts.txt"), "--max-tokens", "1", "--json"]) == 2
+    )
+    out, err = capsys.readouterr()
+    bad, *good = [json.loads(line) for line in out.splitlines()]
+    assert (bad["finish_reason"], bad["tokens"]) == ("error", [])
+    assert "from layer 1 on" in bad["error"]
+    assert [(one["finish_reason"], one["tokens"]) for one in good] == [("length", [token])] * 2
+    assert err == f"launch generate: prompt 1: {bad['error']}\n"
+    np.save(tmp_path / "ids.npy", ids)
+    assert main(["score", *given, "--ids", str(tmp_path / "ids.npy"), "--out", str(tmp_path / "o.npy")]) == 2
+    assert "sequence 1 of --ids: its numbers are NaN or infinity from layer 1 on" in capsys.readouterr().err
+    assert not (tmp_path / "o.npy").exists()

@@ -1,6 +1,7 @@
 """Experts from another server: the same bytes, over one connection or several, and what happens when it fails."""
 
 import logging
+import re
 import subprocess
 import sys
 
@@ -117,7 +118,7 @@ def test_experts_of_another_model_are_refused_in_one_line_and_read_here(kind, ch
         jax.tree.map(np.testing.assert_array_equal, reader(0, expert), file.read(0, expert))
     (line,) = said
     assert "edge-b" in line
-    assert "expert 0 of MoE layer 0 has other" in line
+    assert re.search("expert [0-2] of MoE layer 0 has other", line)  # the first that came in time
     assert "\n" not in line
     reader.close()
     server.close()

@@ -32,8 +32,8 @@ def line(**fields):
 
 # What is wrong with each, as its answer says it.
 BROKEN = {
-    DEEP: "not JSON that is read here (JSON nested",
-    b'{"a":' * 100_000: "not JSON that is read here (JSON nested",
+    DEEP: "JSON nested",
+    b'{"a":' * 100_000: "JSON nested",
     b'{"prompt": "trailing comma",}': "not JSON",
     b"not json": "not JSON",
     b'{"prompt": "caf\xe9"}': "not UTF-8 (byte 16)",
@@ -140,9 +140,29 @@ def test_a_newline_alone_splits_lines_and_a_mark_before_the_first_is_none_of_it(
     assert [line.given["prompt"] for line in found] == ["next\u0085line"]
 
 
+READS = """
+import threading, time
+from launch.serve.lines import open_lines, read_lines
+lines = read_lines(open_lines("-"))
+print(next(lines).number, flush=True)
+threading.Thread(target=next, args=(lines,), daemon=True).start()
+time.sleep(0.5)
+"""
+
+
+def test_a_process_ends_well_while_a_thread_waits_for_a_line():
+    """As a server does that is told to end while somebody could still send it lines."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", READS], cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        process.stdin.write(b"{}\n")
+        process.stdin.flush()
+        assert process.wait(60) == 0
+        assert (process.stdout.read(), process.stderr.read()) == (b"1\n", b"")
+
+
 def test_a_file_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"--requests .*absent: cannot be read"):
-        open_lines(str(tmp_path / "absent"), sys.stdin.buffer)
+        open_lines(str(tmp_path / "absent"))
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=[f"{i}-{problem[:24]}" for i, problem in enumerate(BROKEN.values())])

@@ -52,7 +52,7 @@ def everywhere(devices):
 
 
 def test_one_request_alone_takes_its_chunks_and_its_decode_steps():
-    served = lock_step(make_problem(), everywhere(2), arrivals((5.0, 0, 100, 3)), COSTS, chunk=64)
+    served = lock_step(make_problem(), everywhere(2), arrivals((5.0, 0, 100, 3)), COSTS, chunks=(64,))
     prefill = (0.1 + 0.64) + (0.1 + 0.36)
     assert served.first_token == pytest.approx([prefill])
     assert served.latency == pytest.approx([prefill + 2 * 0.026])
@@ -76,7 +76,7 @@ def test_prefill_and_decode_take_turns():
         kinds.append((prefill, members))
         return 1.0, 0.5
 
-    served = serve(arrivals((0.0, 0, 4, 4), (0.5, 0, 12, 2)), [0], step, sequences=2, chunk=4)
+    served = serve(arrivals((0.0, 0, 4, 4), (0.5, 0, 12, 2)), [0], step, sequences=2, chunks=(4,))
     assert [prefill for prefill, _ in kinds] == [True, False, True, False, True, False, True, False]
     assert kinds[1] == (False, [Member(0, 0, 0, 4, 1)])
     assert kinds[4] == (True, [Member(0, 1, 1, 4, 4)])
@@ -191,7 +191,7 @@ def test_schedule_is_the_runtimes(seed):
         return cost(*ours[-1])
 
     Replay(requests, servers, sequences=3, chunk=8).run(replayed)
-    served = serve(given, servers, stepped, sequences=3, chunk=8)
+    served = serve(given, servers, stepped, sequences=3, chunks=(8,))
     assert ours == theirs
     np.testing.assert_allclose(served.latency, [r.latency_s for r in requests])
     np.testing.assert_allclose(served.network, [r.network_s for r in requests])

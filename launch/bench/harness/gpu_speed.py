@@ -15,6 +15,7 @@ from flax import nnx
 from dancemoe_jax.expert_parallel.pool import ExpertPool, pool_layout
 from dancemoe_jax.expert_parallel.tables import assign_slots, routing_tables
 from dancemoe_jax.inference.steps import State, Weights, decode_step, init_state, place_decoder, place_tables, prefill
+from dancemoe_jax.kernels.library import Kernels
 from dancemoe_jax.mesh import make_mesh
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.model.decoder import Decoder
@@ -107,7 +108,7 @@ class Model:
         embedding = config.vocab_size * config.hidden_size * (0 if config.tie_embeddings else 2)
         self.other_bytes = config.other_params * 2 - embedding
 
-    def decode(self, batch: int, kernels: str) -> dict[str, float]:
+    def decode(self, batch: int, kernels: Kernels) -> dict[str, float]:
         """Seconds and least bytes of a decode step of so many sequences."""
         rng = np.random.default_rng(0)
         positions = np.full((1, batch), CONTEXT, np.int32)
@@ -125,7 +126,7 @@ class Model:
         cache = self.config.num_layers * batch * CONTEXT * sum(self.config.cache_widths) * 2
         return {"seconds": seconds, "bytes": self._read(routed) + cache, "operations": self._operations(batch)}
 
-    def prefill(self, chunk: int, kernels: str) -> dict[str, float]:
+    def prefill(self, chunk: int, kernels: Kernels) -> dict[str, float]:
         """The same of a chunk of prompt of one sequence."""
         rng, zero = np.random.default_rng(0), np.zeros((1, 1), np.int32)
         run = _Run(init_state(self.config, self.mesh, 1, jnp.bfloat16))

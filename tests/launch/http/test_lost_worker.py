@@ -2,6 +2,7 @@
 
 import os
 import signal
+import statistics
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -116,3 +117,15 @@ def test_a_request_that_ends_every_worker_is_given_up(broken):
         assert "3 workers have ended" in found.json()["error"]["message"]
         assert other.result(200) == expected
     assert whole(broken, 0) == expected
+
+
+@pytest.mark.slow
+def test_ten_kills_and_ten_freezes(door, capsys):
+    pauses: dict[str, list[float]] = {"killed": [], "frozen": []}
+    for _ in range(10):
+        pauses["killed"] += disturbed(door, lambda pid: os.kill(pid, signal.SIGKILL))
+        pauses["frozen"] += disturbed(door, lambda pid: os.kill(pid, signal.SIGSTOP))
+    with capsys.disabled():
+        for how, found in pauses.items():
+            words = f"median {statistics.median(found):.1f} s, worst {max(found):.1f} s"
+            print(f"{how}: the longest pause of each of {len(found)} streams: {words}")

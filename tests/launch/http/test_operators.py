@@ -1,5 +1,6 @@
 """What operators see: metrics that a dashboard names, status, placement, profile; and who is let in."""
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.requests import Request as HttpRequest
 
+from launch.__main__ import main
 from launch.http.access import Access
 from launch.http.book import Refused
 from placement import InputError, Placement, Profile
@@ -157,3 +159,32 @@ def test_the_schema_describes_every_path(served):
             found = served.http.request(method, path.replace("{name}", MODEL), json={})
             assert str(found.status_code) in operations[method]["responses"], (method, path, found.text)
             assert found.status_code not in (404, 405)
+
+
+def listening_ports(pid: int) -> set[int]:
+    """TCP ports at which a process listens, by Linux's own tables."""
+    inodes = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            inodes.add(link.readlink().name)
+    ports = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
+                ports.add(int(fields[1].rpartition(":")[2], 16))
+    return ports
+
+
+def test_one_server_listens_at_its_http_port_alone(served):
+    assert listening_ports(served.process.pid) == {served.port}
+    assert listening_ports(served.worker()) == set()
+
+
+def test_bench_requests_measures_it(served, capsys):
+    flags = ["--rate", "10", "--duration", "1", "--output", "5", "--prompt", "8", "--json"]
+    assert main(["bench", "requests", served.url, *flags]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["answered"] == found["requests"] > 3
+    assert found["tokens_per_s"] == pytest.approx(5 * found["requests"] / found["seconds"], rel=0.05)
+    assert found["first_s"]["p50"] <= found["whole_s"]["p50"]

@@ -1,0 +1,57 @@
+"""`bench requests`: what came of a load, and what cannot be sent."""
+
+import json
+import math
+
+import pytest
+
+from launch.__main__ import main
+from launch.bench.requests import Sent, summary
+
+
+def test_the_summary_counts_what_was_answered_and_what_was_good():
+    sent = [
+        Sent(0.1, 0.5, 5, 200),
+        Sent(0.2, 2.2, 5, 200),
+        Sent(3.0, 3.4, 5, 200),
+        Sent(status=429),
+        Sent(0.1, 0.2, 2, 200, "gone"),
+    ]
+    found = summary(sent, 10.0, first=1.0, each=0.1)
+    assert (found["requests"], found["answered"], found["statuses"]) == (5, 3, {"200": 4, "429": 1})
+    assert found["goodput_per_s"] == 0.1  # one is slow between tokens, one at the first
+    assert found["tokens_per_s"] == 1.5
+    assert found["first_s"]["p50"] == 0.2
+    assert found["each_s"]["p50"] == pytest.approx(0.1)
+    assert found["errors"] == {"gone": 1}
+    one = summary([Sent(0.1, 0.1, 1, 200)], 1.0, 1.0, 0.1)
+    assert one["each_s"] is None
+    assert one["goodput_per_s"] == 1.0
+    assert math.isnan(Sent().first)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["http://127.0.0.1:9"], "lists no models"),
+        (["nonsense://x"], "lists no models"),
+        (["http://127.0.0.1:9", "--rate", "0"], "--rate 0.0: must be greater than 0"),
+        (["http://127.0.0.1:9", "--arrivals", "absent.csv"], "absent.csv"),
+    ],
+)
+def test_what_cannot_be_sent_is_refused_in_a_line(flags, words, capsys):
+    assert main(["bench", "requests", *flags]) == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_server_that_refuses_all_is_status_1(capsys, monkeypatch):
+    async def refused(args, arrivals):
+        return [Sent(status=429) for _ in arrivals.seconds], 1.0
+
+    monkeypatch.setattr("launch.bench.requests._send_all", refused)
+    assert main(["bench", "requests", "http://x", "--rate", "30", "--duration", "1", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["statuses"] == {"429": found["requests"]}
+    assert 15 < found["requests"] < 50
