@@ -166,8 +166,9 @@ class Worker:
             process.stdin.write(json.dumps(question) + "\n")
             process.stdin.flush()
         line = process.stdout.readline()
-        gone = "its process has ended, out of memory perhaps"
-        said = parse_json(line, self._side) if line else {"error": gone}
+        if not line:
+            line = json.dumps({"error": f"its process ended with {process.wait()}, out of memory perhaps"})
+        said = parse_json(line, self._side)
         if "error" in said:
             raise InputError(f"{self._side}: {said['error']}; leave it out, or measure fewer --layers")
         return said

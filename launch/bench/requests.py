@@ -17,6 +17,7 @@ import numpy as np
 
 from placement import InputError
 from placement.data.arrivals import Arrivals
+from placement.files import parse_json
 from placement.text_table import print_table
 
 _PERCENTILES = (50, 90, 95, 99)
@@ -131,7 +132,7 @@ async def _send_all(args: argparse.Namespace, arrivals: Arrivals) -> tuple[list[
                     sent.status = reply.status_code
                     async for line in reply.aiter_lines():
                         _read(line, sent, time.monotonic() - begin - due)
-            except httpx.HTTPError as error:
+            except (httpx.HTTPError, InputError) as error:
                 sent.error = type(error).__name__
             return sent
 
@@ -146,7 +147,7 @@ def _read(line: str, sent: Sent, now: float) -> None:
     """Take a line of a stream."""
     if not line.startswith("data: {"):
         return
-    event = json.loads(line[6:])
+    event = parse_json(line[6:], "a line of the stream")
     if "error" in event:
         sent.error = str(event["error"].get("message"))[:200]
     elif event["choices"]:

@@ -5,6 +5,8 @@ import re
 import secrets
 from typing import Any
 
+from placement.files import InputError, parse_json
+
 # Qwen's (and Hermes'), a call each: <tool_call>{"name": …, "arguments": {…}}</tool_call>
 _TAGGED = re.compile(r"<tool_call>\s*(\{.*?\})\s*(?:</tool_call>|\Z)", re.DOTALL)
 # Mixtral's, all of them: [TOOL_CALLS] [{"name": …, "arguments": {…}}, …]
@@ -22,8 +24,8 @@ def tool_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
 
     def take(match: re.Match[str]) -> str:
         try:
-            found = json.loads(match[1])
-        except (ValueError, RecursionError):
+            found = parse_json(match[1], "tool call")
+        except InputError:
             return match[0]
         made = [_call(one) for one in (found if isinstance(found, list) else [found])]
         if not all(made):

@@ -1,6 +1,7 @@
 """Lock-step simulation: against cases worked out by hand, and against the runtime's own scheduler and tables."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from placement.costs.network_use import likely_links
 from placement.costs.routing import serving_server
 from placement.data.arrivals import Arrivals
 from placement.data.problem import Problem
+from placement.data.workload import Workload
 from placement.simulation.lockstep.exchange import COUNT_BYTES, RADIX, Exchange, digits, rounds
 from placement.simulation.lockstep.predict import StepCosts, lock_step
 from placement.simulation.lockstep.scheduler import Member
@@ -129,6 +131,7 @@ def test_rows_go_unasked_where_that_saves_time_and_few_bytes(needing, bandwidth,
     """Of 4 tokens so many need the other server. 200 bytes take 0.2 s at 1 kB/s, 3.2 ms at 62.5 kB/s, asking 1.5 ms."""
     ids = np.array([[[0, 1 + 2 * (token < needing)]] * LAYERS for token in range(4)])
     problem = make_problem(tokens=(ids, [0] * 4, [0] * 4), bandwidth=bandwidth)
+    problem = replace(problem, workload=Workload(exchange_seconds=3e-3))
     resident = np.zeros((2, LAYERS, EXPERTS), bool)
     resident[0, :, :2] = resident[1, :, 2:] = True
     likely = likely_links(problem, serving_server(problem, problem.held(resident)))
