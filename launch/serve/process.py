@@ -57,6 +57,7 @@ def serve(
         config,
         {"dtype": args.dtype, "int8": args.int8, "sequences": args.sequences},
         args.chunk,
+        args.wide_prefill,
         args.kernels,
         facts,
         args.secret,
@@ -98,5 +99,15 @@ def _source(args: argparse.Namespace, path: Path, config: ModelConfig, lines: Bi
 
 def facts_of(args: argparse.Namespace, path: Path, config: ModelConfig, policy: Policy) -> dict[str, str]:
     """What every server has to serve with too, fingerprints by what they are of."""
-    flags = (args.sequences, args.chunk, args.dtype, args.int8, args.kernels, config, policy, bool(args.state))
+    flags = (
+        args.sequences,
+        args.chunk,
+        args.wide_prefill,
+        args.dtype,
+        args.int8,
+        args.kernels,
+        config,
+        policy,
+        bool(args.state),
+    )
     return {"model": folder_fingerprint(path), "flags": repr(flags)}
