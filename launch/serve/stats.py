@@ -93,7 +93,7 @@ class Stats:
             "layer_steps": self._layer_steps,
             "layer_steps_crossing": self._crossing,
             "hottest": [
-                [int(i) // self._counts.shape[1], int(i) % self._counts.shape[1], int(self._counts.flat[i])]
+                [*divmod(int(i), config.num_experts), int(self._counts.flat[i])]
                 for i in hottest
                 if self._counts.flat[i]
             ],
