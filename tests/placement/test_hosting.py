@@ -247,11 +247,11 @@ def test_lock_step_sends_rows_from_host_to_host():
     resident = pipeline(problem)
     host = layer_hosts(problem, resident)
     costs = StepCosts((0.0, 0.0, 0.0), (0.0, 0.0, 0.0), message_seconds=1e-4)
-    done = lock_step(problem, resident, requests((0, 0, 8, 3)), costs, host=host, chunk=8)
+    done = lock_step(problem, resident, requests((0, 0, 8, 3)), costs, host=host, chunks=(8,))
     out, back = (1e-4 + 1e-3 + rows * 1000 / 8e6 for rows in (8, 1))
     assert done.first_token[0] == pytest.approx(out + back)
     assert done.latency[0] == pytest.approx(out + back + 2 * 2 * (1e-4 + 1e-3 + 1000 / 8e6))
-    home = lock_step(problem, np.ones_like(resident), requests((0, 0, 8, 3)), costs, host=at_home(problem), chunk=8)
+    home = lock_step(problem, np.ones_like(resident), requests((0, 0, 8, 3)), costs, host=at_home(problem), chunks=(8,))
     assert home.network.tolist() == [0.0]
 
 
