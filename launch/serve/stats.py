@@ -39,6 +39,9 @@ class Stats:
         self._counts: np.ndarray = np.zeros(shape[1:], np.int64)
         self._calls = np.zeros((shape[1], shape[0]), np.int64)  # by layer and the server that served them
         self._rows, self._crossings, self._layer_steps, self._crossing = 0, 0, 0, 0
+        self._taking = threading.Lock()  # a report shows one moment
+        self._kinds: dict[str, int] = dict(host.engine.steps)
+        self._tokens: dict[str, int] = dict(host.engine.tokens_processed)
         self._due, self._steps = 0.0, -1
         self._recorded: tuple[np.ndarray, float] | None = None
         self._stopped: tuple[np.ndarray, float] | None = None
@@ -46,11 +49,13 @@ class Stats:
         self._before, host.between = host.between, self.between
 
     def between(self) -> bool:
-        """Take the totals if it is time."""
-        now, steps = time.monotonic(), sum(self._host.engine.steps.values())
-        if now >= self._due and steps != self._steps:
+        """Take the totals if it is time, or if nothing is left to do."""
+        now, engine = time.monotonic(), self._host.engine
+        steps = sum(engine.steps.values())
+        if steps != self._steps and (now >= self._due or engine.asleep):
             self._due, self._steps = now + _PERIOD_S, steps
-            self._take()
+            with self._taking:
+                self._take()
         return self._before()
 
     def _take(self) -> None:
@@ -59,6 +64,7 @@ class Stats:
         serving = self._loaded.serving(self.placement.resident)[self._host.server]
         for server in range(self._calls.shape[1]):
             self._calls[:, server] += np.where(serving == server, new, 0).sum(1)
+        self._kinds, self._tokens = dict(self._host.engine.steps), dict(self._host.engine.tokens_processed)
         counters = self._host.engine.take_counters()
         self._rows += int(counters.rows.sum())
         self._layer_steps += counters.layer_steps
@@ -71,14 +77,18 @@ class Stats:
 
     def report(self) -> dict[str, Any]:
         """As JSON."""
+        with self._taking:
+            return self._report()
+
+    def _report(self) -> dict[str, Any]:
         engine, config, names = self._host.engine, self._loaded.engine.config, self._loaded.cluster.names
         groups = np.array_split(np.arange(len(self._calls)), min(_GROUPS, len(self._calls)))
         hottest = np.argsort(self._counts, axis=None)[::-1][:_HOTTEST]
         resident, own = self.placement.resident, self._host.server
         itemsize = engine.weights.decoder.embedding[...].dtype.itemsize
         return {
-            "steps": dict(engine.steps),
-            "tokens": dict(engine.tokens_processed),
+            "steps": self._kinds,
+            "tokens": self._tokens,
             "calls": {name: int(self._calls[:, i].sum()) for i, name in enumerate(names)},
             "groups": [
                 {
