@@ -16,6 +16,11 @@ def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(np.array(jax.devices() if devices is None else devices), (AXIS,))
 
 
+def on_cpu(mesh: Mesh) -> bool:
+    """Whether its devices are CPUs."""
+    return mesh.devices.flat[0].platform == "cpu"
+
+
 def sharded(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """Sharding that splits array axis `axis` over the mesh."""
     return NamedSharding(mesh, P(*[None] * axis, AXIS))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from launch import log
+from launch.cluster.processes import ServerFailed
 from placement.files import InputError
 from placement.version import version
 
@@ -53,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         _log.error("launch %s: %s", arguments.command, " ".join(str(error).split()))
         return 2
+    except ServerFailed as failed:
+        _log.error("launch %s: %s", arguments.command, failed)
+        return failed.status if failed.status in (1, 2) else 1
     except BrokenPipeError:  # the reader of our output left, as `head` does; nobody is there to be told
         log.discard_output()
         return 1

@@ -3,17 +3,40 @@
 Pure rules over small values. The serving engine, the replay of traces and the lock-step simulator all call them, so
 what is simulated is what serves. Holds no state; knows no clock, no costs and no model.
 
-All devices take every step together. A prefill step takes a chunk of one prompt on each device, a decode step one token
-of every sequence that has its prompt behind it. Which of the two comes next is agreed ahead: with every step each device
-also sends what it will want after it, as far as is known when the step begins. A request that arrives during a step is
-hence announced with the step after it.
+All devices take every step together. A prefill step takes a chunk of a prompt on each device, or of a few short ones, a
+decode step one token of every sequence that has its prompt behind it. Which of the two comes next, and how wide it is, is
+agreed ahead: with every step each device also sends what it will want after it, as far as is known when the step begins.
+A request that arrives during a step is hence announced with the step after it.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 Kind = Literal["prefill", "decode"]
+
+_WIDER = 4  # times the smallest chunk
+TOGETHER = 4  # short prompts that a device takes in one step where nobody decodes
+
+
+class Width(NamedTuple):
+    """How wide a prefill step is on each device: few widths occur, as a step is compiled for each.
+
+    Attributes:
+        prompts: that it takes chunks of at most.
+        chunk: tokens that it takes of each at most.
+    """
+
+    prompts: int
+    chunk: int
+
+
+class Turn(NamedTuple):
+    """A step that is to come: its kind, and the width that it has if it is a prefill step."""
+
+    kind: Kind
+    width: Width
 
 
 class Progress(NamedTuple):
@@ -56,19 +79,32 @@ class SlotRows(NamedTuple):
     count: int
 
 
+class Wish(NamedTuple):
+    """What a device wants next.
+
+    Attributes:
+        prefill: tokens that are left of the prompt that came first; 0: no prefill step.
+        prompts: how many prompts have tokens left.
+        decode: whether some sequence has its prompt behind it.
+    """
+
+    prefill: int
+    prompts: int
+    decode: bool
+
+
 @dataclass(frozen=True)
 class Step:
     """What a step holds, and what the devices will want after it.
 
     Attributes:
-        rows: by device, then by batch slot.
-        prefill, decode: whether each device wants such a step after this one, [D].
+        rows: by device; then a decode step's by batch slot, a prefill step's by arrival.
+        wishes: of each device after this step, [D].
     """
 
     kind: Kind
     rows: tuple[SlotRows, ...]
-    prefill: tuple[bool, ...]
-    decode: tuple[bool, ...]
+    wishes: tuple[Wish, ...]
 
 
 Slots = Sequence[Sequence[Progress | None]]  # [devices][batch slots]; None is free
@@ -114,35 +150,93 @@ def next_kind(last: Kind | None, prefill: bool, decode: bool) -> Kind | None:
     return "decode" if decode else None
 
 
-def plan_step(kind: Kind, slots: Slots, waiting: Sequence[bool], chunk: int) -> Step:
-    """What a step of a kind holds.
+def chunks_of(chunk: int, context: int) -> tuple[int, ...]:
+    """Tokens of a prompt that a step may take, smallest first, where one may be wide.
+
+    Args:
+        chunk: where somebody decodes; context: longest sequence, in tokens.
+
+    >>> chunks_of(64, 4096), chunks_of(64, 128)
+    ((64, 256), (64,))
+    """
+    return (chunk, _WIDER * chunk) if _WIDER * chunk <= context else (chunk,)
+
+
+def widths(chunks: Sequence[int]) -> tuple[Width, ...]:
+    """All widths that `next_turn` gives for these chunks.
+
+    >>> widths((64, 256))
+    (Width(prompts=1, chunk=64), Width(prompts=1, chunk=256), Width(prompts=4, chunk=64))
+    """
+    several = [Width(TOGETHER, chunks[-1] // TOGETHER)] if len(chunks) > 1 else []
+    return (*(Width(1, chunk) for chunk in chunks), *several)
+
+
+def next_turn(last: Kind | None, wishes: Sequence[Wish], chunks: Sequence[int]) -> Turn | None:
+    """The step after one of kind `last`.
+
+    Where somebody decodes, a prefill step is short, so that nobody waits long for a token; where nobody does, it is as wide
+    as the prompt that came first, or takes a few prompts together where that one is short.
+
+    Args:
+        last: as in `next_kind`.
+        wishes: of the devices; of those whose wishes are the largest will do.
+        chunks: tokens of a prompt that a step may take, smallest first; the smallest where somebody decodes.
+
+    >>> next_turn(None, [Wish(100, 1, False), Wish(0, 0, False)], (64, 256)).width
+    Width(prompts=1, chunk=256)
+    >>> next_turn("decode", [Wish(100, 1, False), Wish(0, 0, True)], (64, 256)).width
+    Width(prompts=1, chunk=64)
+    >>> next_turn(None, [Wish(50, 3, False)], (64, 256)).width
+    Width(prompts=4, chunk=64)
+    """
+    decode = any(wish.decode for wish in wishes)
+    tokens = max((wish.prefill for wish in wishes), default=0)
+    kind = next_kind(last, tokens > 0, decode)
+    if kind is None:
+        return None
+    if decode or len(chunks) == 1:
+        return Turn(kind, Width(1, chunks[0]))
+    if max(wish.prompts for wish in wishes) > 1 and tokens <= chunks[-1] // TOGETHER:
+        return Turn(kind, Width(TOGETHER, chunks[-1] // TOGETHER))
+    return Turn(kind, Width(1, next((chunk for chunk in chunks if chunk >= tokens), chunks[-1])))
+
+
+def plan_step(turn: Turn, slots: Slots, waiting: Sequence[Sequence[int]]) -> Step:
+    """What a step holds.
 
     Args:
         slots: of the devices that the caller knows; others may be given as empty.
-        waiting: whether requests wait at the server of each device for a batch slot, [D].
-        chunk: prompt tokens that a step takes from one sequence at most.
+        waiting: tokens of the prompts that wait for a batch slot at the server of each device, first ones first, [D][…].
     """
-    rows = tuple(_prefill_rows(slots, chunk) if kind == "prefill" else _decode_rows(slots))
+    rows = tuple(_prefill_rows(slots, turn.width) if turn.kind == "prefill" else _decode_rows(slots))
     taken = {(own.device, own.slot): own.count for own in rows}
-    prefill, decode = [], []
+    after = []
     for device, own in enumerate(slots):
-        after = [None if p is None else p.after(taken.get((device, slot), 0)) for slot, p in enumerate(own)]
-        stay = [progress for progress in after if progress is not None and not progress.ended]
-        room = waiting[device] and len(stay) < len(own)
-        prefill.append(room or any(not progress.prefilled for progress in stay))
-        decode.append(any(progress.prefilled for progress in stay))
-    return Step(kind, rows, tuple(prefill), tuple(decode))
+        left = [None if p is None else p.after(taken.get((device, slot), 0)) for slot, p in enumerate(own)]
+        after.append([None if progress is None or progress.ended else progress for progress in left])
+    return Step(turn.kind, rows, wishes(after, waiting))
 
 
-def _prefill_rows(slots: Slots, chunk: int) -> Iterable[SlotRows]:
-    """On each device the next chunk of the prompt that came first, of several such the one in the first slot."""
+def wishes(slots: Slots, waiting: Sequence[Sequence[int]]) -> tuple[Wish, ...]:
+    """What each device wants, [D]; arguments as in `plan_step`."""
+    found = []
+    for own, coming in zip(slots, waiting, strict=True):
+        due = sorted((p.arrival, slot, p.prompt - p.cached) for slot, p in enumerate(own) if p and not p.prefilled)
+        room = sum(progress is None for progress in own)
+        left = [*(tokens for *_, tokens in due), *itertools.islice(coming, room)]
+        found.append(Wish(left[0] if left else 0, len(left), any(p is not None and p.prefilled for p in own)))
+    return tuple(found)
+
+
+def _prefill_rows(slots: Slots, width: Width) -> Iterable[SlotRows]:
+    """On each device the next chunks of the prompts that came first, of several such those in the first slots."""
     for device, own in enumerate(slots):
-        due = [(p.arrival, slot) for slot, p in enumerate(own) if p is not None and not p.prefilled]
-        if due:
-            _, slot = min(due)
+        due = sorted((p.arrival, slot) for slot, p in enumerate(own) if p is not None and not p.prefilled)
+        for _, slot in due[: width.prompts]:
             progress = own[slot]
             assert progress is not None
-            yield SlotRows(device, slot, progress.cached, min(chunk, progress.prompt - progress.cached))
+            yield SlotRows(device, slot, progress.cached, min(width.chunk, progress.prompt - progress.cached))
 
 
 def _decode_rows(slots: Slots) -> Iterable[SlotRows]:

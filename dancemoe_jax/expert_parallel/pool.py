@@ -28,7 +28,7 @@ from dancemoe_jax.model.experts import ExpertWeights
 
 # Slots written by one call: the shape of a write, and so compiled once for each device and size of bank. As many as stay
 # below so many bytes, because they lie on the device twice until the call has ended; at least one.
-WRITE_ROWS, WRITE_BYTES = 8, 64 * 2**20
+WRITE_ROWS, WRITE_BYTES = 8, 8 * 2**20
 
 # How bfloat16 weights lie in a pool on CPUs: as their bits. XLA has no bfloat16 arithmetic there, and would turn a whole
 # pool into float32 rather than the one expert that is sliced out of it.
@@ -244,7 +244,6 @@ def write_experts(
         writes: device -> (slot, weights) of what is new there, taken a few at a time; this process's devices only.
     """
     buffers = buffers_of(layout, pool, mesh)
-
     count = write_rows(sum(leaf.nbytes // len(leaf) for leaf in jax.tree.leaves(pool.banks[0])))
 
     def flush(device: int, bank: int, rows: list[tuple[int, ExpertWeights]]) -> None:
@@ -252,6 +251,7 @@ def write_experts(
         at = np.array([row for row, _ in rows], np.int32)
         own = buffers[device]
         weights = jax.tree.map(_stacked, own[bank], *(one for _, one in rows))
+        jax.block_until_ready(own[bank])  # no queue of writes, each with memory of its own
         own[bank] = _write(own[bank], *jax.device_put((at, weights), mesh.devices[device]))
 
     for device, own_writes in writes.items():
@@ -273,7 +273,8 @@ def write_rows(expert_bytes: int) -> int:
 
 def _stacked(array: jax.Array, *parts: np.ndarray) -> np.ndarray:
     """Parts in a row, as they lie in an array of the pool."""
-    stacked = np.stack(parts).astype(jnp.bfloat16 if array.dtype == BFLOAT16_BITS else array.dtype, copy=False)
+    stacked = parts[0][None] if len(parts) == 1 else np.stack(parts)
+    stacked = stacked.astype(jnp.bfloat16 if array.dtype == BFLOAT16_BITS else array.dtype, copy=False)
     return stacked.view(array.dtype)
 
 

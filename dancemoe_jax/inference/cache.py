@@ -13,6 +13,7 @@ from dancemoe_jax.kernels.attention import cached_attention_native
 from dancemoe_jax.kernels.gpu_attention import cached_attention_gpu
 from dancemoe_jax.kernels.gpu_call import GpuKernels
 from dancemoe_jax.mesh import sharded
+from dancemoe_jax.model.present import where_present
 
 
 def empty_cache(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -33,6 +34,7 @@ class CacheRows(NamedTuple):
         valid: which tokens count.
         native: whether native calls attend.
         gpu: kernels that attend on a GPU.
+        present: whether any does; None where that is not asked.
     """
 
     sequences: Int[Array, " rows"] | None
@@ -40,6 +42,7 @@ class CacheRows(NamedTuple):
     valid: Bool[Array, "rows chunk"]
     native: bool
     gpu: GpuKernels = None
+    present: Bool[Array, ""] | None = None
 
 
 def attend_cached(rows: CacheRows, layer, caches, how, q, *new):
@@ -77,10 +80,13 @@ def attend_cached(rows: CacheRows, layer, caches, how, q, *new):
         heads = cached_attention_native(q, keys, values, layer, sequence, start, length, **how._asdict())
         return jnp.where(finite, heads, jnp.nan), caches
     own = (layer,) if rows.sequences is None else (layer, sequence)
-    k, v = _as_computed(keys[own]), None if values is None else _as_computed(values[own])
-    every = jnp.broadcast_to(jnp.arange(k.shape[1])[None], k.shape[:2])
-    heads = how(q, k, v, jnp.where(rows.valid, rows.positions, 0), every)
-    return jnp.where(finite, heads, jnp.nan), caches
+
+    def attended(q):
+        k, v = _as_computed(keys[own]), None if values is None else _as_computed(values[own])
+        every = jnp.broadcast_to(jnp.arange(k.shape[1])[None], k.shape[:2])
+        return how(q, k, v, jnp.where(rows.valid, rows.positions, 0), every)
+
+    return jnp.where(finite, where_present(rows.present, attended, q), jnp.nan), caches
 
 
 def _as_stored(part, dtype):

@@ -145,20 +145,21 @@ def _threshold_among(scaled, rows, count):
 
 
 @functools.partial(jax.jit, static_argnames="mesh", donate_argnames="seen")
-def choose(seen, tokens, valid, fresh, logits, rules, index, *, mesh):
+def choose(seen, tokens, valid, fresh, logits, rules, index, row=None, *, mesh):
     """Next tokens int32 [devices, rows], and what their requests have seen, the step's own tokens included.
 
     Args:
         seen: bool [devices, rows, vocab]; tokens, valid: [devices, rows, some]; fresh: [devices, rows], new requests.
-        logits: [devices, rows, vocab], or [devices, 1, vocab] for the same in all rows.
+        logits: [devices, some, vocab].
         rules: SamplingRows of [devices, rows]; index: [devices, rows], tokens that the request has been given before.
+        row: int [devices, rows], whose logits each row takes; None: its own.
     """
 
-    def local(seen, tokens, valid, fresh, logits, rules, index):
+    def local(seen, tokens, valid, fresh, logits, rules, index, row):
         seen = mark_seen(seen[0], tokens[0], valid[0], fresh[0])
-        logits = jnp.broadcast_to(logits[0], seen.shape)
+        logits = logits[0] if row is None else logits[0][row[0]]
         return seen[None], sample(logits, jax.tree.map(lambda a: a[0], rules), index[0], seen)[None]
 
     own: Any = P(AXIS)
     run = jax.shard_map(local, mesh=mesh, in_specs=own, out_specs=own)
-    return run(seen, tokens, valid, fresh, logits, rules, index)
+    return run(seen, tokens, valid, fresh, logits, rules, index, row)

@@ -18,19 +18,21 @@ from jaxtyping import Bool, Int
 
 from dancemoe_jax.arguments import check_array
 from dancemoe_jax.errors import ArgumentError
-from dancemoe_jax.expert_parallel.dispatch import Traffic, Transport, default_transport, dispatch
+from dancemoe_jax.expert_parallel.dispatch import Traffic, Transport, default_transport
 from dancemoe_jax.expert_parallel.pool import ExpertPool, PoolLayout
 from dancemoe_jax.expert_parallel.slot_experts import slot_experts
 from dancemoe_jax.expert_parallel.tables import Tables
 from dancemoe_jax.inference.cache import CacheRows, attend_cached, empty_cache
 from dancemoe_jax.inference.control import share_control
 from dancemoe_jax.inference.finite import finite_rows
+from dancemoe_jax.inference.next_tokens import next_tokens
+from dancemoe_jax.inference.routed_experts import routed_experts
 from dancemoe_jax.inference.step_arguments import check_model, check_rest
 from dancemoe_jax.kernels.gpu_call import GpuKernels, gpu_kernels
 from dancemoe_jax.kernels.library import Kernels, use_native
-from dancemoe_jax.mesh import AXIS, put, replicated, sharded
+from dancemoe_jax.mesh import AXIS, on_cpu, put, replicated, sharded
 from dancemoe_jax.model.config import ModelConfig
-from dancemoe_jax.model.decoder import Decoder, decoder_layer, head_logits, scan_layers
+from dancemoe_jax.model.decoder import Decoder, decoder_layer, scan_layers
 
 DECODE_TILE, PREFILL_TILE = 8, 32
 
@@ -176,7 +178,8 @@ def decode_step(
 
     def local(weights, state, tokens, positions, active, *rest):
         rows = jnp.where(active[0], positions[0], config.max_position)[:, None]
-        step = _Step(config, layout, transport or default_transport(mesh), wire_dtype, native, gpu, DECODE_TILE, *rest)
+        how = transport or default_transport(mesh), wire_dtype, on_cpu(mesh), native, gpu
+        step = _Step(config, layout, *how, DECODE_TILE, *rest)
         return _run(step, weights, state, tokens[0][:, None], rows, None)
 
     return _over_devices(local, mesh)(weights, state, tokens, positions, active, control, routing)
@@ -229,7 +232,8 @@ def prefill(
     def local(weights, state, tokens, sequences, starts, lengths, *rest):
         index = jnp.arange(tokens.shape[2])[None]
         positions = jnp.where(index < lengths[0][:, None], starts[0][:, None] + index, config.max_position)
-        step = _Step(config, layout, transport or default_transport(mesh), wire_dtype, native, gpu, PREFILL_TILE, *rest)
+        how = transport or default_transport(mesh), wire_dtype, on_cpu(mesh), native, gpu
+        step = _Step(config, layout, *how, PREFILL_TILE, *rest)
         return _run(step, weights, state, tokens[0], positions, sequences[0], all_logits)
 
     return _over_devices(local, mesh)(weights, state, tokens, sequences, starts, lengths, control, routing)
@@ -264,6 +268,7 @@ class _Step(NamedTuple):
     layout: PoolLayout
     transport: Transport
     wire_dtype: Any
+    on_cpu: bool
     native: bool
     gpu: GpuKernels
     tile: int
@@ -279,7 +284,9 @@ class _Step(NamedTuple):
 def _run(step, weights, state, tokens, positions, sequences, all_logits=False):
     """One step of one device. tokens, positions [rows, chunk]; a position of max_position marks a row as empty."""
     config, valid = step.config, positions < step.config.max_position
-    rows = CacheRows(sequences, positions, valid, step.native, step.kernels)
+    # On a GPU a condition would wait for the host.
+    present = valid.any() if step.on_cpu else None
+    rows = CacheRows(sequences, positions, valid, step.native, step.kernels, present)
     tables = weights.tables._replace(device=weights.tables.device[0], slot=weights.tables.slot[0])
     busy, control = share_control(valid.any(), step.control)
     compute = functools.partial(
@@ -291,14 +298,16 @@ def _run(step, weights, state, tokens, positions, sequences, all_logits=False):
         tile=step.tile,
         limit=config.swiglu_limit,
     )
-    moe = functools.partial(_routed_experts, step, compute, valid, busy)
+    moe = functools.partial(routed_experts, step, compute, valid, busy)
 
     def body(carry, layer_inputs):
         x, finite, *caches = carry
         layer, index, window, own = layer_inputs
 
         attention = functools.partial(attend_cached, rows, index, caches)
-        x, caches, aux = decoder_layer(config, layer, x, positions, attention, functools.partial(moe, own), window)
+        x, caches, aux = decoder_layer(
+            config, layer, x, positions, attention, functools.partial(moe, own), window, present
+        )
         return (x, finite + finite_rows(x, valid), *caches), aux
 
     per_layer = (tables, jax.tree.map(lambda a: jnp.swapaxes(a[0], 0, 1), step.routing))
@@ -307,17 +316,10 @@ def _run(step, weights, state, tokens, positions, sequences, all_logits=False):
     (x, finite, k, v), (traffic, counts, routed) = scan_layers(
         config, weights.decoder, body, carry, per_layer, native=step.native, active=valid.reshape(-1), gpu=step.kernels
     )
-    last = jnp.maximum(valid.sum(1) - 1, 0)[:, None]
-    if all_logits:
-        logits = head_logits(config, weights.decoder, x, step.native, valid.reshape(-1))
-        final = jnp.take_along_axis(logits, last[:, :, None], axis=1)[:, 0]
-    else:
-        final = logits = head_logits(
-            config, weights.decoder, jnp.take_along_axis(x, last[:, :, None], axis=1)[:, 0], step.native, valid.any(1)
-        )
+    logits, final, likeliest = next_tokens(step, weights.decoder, x, valid, present, all_logits)
     head = finite_rows(logits, valid) if all_logits else finite_rows(final[:, None], valid[:, :1])
     result = StepResult(
-        jnp.argmax(final, -1).astype(jnp.int32)[None],
+        likeliest[None],
         logits[None],
         jax.tree.map(lambda a: a[None], traffic),
         control,
@@ -325,24 +327,3 @@ def _run(step, weights, state, tokens, positions, sequences, all_logits=False):
         jnp.where(finite == config.num_layers, finite + head, finite)[None],
     )
     return State(k, v, state.counts + counts[None]), result
-
-
-def _routed_experts(step, compute, valid, busy, own, h, topk_weights, topk_ids, logits):
-    """One layer's routed experts, wherever they are: their sum, and (traffic, counts, ids) of the layer."""
-    layer_tables, given = own
-    if given is not None:
-        topk_ids, topk_weights = given.ids, given.weights.astype(topk_weights.dtype)
-    routed, traffic = dispatch(
-        compute,
-        step.layout.links,
-        layer_tables,
-        h,
-        topk_weights,
-        topk_ids,
-        valid.reshape(-1),
-        busy,
-        transport=step.transport,
-        wire_dtype=step.wire_dtype,
-    )
-    ones = jnp.broadcast_to(valid.reshape(-1, 1), topk_ids.shape).astype(jnp.int32)
-    return routed, (traffic, jnp.zeros(step.config.num_experts, jnp.int32).at[topk_ids].add(ones), topk_ids)

@@ -292,6 +292,24 @@ void mix_of(const Matrix& v, const float* p, size_t p_stride, size_t count, floa
   }
 }
 
+// Piece by piece: only a piece that holds something larger than all before it is looked at again.
+size_t largest_at(const float* numbers, size_t count) {
+  constexpr size_t kSearched = 512;
+  size_t from = 0;
+  float best = -__builtin_inff();
+  for (size_t begin = 0; begin < count; begin += kSearched) {
+    const size_t end = begin + kSearched < count ? begin + kSearched : count;
+    Lanes top = all(best);
+    size_t i = begin;
+    for (; i + kLanes <= end; i += kLanes) top = max(load(numbers + i), top);
+    float found = largest(top);
+    for (; i < end; i++) found = numbers[i] > found ? numbers[i] : found;
+    if (found > best) best = found, from = begin;
+  }
+  while (from < count && !(numbers[from] == best)) from++;
+  return from < count ? from : 0;
+}
+
 void widen(const uint16_t* from, float* to, size_t count) {
   for (size_t i = 0; i < count; i++) {
     const uint32_t bits = (uint32_t)from[i] << 16;
@@ -316,6 +334,6 @@ void narrow(const float* from, uint16_t* to, size_t count) {
 namespace dancemoe {
 
 extern const VectorCode INSTRUCTION_SET;
-const VectorCode INSTRUCTION_SET = {NAME_OF(INSTRUCTION_SET), products_of, gate, add, add_rounded, largest, exponentials, exponential, mix_of, widen, narrow};
+const VectorCode INSTRUCTION_SET = {NAME_OF(INSTRUCTION_SET), products_of, gate, add, add_rounded, largest, exponentials, exponential, mix_of, largest_at, widen, narrow};
 
 }  // namespace dancemoe

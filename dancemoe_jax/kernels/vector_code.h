@@ -66,6 +66,9 @@ struct VectorCode {
   // out[r * out_stride + j] = sum over s of p[r * p_stride + s] * v row s [j], for r < count.
   void (*mix)(const Matrix& v, const float* p, size_t p_stride, size_t count, float* out, size_t out_stride);
 
+  // Index of the largest number, of several such the first one; numbers that are none count as smallest.
+  size_t (*largest_at)(const float* numbers, size_t count);
+
   // Conversion of activations.
   void (*widen)(const uint16_t* from, float* to, size_t count);
   void (*narrow)(const float* from, uint16_t* to, size_t count);  // to the nearest, ties to even

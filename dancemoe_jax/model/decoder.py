@@ -21,6 +21,7 @@ from dancemoe_jax.model.attention import along_last, attend, rms_norm, rotate
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.model.experts import ExpertWeights, dense_experts, swiglu
 from dancemoe_jax.model.layer_weights import LayerWeights, scan_run
+from dancemoe_jax.model.present import where_present
 from dancemoe_jax.model.router import route
 
 # Latent attention's inner norms have an epsilon of their own, whatever the configuration says of the others.
@@ -199,6 +200,7 @@ def decoder_layer(
     attention: Callable,
     moe: Callable,
     window: Int[Array, ""] | None = None,
+    present: Bool[Array, ""] | None = None,
 ):
     """One layer on the residual stream `x`.
 
@@ -207,32 +209,42 @@ def decoder_layer(
             None where the keys are the values too (latent attention).
         moe: (tokens [n, hidden], topk_weights, topk_ids, logits) -> (sum of routed experts, anything). Not called in a
             dense layer.
+        present: whether any token counts; where none does, only `attention` and `moe` compute. None: some do.
 
     Returns:
         The new residual stream and what `attention` and `moe` (None in a dense layer) handed back.
     """
     latent = config.latent
     width = config.head_dim if latent is None else latent.nope_dim + latent.rope_dim
-    with jax.named_scope("attention"):
+
+    def project(x):
         h = rms_norm(x, layer.attention_norm, config.rms_eps)
-        q, k, v = (_grouped_qkv if latent is None else _latent_qkv)(config, layer, h, positions)
+        return (_grouped_qkv if latent is None else _latent_qkv)(config, layer, h, positions)
+
+    def finish(x, heads):
+        heads = heads if latent is None else linear_of_heads(heads, layer.v_up)
+        x = x + linear(heads.reshape(*heads.shape[:2], -1), layer.o)
+        return x if layer.o_bias is None else x + along_last(layer.o_bias, x)
+
+    def routed(x):
+        h = rms_norm(x, layer.moe_norm, config.rms_eps).reshape(-1, config.hidden_size)
+        how = (layer.router_bias, layer.router_correction)
+        return h, None if layer.router is None else route(config, layer.router, h, *how)
+
+    def visited_by_all(h):
+        shared = swiglu(h, layer.shared_in, layer.shared_out)
+        return shared if layer.shared_gate is None else jax.nn.sigmoid(linear(h, layer.shared_gate)) * shared
+
+    with jax.named_scope("attention"):
+        q, k, v = where_present(present, project, x)
         how = Attention(config.attention_scale or width**-0.5, window, layer.sinks, latent and latent.kv_rank)
         heads, kept = attention(how, q, k, v)
-        if latent is not None:
-            heads = linear_of_heads(heads, layer.v_up)
-        x = x + linear(heads.reshape(*heads.shape[:2], -1), layer.o)
-        if layer.o_bias is not None:
-            x = x + along_last(layer.o_bias, x)
+        x = where_present(present, finish, x, heads)
     with jax.named_scope("moe"):
-        h = rms_norm(x, layer.moe_norm, config.rms_eps).reshape(-1, config.hidden_size)
-        out, aux = jnp.zeros_like(h), None
-        if layer.router is not None:
-            out, aux = moe(h, *route(config, layer.router, h, layer.router_bias, layer.router_correction))
+        h, routing = where_present(present, routed, x)
+        out, aux = (jnp.zeros_like(h), None) if routing is None else moe(h, *routing)
         if layer.shared_in is not None and layer.shared_out is not None:
-            shared = swiglu(h, layer.shared_in, layer.shared_out)
-            if layer.shared_gate is not None:
-                shared = jax.nn.sigmoid(linear(h, layer.shared_gate)) * shared
-            out = out + shared
+            out = out + where_present(present, visited_by_all, h)
         return x + out.reshape(x.shape).astype(x.dtype), kept, aux
 
 

@@ -12,6 +12,7 @@ WHAT = {
     "shift": "users of the servers change what they work on: serving with and without migration",
     "migrate": "what running requests notice of migrations",
     "scaling": "how a step grows with devices, layers and experts",
+    "peers": "decode and prefill beside llama.cpp and transformers, on the same shapes",
     "gpu": "one GPU: is what it computes right, and how near to its own rates are steps",
     "programs": "what steps would do on a GPU, compiled without one: launches, waits, copies, memory",
     "exchange": "one step across servers: time and bytes by how rows travel",

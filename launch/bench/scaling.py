@@ -1,5 +1,5 @@
-"""`python -m launch bench scaling`: how a step's time grows with devices, layers and experts, and what dispatch adds to
-layers that are local everywhere. One process, no network."""
+"""`python -m launch bench scaling`: how a step's time grows with devices, layers and experts, what slots, context and
+sequences cost that nobody uses, and what dispatch adds to layers that are local everywhere. One process, no network."""
 
 import argparse
 import dataclasses
@@ -7,8 +7,9 @@ import functools
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,15 @@ from launch.cluster.devices import cluster_devices
 from placement import InputError
 from placement.text_table import print_table, print_text
 
+
+class Size(NamedTuple):
+    """What a device has room for: experts in its pool, tokens of a sequence, sequences."""
+
+    slots: int
+    context: int
+    sequences: int
+
+
 BASE = ModelConfig(
     vocab_size=256,
     hidden_size=256,
@@ -44,6 +54,10 @@ BASE = ModelConfig(
 )
 ROWS = 4  # tokens of each device in a step
 LOCAL_ROWS = 64
+# A step of one sequence: slots of the pool, context, batch slots. Each is then made larger, and nobody uses what is added.
+USED = Size(slots=64, context=256, sequences=1)
+UNUSED = {"slots": 512, "context": 4096, "sequences": 16}
+WIDE = dataclasses.replace(BASE, hidden_size=1024, num_layers=2, expert_size=1024)
 DEVICES, LAYERS, EXPERTS = (1, 2, 4, 8), (4, 8, 16, 32), (8, 32, 128)
 
 
@@ -71,15 +85,22 @@ def run(args: argparse.Namespace) -> None:
         {"of": of, "number": number, "devices": devices, "seconds": _step_seconds(config, devices, args.repeats)}
         for of, number, config, devices in kinds
     ]
+    unused = _unused_seconds(args.repeats)
     alone, dispatched = _local_layers(args.repeats)
     if args.plot:
         _plot(rows, args.plot)
     if args.json:
-        print(json.dumps({"steps": rows, "local_layers": {"alone_s": alone, "dispatched_s": dispatched}}))
+        print(
+            json.dumps(
+                {"steps": rows, "unused": unused, "local_layers": {"alone_s": alone, "dispatched_s": dispatched}}
+            )
+        )
         return
     cells = [[r["of"], str(r["number"]), str(r["devices"]), f"{1e3 * r['seconds']:.1f} ms"] for r in rows]
     title = f"a decode step of {ROWS} rows a device, median of {args.repeats}"
     print_table(("growing", "number", "devices", "step"), cells, title=title)
+    changes = (f"{getattr(USED, of)} to {UNUSED[of]} {of} {ratio:.2f}" for of, ratio in unused.items())
+    print_text("a step of one sequence, with room for more that nobody uses, times as long:", ", ".join(changes) + ".")
     print_text(
         f"experts of {BASE.num_layers} layers that are local everywhere, {LOCAL_ROWS} rows: {1e3 * alone:.2f} ms, with "
         f"dispatch {1e3 * dispatched:.2f} ms ({100 * (dispatched / alone - 1):+.1f} %)",
@@ -135,28 +156,49 @@ def _expert(rng: np.random.Generator, config: ModelConfig) -> ExpertWeights:
     )
 
 
+def _unused_seconds(repeats: int) -> dict[str, float]:
+    """By what is made larger: a step of one sequence against the same with less room. In turns, ratios of medians."""
+    steps = {of: _stepper(WIDE, 1, USED._replace(**{of: most}), active=1) for of, most in UNUSED.items()}
+    base, took = _stepper(WIDE, 1, USED, active=1), {of: ([], []) for of in UNUSED}
+    for number in range(3 * repeats + 2):
+        for of, step in steps.items():
+            for which, seconds in zip((base, step), took[of], strict=True):
+                seconds.append(which(number))
+    return {of: statistics.median(more[2:]) / statistics.median(less[2:]) for of, (less, more) in took.items()}
+
+
 def _step_seconds(config: ModelConfig, devices: int, repeats: int) -> float:
-    """Median seconds of a step."""
+    """Median seconds of a step with all rows active, experts sharded over the devices."""
+    slots = -(-config.num_moe_layers * config.num_experts // devices)
+    step = _stepper(config, devices, Size(slots, config.max_position, ROWS), active=ROWS)
+    return statistics.median([step(number) for number in range(repeats + 2)][2:])
+
+
+def _stepper(config: ModelConfig, devices: int, size: Size, active: int) -> Callable[[int], float]:
+    """A function that takes the step of a number and gives its seconds, with `active` sequences on each device."""
+    config = dataclasses.replace(config, max_position=size.context)
     mesh, grid = make_mesh(cluster_devices(devices)), (config.num_moe_layers, config.num_experts)
     owner = np.arange(config.num_moe_layers * config.num_experts).reshape(grid) % devices
-    resident = owner == np.arange(devices)[:, None, None]
-    layout = pool_layout([int(held) for held in resident.sum((1, 2))], range(devices))
-    slots = assign_slots(layout, resident)
+    layout = pool_layout([size.slots] * devices, range(devices))
+    slots = assign_slots(layout, owner == np.arange(devices)[:, None, None])
     rng = np.random.default_rng(0)
     one = _expert(rng, config)
     pool = fill_pool(mesh, layout, slots, lambda layer, expert: one)
     decoder = place_decoder(Decoder(config, nnx.Rngs(0)), mesh)
     weights = Weights(decoder, pool, place_tables(routing_tables(layout, slots), mesh))
-    state, shapes = init_state(config, mesh, ROWS), {"config": config, "layout": layout, "mesh": mesh}
-    tokens = rng.integers(0, config.vocab_size, (devices, ROWS)).astype(np.int32)
-    active, seconds = np.ones((devices, ROWS), bool), []
-    for position in range(repeats + 2):
-        where = np.full((devices, ROWS), position % config.max_position, np.int32)
+    states, shapes = [init_state(config, mesh, size.sequences)], {"config": config, "layout": layout, "mesh": mesh}
+    tokens = rng.integers(0, config.vocab_size, (devices, size.sequences)).astype(np.int32)
+    present = np.broadcast_to(np.arange(size.sequences) < active, tokens.shape)
+
+    def step(number: int) -> float:
+        where = np.full(tokens.shape, number % BASE.max_position, np.int32)
         begin = time.perf_counter()
-        state, result = decode_step(weights, state, tokens, where, active, **shapes)
+        state, result = decode_step(weights, states.pop(), tokens, where, present, **shapes)
         jax.block_until_ready(result.tokens)
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds[2:])
+        states.append(state)
+        return time.perf_counter() - begin
+
+    return step
 
 
 def _plot(rows: list[dict[str, Any]], file: Path) -> None:

@@ -178,7 +178,7 @@ class _Prediction:
         args, plans = self.args, self.plans
         columns = np.array([[r.arrival_s, r.server, r.prompt, r.output] for r in self.requests]).reshape(-1, 4).T
         tables = {key: plans[f"{key}_{name}"] for key in ("serving", "likely")}
-        options = {"sequences": args.sequences, "chunk": args.chunk, "seed": args.seed, **tables}
+        options = {"sequences": args.sequences, "chunks": (args.chunk,), "seed": args.seed, **tables}
         parts: dict[str, list[np.ndarray]] = {}
         for begin, end in windows:
             seconds, *rest = columns[:, (begin <= columns[0]) & (columns[0] < end)]

@@ -21,6 +21,10 @@ class Channel(Protocol):
         """Set a value, or replace it."""
         ...
 
+    def offer(self, name: str, value: bytes) -> None:
+        """Set a value unless there is one: of several that are offered, all get the same."""
+        ...
+
     def get(self, name: str, seconds: float) -> bytes | None:
         """The value, waiting at most so long until there is one; None too where it is on its way by then."""
         ...
@@ -51,6 +55,11 @@ class OwnChannel:
             self._values[name] = value
             self._changed.notify_all()
 
+    def offer(self, name: str, value: bytes) -> None:
+        with self._changed:
+            self._values.setdefault(name, value)
+            self._changed.notify_all()
+
     def get(self, name: str, seconds: float) -> bytes | None:
         with self._changed:
             self._changed.wait_for(lambda: name in self._values, seconds)
@@ -76,6 +85,10 @@ class ClusterChannel:
         with _answered():
             self._client.key_value_set_bytes(self._root + name, value, allow_overwrite=True)
 
+    def offer(self, name: str, value: bytes) -> None:
+        with _answered("ALREADY_EXISTS"):
+            self._client.key_value_set_bytes(self._root + name, value, allow_overwrite=False)
+
     def get(self, name: str, seconds: float) -> bytes | None:
         with _answered("DEADLINE_EXCEEDED"):
             return self._client.blocking_key_value_get_bytes(self._root + name, max(1, round(1000 * seconds)))
@@ -91,7 +104,7 @@ class ClusterChannel:
 
 @contextmanager
 def _answered(absent: str = "") -> Iterator[None]:
-    """Go on without a value where the store says that there is none."""
+    """Go on without a value where the store says that there is none, or one already."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:

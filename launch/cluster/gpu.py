@@ -7,6 +7,7 @@ import ctypes
 import fcntl
 import importlib.util
 import ipaddress
+import math
 import os
 import socket
 import struct
@@ -25,6 +26,8 @@ _XLA_FLAGS = {
 }
 # What CUDA itself takes of a card that a process uses: its context, kernels, NCCL's buffers.
 CONTEXT_BYTES = 768 * 2**20
+# JAX takes its share of what CUDA shows of a card, which is a little less than the driver does.
+_MARGIN, _MOST_SHARE = 1.015, 0.98
 _SIOCGIFADDR = 0x8915
 
 
@@ -60,7 +63,8 @@ def prepare_gpu(memory: Sequence[int], cards: Sequence[int], own: str | None, so
     if totals:
         for number, promised, total in zip(cards, memory, totals, strict=True):
             check_promise(source, f"card {number}", promised, total)
-        fraction = max(promised / total for promised, total in zip(memory, totals, strict=True))
+        share = max(promised / total for promised, total in zip(memory, totals, strict=True))
+        fraction = min(_MOST_SHARE, math.ceil(1e4 * _MARGIN * share) / 1e4)
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{fraction:.4f}")
 
 

@@ -3,12 +3,13 @@
 What goes where is decided by `placement.scheduling`; here it is carried out. Takes no step and touches no device.
 """
 
+import itertools
 import threading
 from collections import deque
 from collections.abc import Collection, Sequence
 
 from launch.engine.request import Request
-from placement.scheduling import Kind, SlotRows, Step, admit, plan_step
+from placement.scheduling import Progress, SlotRows, Step, Turn, Wish, admit, plan_step, wishes
 
 Member = tuple[SlotRows, Request]  # rows of a step, and whose they are
 
@@ -72,19 +73,38 @@ class Batch:
                     for index, slot in admit(free, len(queue)):
                         self.running[devices[index]][slot] = queue.popleft()
 
-    def plan(self, kind: Kind, chunk: int) -> tuple[Step, list[Member]]:
-        """What a step of a kind holds of the requests here."""
-        slots = [
-            [None if r is None else r.progress(self._context) for r in row] if device in self._own else []
-            for device, row in enumerate(self.running)
-        ]
-        step = plan_step(kind, slots, [bool(self.waiting[server]) for server in self._server], chunk)
+    def plan(self, turn: Turn) -> tuple[Step, list[Member]]:
+        """What a step holds of the requests here."""
+        step = plan_step(turn, self._slots(), self._coming())
         members: list[Member] = []
         for rows in step.rows:
             request = self.running[rows.device][rows.slot]
             assert request is not None
             members.append((rows, request))
         return step, members
+
+    def wishes(self) -> tuple[Wish, ...]:
+        """What each device wants now, [D]; nothing those of other processes."""
+        return wishes(self._slots(), self._coming())
+
+    @property
+    def first_prompt(self) -> int:
+        """Tokens of a prompt that waits at a server here; 0: none does. From any thread."""
+        with self._lock:
+            return max((queue[0].prompt_tokens for queue in self.waiting if queue), default=0)
+
+    def _slots(self) -> list[list[Progress | None]]:
+        return [
+            [None if r is None else r.progress(self._context) for r in row] if device in self._own else []
+            for device, row in enumerate(self.running)
+        ]
+
+    def _coming(self) -> list[list[int]]:
+        """Tokens of the prompts that wait at the server of each device, as many as it has slots."""
+        with self._lock:
+            most = len(self.running[0])
+            queues = [[r.prompt_tokens for r in itertools.islice(queue, most)] for queue in self.waiting]
+        return [queues[server] for server in self._server]
 
     def fail(self, rows: SlotRows, error: str) -> None:
         """End the request of a slot, which is free then, with an error."""

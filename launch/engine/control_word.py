@@ -4,12 +4,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from placement.scheduling import Wish
+
 
 class ControlWord(NamedTuple):
     """The control words of all devices, one int32 array [devices] a column.
 
     Attributes:
-        prefill, decode: whether the device wants such a step after this one.
+        prefill, prompts, decode: what the device wants after this step (placement.scheduling.Wish).
         done: its process has no more requests to come and none in flight; stop: it wants all to end now.
         reform: its process is ready to leave for another program.
         command, stage: the migration command that its process carries out, and how far it has come.
@@ -17,6 +19,7 @@ class ControlWord(NamedTuple):
     """
 
     prefill: np.ndarray
+    prompts: np.ndarray
     decode: np.ndarray
     done: np.ndarray
     stop: np.ndarray
@@ -29,6 +32,11 @@ class ControlWord(NamedTuple):
     def of(cls, words: np.ndarray) -> "ControlWord":
         """Columns of int32 [devices, WIDTH], as views: what is written to them is written to `words`."""
         return cls(*words.T)
+
+    @property
+    def wish(self) -> Wish:
+        """The largest wishes of all devices together."""
+        return Wish(int(self.prefill.max()), int(self.prompts.max()), bool(self.decode.any()))
 
 
 WIDTH = len(ControlWord._fields)

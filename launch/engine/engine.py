@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from dancemoe_jax.expert_parallel.pool import PoolLayout, local_devices
 from dancemoe_jax.inference.finite import all_finite, not_finite
 from dancemoe_jax.inference.steps import GivenRouting, StepResult, Weights, decode_step, init_state, prefill
+from dancemoe_jax.kernels.library import Kernels, use_native
 from dancemoe_jax.mesh import own_rows, shard_rows
 from dancemoe_jax.model.config import ModelConfig
 from launch.engine.batch import Batch, Member
@@ -22,10 +23,12 @@ from launch.engine.control_word import ControlWord, MigrationProgress, blank
 from launch.engine.logprobs import note_logprobs
 from launch.engine.request import Request
 from launch.engine.step_counters import StepCounters
-from launch.engine.step_inputs import decode_inputs, first_row, given_routing, prefill_inputs
+from launch.engine.step_inputs import decode_inputs, given_routing, prefill_inputs, row_numbers
 from launch.engine.token_choice import TokenChoice
 from launch.engine.token_sample import Sampler
-from placement.scheduling import Kind, Step, next_kind
+from placement.scheduling import Kind, Step, Turn, Width, Wish, chunks_of, next_turn, widths
+
+_A_PROMPT = Wish(1, 1, False)
 
 
 class Engine:
@@ -37,7 +40,7 @@ class Engine:
 
     Args:
         device_server: int [devices], the server of each device.
-        sequences: batch slots of a device; chunk: prompt tokens a step takes from one sequence.
+        sequences: batch slots of a device; chunk: prompt tokens that a step takes of a sequence where somebody decodes.
         replays: all requests bring the experts of their tokens (`Request.routed`), and the router's choice is not used.
         steps: what else the steps take: `transport`, `wire_dtype` (dancemoe_jax.inference.steps).
 
@@ -76,8 +79,9 @@ class Engine:
         self.migration_progress = MigrationProgress()
         self.received = ControlWord.of(blank(mesh.size))
         self.sampler: Sampler | None = None
+        self._chunks = (chunk,) if replays or not self._native() else chunks_of(chunk, config.max_position)
         self.taking: list[Request] = []
-        self._next: Kind | None = None
+        self._next: Turn | None = None
 
     def forget(self) -> None:
         """Begin with empty caches and counts, as if nothing had been served. No request may be in a batch slot."""
@@ -117,9 +121,14 @@ class Engine:
         """Whether all have agreed to end."""
         return bool(self.received.stop.any() or self.received.done.all())
 
-    def wake(self) -> None:
-        """Have a next step after all; the process that wakes the others has a prompt."""
-        self._next = "prefill"
+    @property
+    def widths(self) -> tuple[Width, ...]:
+        """All that prefill steps may have."""
+        return widths(self._chunks)
+
+    def wake(self, wish: Wish = _A_PROMPT) -> None:
+        """Have a next step after all, a prefill step of the width that is wished; all processes wish for the same."""
+        self._next = next_turn(None, [wish], self._chunks)
 
     def adopt(self, weights: Weights) -> None:
         """Take new weights (pool and tables of another placement) from the next step on."""
@@ -146,26 +155,26 @@ class Engine:
 
     def step(self) -> list[Request]:
         """Take the next step, if there is one; the requests that it finished (their `finished_s` is the caller's)."""
-        if self._next is None and len(self.own) == self.mesh.size and not self.idle:
-            self.wake()
-        if self._next is None:
+        alone = len(self.own) == self.mesh.size
+        if self._next is None and (not alone or self.idle):
             return []
         finished = self.batch.drop_cancelled()
         self.batch.admit()
+        turn = self._next or next_turn(None, self.batch.wishes(), self._chunks) or Turn("prefill", self.widths[0])
         for request in self.in_flight:
             request.epochs.add(self.epoch)
-        step, members = self.batch.plan(self._next, self.chunk)
+        step, members = self.batch.plan(turn)
         self.taking = [request for _, request in members]
-        result = self._take(step, members)
-        self._count(step.kind, members, result)
-        finished += self._give(step.kind, members, result)
+        result = self._take(turn, members, self._control(step))
+        self._count(turn, members, result)
+        finished += self._give(turn, members, result)
         self.received = ControlWord.of(np.asarray(result.control))
-        self._next = next_kind(step.kind, bool(self.received.prefill.any()), bool(self.received.decode.any()))
+        self._next = next_turn(turn.kind, [self.received.wish], self._chunks)
         return finished
 
-    def _take(self, step: Step, members: Sequence[Member]) -> StepResult:
+    def _take(self, turn: Turn, members: Sequence[Member], control: np.ndarray) -> StepResult:
         """Run a step on the devices."""
-        take, inputs = self._inputs(step.kind, members, self._control(step))
+        take, inputs = self._inputs(turn, members, control)
         self.state, result = take(self.weights, self.state, *inputs, **self.shapes)
         # All of it is on its way to the host before any of it is waited for.
         wanted = (result.tokens, result.control, result.traffic, result.routed if self.sampler else None)
@@ -173,21 +182,21 @@ class Engine:
             part.copy_to_host_async()
         return result
 
-    def _inputs(self, kind: Kind, members: Sequence[Member], control: np.ndarray) -> tuple[Any, list[Any]]:
+    def _inputs(self, turn: Turn, members: Sequence[Member], control: np.ndarray) -> tuple[Any, list[Any]]:
         """The function that takes a step, and what it takes beside weights and state."""
-        if kind == "prefill":
-            take, inputs = prefill, prefill_inputs(members, self.mesh.size, self.chunk)
+        if turn.kind == "prefill":
+            take, inputs = prefill, prefill_inputs(members, self.mesh.size, turn.width)
         else:
             take, inputs = decode_step, decode_inputs(members, self.mesh.size, self._sequences)
         on_devices = [shard_rows(self.mesh, part) for part in (*inputs, control)]
-        return take, [*on_devices, self._routing(kind, members)]
+        return take, [*on_devices, self._routing(turn, members)]
 
     def compiled(self) -> dict[str, Any]:
-        """Both kinds of step as compiled for this engine's devices. Nothing runs."""
+        """Both kinds of step as compiled for this engine's devices, prefill at its widest. Nothing runs."""
         kinds: tuple[Kind, ...] = ("prefill", "decode")
         found = {}
         for kind in kinds:
-            take, inputs = self._inputs(kind, [], blank(self.mesh.size))
+            take, inputs = self._inputs(Turn(kind, self.widths[-1]), [], blank(self.mesh.size))
             found[kind] = take.lower(self.weights, self.state, *inputs, **self.shapes).compile()
         return found
 
@@ -196,59 +205,66 @@ class Engine:
         """Sequences that a device serves at once."""
         return self._sequences
 
+    def _native(self) -> bool:
+        """Whether a row's bits are the same in steps of every width: of XLA's products they are not."""
+        kernels: Kernels = self.shapes.get("kernels", "auto")
+        return use_native(kernels, self.mesh.devices.flat[0].platform, self.weights.decoder.embedding[...].dtype)
+
     def _control(self, step: Step) -> np.ndarray:
         """What this process's devices send with a step, as control words."""
         words = blank(self.mesh.size)
         control = ControlWord.of(words)
-        control.prefill[:], control.decode[:] = step.prefill, step.decode
+        control.prefill[:], control.prompts[:], control.decode[:] = zip(*step.wishes, strict=True)
         control.done[:], control.stop[:], control.reform[:] = self.done and self.idle, self.stop, self.reform
         control.command[:], control.stage[:], control.given_up[:] = self.migration_progress
         return words
 
-    def _routing(self, kind: Kind, members: Sequence[Member]) -> GivenRouting | None:
+    def _routing(self, turn: Turn, members: Sequence[Member]) -> GivenRouting | None:
         if not self.replays:
             return None
-        rows = self.chunk if kind == "prefill" else self._sequences
-        shape = (self.mesh.size, rows, self.config.num_moe_layers, self.config.top_k)
-        return GivenRouting(*(shard_rows(self.mesh, part) for part in given_routing(kind, members, shape)))
+        rows, tokens = (self._sequences, 1) if turn.kind == "decode" else turn.width
+        shape = (self.mesh.size, rows * tokens, self.config.num_moe_layers, self.config.top_k)
+        return GivenRouting(*(shard_rows(self.mesh, part) for part in given_routing(turn.kind, members, shape, tokens)))
 
-    def _count(self, kind: Kind, members: Sequence[Member], result: StepResult) -> None:
+    def _count(self, turn: Turn, members: Sequence[Member], result: StepResult) -> None:
         """Count a step, and sample its tokens."""
-        self.steps[kind] += 1
-        self.tokens_processed[kind] += sum(rows.count for rows, _ in members)
+        self.steps[turn.kind] += 1
+        self.tokens_processed[turn.kind] += sum(rows.count for rows, _ in members)
         self._counters.add(result.traffic)
         if self.sampler is not None and members:
-            routed = own_rows(result.routed)
-            for rows, _ in members:
-                first = first_row(kind, rows)
-                own = routed[rows.device][first : first + rows.count]
+            routed, width = own_rows(result.routed), 1 if turn.kind == "decode" else turn.width.chunk
+            for (rows, _), number in zip(members, row_numbers(turn.kind, members), strict=True):
+                own = routed[rows.device][number * width : number * width + rows.count]
                 self.sampler.add(int(self.device_server[rows.device]), own)
 
-    def _give(self, kind: Kind, members: Sequence[Member], result: StepResult) -> list[Request]:
+    def _give(self, turn: Turn, members: Sequence[Member], result: StepResult) -> list[Request]:
         """Give the step's tokens to requests that have their whole prompt behind them; those that ended with it."""
-        failed, members = self._take_out_broken(kind, members, result)
-        width = self.chunk if kind == "prefill" else 1
-        tokens = self._choice.next_tokens(kind, members, self.batch.running, result, width)
-        ready, given = [], []
-        for (rows, request), token in zip(members, tokens, strict=True):
-            if kind == "prefill":
+        numbers = row_numbers(turn.kind, members)
+        failed, members, numbers = self._take_out_broken(members, numbers, result)
+        width = 1 if turn.kind == "decode" else turn.width.chunk
+        tokens = self._choice.next_tokens(members, numbers, self.batch.running, result, width)
+        ready, ready_rows, given = [], [], []
+        for (rows, request), number, token in zip(members, numbers, tokens, strict=True):
+            if turn.kind == "prefill":
                 request.done = rows.start + rows.count
             if request.prefilled:
                 ready.append((rows, request))
+                ready_rows.append(number)
                 given.append(token)
-        note_logprobs(kind, ready, given, result.logits)
+        note_logprobs(ready, ready_rows, given, result.logits)
         return failed + self.batch.give(ready, given, None if self.replays else self.config.eos_token)
 
     def _take_out_broken(
-        self, kind: Kind, members: Sequence[Member], result: StepResult
-    ) -> tuple[list[Request], list[Member]]:
-        """End the requests whose numbers are not finite any more; those, and the members that go on."""
-        layers, good, failed = own_rows(result.finite_layers), [], []
-        for rows, request in members:
-            finite = int(layers[rows.device][first_row(kind, rows)])
+        self, members: Sequence[Member], numbers: Sequence[int], result: StepResult
+    ) -> tuple[list[Request], list[Member], list[int]]:
+        """End the requests whose numbers are not finite any more; those, and the members that go on with their rows."""
+        layers, failed, good, rows_of_good = own_rows(result.finite_layers), [], [], []
+        for (rows, request), number in zip(members, numbers, strict=True):
+            finite = int(layers[rows.device][number])
             if finite == all_finite(self.config):
                 good.append((rows, request))
+                rows_of_good.append(number)
             else:
                 self.batch.fail(rows, not_finite(self.config, finite))
                 failed.append(request)
-        return failed, good
+        return failed, good, rows_of_good

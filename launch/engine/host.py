@@ -13,6 +13,7 @@ import jax
 from launch.cluster.channel import open_channel
 from launch.engine.engine import Engine
 from launch.engine.request import Request
+from placement.scheduling import Wish
 
 _SLEEP_S = 0.2  # how often a sleeping server looks whether it is to end
 
@@ -145,13 +146,14 @@ class Host:
             more = self.between()
             if self._wanted():
                 self._wake_all()
-            if self.channel.get(f"sleep/{self._sleep_number}", 0.0 if more else _SLEEP_S) is not None:
+            woken = self.channel.get(f"sleep/{self._sleep_number}", 0.0 if more else _SLEEP_S)
+            if woken is not None:
                 break
         # All have received the one before the last, or they could not sleep again.
         if jax.process_index() == 0:
             self.channel.drop(f"sleep/{self._sleep_number - 2}")
         self._sleep_number += 1
-        self.engine.wake()
+        self.engine.wake(Wish(int(woken), 1, False))
 
     def _wanted(self) -> bool:
         """Whether there is something to do, or something that the others do not know yet."""
@@ -171,7 +173,8 @@ class Host:
                 self._wake_all()
 
     def _wake_all(self) -> None:
-        self.channel.put(f"sleep/{self._sleep_number}", b"over")
+        """What ends the sleep says how long a prompt waits, so that all give the first step the same width."""
+        self.channel.offer(f"sleep/{self._sleep_number}", b"%d" % max(1, self.engine.batch.first_prompt))
 
     def _forget(self, request: Request) -> None:
         with self._lock:

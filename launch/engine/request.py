@@ -60,13 +60,18 @@ class Request:
         return self.params.temperature == 0 and self.params.repetition_penalty == 1
 
     @property
+    def prompt_tokens(self) -> int:
+        """Tokens to prefill: its prompt, and what of its answer counts as such."""
+        return len(self.prompt) + self.kept
+
+    @property
     def prefilled(self) -> bool:
         """Whether the cache holds all that comes before its next token."""
-        return self.done == len(self.prompt) + self.kept
+        return self.done == self.prompt_tokens
 
     def progress(self, context: int) -> Progress:
         """How far it has come, for the scheduler; context: longest sequence, in tokens."""
-        prompt, text = len(self.prompt) + self.kept, len(self.prompt) + len(self.output)
+        prompt, text = self.prompt_tokens, len(self.prompt) + len(self.output)
         # The last token of the answer has been given, but has not been through a step.
         cached = self.done if self.done < prompt else text - 1
         return Progress(self.arrival_s, prompt, cached, self._most(context) - len(self.output))

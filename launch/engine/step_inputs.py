@@ -1,12 +1,13 @@
 """The arrays of a step, out of what the scheduler has planned for it. Takes no step and touches no device."""
 
+import collections
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from launch.engine.batch import Member
-from placement.scheduling import Kind, SlotRows
+from placement.scheduling import Kind, Width
 
 
 class SampledInputs(NamedTuple):
@@ -15,25 +16,35 @@ class SampledInputs(NamedTuple):
     Attributes:
         tokens: that went through the step, int32 [D, sequences, tokens]; valid: which of them count, bool.
         fresh: slots in which a request begins, bool [D, sequences].
+        row: of each slot among the step's rows, int32 [D, sequences]; 0 for those that have none.
     """
 
     tokens: np.ndarray
     valid: np.ndarray
     fresh: np.ndarray
+    row: np.ndarray
 
 
-def first_row(kind: Kind, rows: SlotRows) -> int:
-    """Where rows lie among those of their device: a chunk begins at 0, a decoded token has its slot's row."""
-    return 0 if kind == "prefill" else rows.slot
+def row_numbers(kind: Kind, members: Sequence[Member]) -> list[int]:
+    """Which row of its device each member has: in a prefill step one after another, in a decode step its slot's."""
+    if kind == "decode":
+        return [rows.slot for rows, _ in members]
+    seen: collections.Counter[int] = collections.Counter()
+    numbers = []
+    for rows, _ in members:
+        numbers.append(seen[rows.device])
+        seen[rows.device] += 1
+    return numbers
 
 
-def prefill_inputs(members: Sequence[Member], devices: int, chunk: int) -> tuple[np.ndarray, ...]:
-    """`prefill`'s tokens int32 [D, 1, chunk], and sequences, starts and lengths, int32 [D, 1] each."""
-    tokens = np.zeros((devices, 1, chunk), np.int32)
-    sequence, start, length = np.zeros((3, devices, 1), np.int32)
-    for rows, request in members:
-        tokens[rows.device, 0, : rows.count] = request.tokens(rows.start, rows.count)
-        sequence[rows.device], start[rows.device], length[rows.device] = rows.slot, rows.start, rows.count
+def prefill_inputs(members: Sequence[Member], devices: int, width: Width) -> tuple[np.ndarray, ...]:
+    """`prefill`'s tokens int32 [D, prompts, chunk], and sequences, starts and lengths, int32 [D, prompts] each."""
+    tokens = np.zeros((devices, width.prompts, width.chunk), np.int32)
+    sequence, start, length = np.zeros((3, devices, width.prompts), np.int32)
+    for (rows, request), number in zip(members, row_numbers("prefill", members), strict=True):
+        own = rows.device, number
+        tokens[(*own, slice(rows.count))] = request.tokens(rows.start, rows.count)
+        sequence[own], start[own], length[own] = rows.slot, rows.start, rows.count
     return tokens, sequence, start, length
 
 
@@ -47,23 +58,27 @@ def decode_inputs(members: Sequence[Member], devices: int, sequences: int) -> tu
     return tokens, positions, active
 
 
-def given_routing(kind: Kind, members: Sequence[Member], shape: tuple[int, int, int, int]) -> tuple[np.ndarray, ...]:
-    """Experts int32 and weights float32 [D, rows, MoE layers, k] of requests that bring them."""
+def given_routing(
+    kind: Kind, members: Sequence[Member], shape: tuple[int, int, int, int], width: int
+) -> tuple[np.ndarray, ...]:
+    """Experts int32 and weights float32 [D, tokens, MoE layers, k] of requests that bring them; width: tokens of a row."""
     ids, weights = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-    for rows, request in members:
+    for (rows, request), number in zip(members, row_numbers(kind, members), strict=True):
         assert request.routed is not None
-        first, tokens = first_row(kind, rows), slice(rows.start, rows.start + rows.count)
+        first, tokens = number * width, slice(rows.start, rows.start + rows.count)
         own = (rows.device, slice(first, first + rows.count))
         ids[own], weights[own] = request.routed[0][tokens], request.routed[1][tokens]
     return ids, weights
 
 
-def sampled_inputs(members: Sequence[Member], devices: int, sequences: int, width: int) -> SampledInputs:
-    """Of a step that takes `width` tokens of a sequence at most."""
+def sampled_inputs(
+    members: Sequence[Member], numbers: Sequence[int], devices: int, sequences: int, width: int
+) -> SampledInputs:
+    """Of a step that takes `width` tokens of a sequence at most; numbers: row of each member."""
     tokens, valid = np.zeros((devices, sequences, width), np.int32), np.zeros((devices, sequences, width), bool)
-    fresh = np.zeros((devices, sequences), bool)
-    for rows, request in members:
+    fresh, row = np.zeros((devices, sequences), bool), np.zeros((devices, sequences), np.int32)
+    for (rows, request), number in zip(members, numbers, strict=True):
         own = (rows.device, rows.slot, slice(0, rows.count))
         tokens[own], valid[own] = request.tokens(rows.start, rows.count), True
-        fresh[rows.device, rows.slot] = rows.start == 0
-    return SampledInputs(tokens, valid, fresh)
+        fresh[own[:2]], row[own[:2]] = rows.start == 0, number
+    return SampledInputs(tokens, valid, fresh, row)

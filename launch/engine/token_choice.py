@@ -12,8 +12,7 @@ from dancemoe_jax.inference.steps import StepResult
 from dancemoe_jax.mesh import own_rows, shard_rows, sharded
 from launch.engine.batch import Member
 from launch.engine.request import Request
-from launch.engine.step_inputs import SampledInputs, first_row, sampled_inputs
-from placement.scheduling import Kind
+from launch.engine.step_inputs import SampledInputs, sampled_inputs
 
 
 class TokenChoice:
@@ -29,8 +28,8 @@ class TokenChoice:
 
     def next_tokens(
         self,
-        kind: Kind,
         members: Sequence[Member],
+        numbers: Sequence[int],
         running: Sequence[Sequence[Request | None]],
         result: StepResult,
         width: int,
@@ -38,13 +37,14 @@ class TokenChoice:
         """The next token of each member of a step, whether or not its request has its whole prompt behind it.
 
         Args:
+            numbers: row of each member (step_inputs.row_numbers).
             running: requests by device and batch slot.
             width: tokens that the step takes of a sequence at most.
         """
         if all(request.greedy for _, request in members):
             likeliest = own_rows(result.tokens)
-            return [int(likeliest[rows.device][first_row(kind, rows)]) for rows, _ in members]
-        inputs = sampled_inputs(members, len(running), len(running[0]), width)
+            return [int(likeliest[rows.device][n]) for (rows, _), n in zip(members, numbers, strict=True)]
+        inputs = sampled_inputs(members, numbers, len(running), len(running[0]), width)
         chosen = own_rows(self._choose(inputs, running, result.logits))
         return [int(chosen[rows.device][rows.slot]) for rows, _ in members]
 
@@ -55,6 +55,7 @@ class TokenChoice:
         rows = [stack_params([request and request.params for request in row]) for row in running]
         rules = SamplingRows(*(shard_rows(self._mesh, np.stack(column)) for column in zip(*rows, strict=True)))
         index = np.array([[len(r.output) if r else 0 for r in row] for row in running], np.int32)
-        given = [shard_rows(self._mesh, part) for part in inputs]
-        self._seen, chosen = choose(self._seen, *given, logits, rules, shard_rows(self._mesh, index), mesh=self._mesh)
+        *given, row = (shard_rows(self._mesh, part) for part in inputs)
+        index = shard_rows(self._mesh, index)
+        self._seen, chosen = choose(self._seen, *given, logits, rules, index, row, mesh=self._mesh)
         return chosen

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from launch.engine.request import Logprobs, Request
 from launch.serve.requests import Text
 
+_SUSPECT = 2  # workers that ended so before a request is tried alone
 _FRUITLESS = 3  # workers that a request may outlive without a token in between: it may be what ends them
 
 
@@ -136,7 +137,7 @@ class Book:
         if accepted is None:
             return
         accepted.last_at = time.monotonic()
-        accepted.first_at = accepted.first_at or accepted.last_at
+        accepted.first_at, accepted.fruitless = accepted.first_at or accepted.last_at, 0
         start = len(accepted.text.text)
         ended = accepted.request.take(token, self._eos, self._context)
         if ended:
@@ -173,13 +174,20 @@ class Book:
                 self.fail(accepted.number, 500, f"{_FRUITLESS} workers have ended while they served this request")
 
     def unsent(self) -> list[dict[str, Any]]:
-        """Requests that the present worker does not have, as it takes them; they count as sent from now on."""
-        found = []
-        for accepted in self._open.values():
-            if not accepted.sent:
-                accepted.sent = True
-                found.append(_described(accepted))
-        return found
+        """Requests that the present worker does not have and is to have now, as it takes them; they count as sent from now on.
+
+        Where workers have ended one after another, those that they served are tried one at a time, until each has a token:
+        the one that ends workers does not take the others with it.
+        """
+        everyone = list(self._open.values())
+        suspects = [accepted for accepted in everyone if accepted.fruitless >= _SUSPECT]
+        if suspects:
+            chosen = [] if any(accepted.sent for accepted in everyone) else suspects[:1]
+        else:
+            chosen = [accepted for accepted in everyone if not accepted.sent]
+        for accepted in chosen:
+            accepted.sent = True
+        return [_described(accepted) for accepted in chosen]
 
 
 def _described(accepted: Accepted) -> dict[str, Any]:

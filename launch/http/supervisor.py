@@ -295,6 +295,7 @@ class Supervisor:
             await asyncio.sleep(_LOOK_S)
             now = time.monotonic()
             self._look_at_worker(now)
+            self.flush()
             for accepted in self._book:
                 if now - accepted.accepted_at > self._deadline:
                     self._book.fail(accepted.number, 504, f"not answered within {self._deadline:g} s (--deadline)")

@@ -12,6 +12,7 @@ from dancemoe_jax.inference.sampling_params import SamplingParams
 from launch.engine.engine import Engine
 from launch.engine.programs import check_programs
 from launch.engine.request import Request
+from placement.scheduling import Wish
 
 log = logging.getLogger(__name__)
 
@@ -21,8 +22,8 @@ _KINDS = (("greedy", SamplingParams()), ("sampling", SamplingParams(temperature=
 
 
 def warm_up(engine: Engine, server: str) -> None:
-    """Serve two small requests on each device's server, one with the likeliest tokens and one that samples, and forget
-    them. All processes call it together, before any request has come.
+    """Serve small requests on each device's server for each width of a prefill step, one with the likeliest tokens and one
+    that samples, and forget them. All processes call it together, before any request has come.
 
     Args:
         server: name of this one, for progress.
@@ -58,8 +59,9 @@ def _saying_that_it_goes_on(server: str, begin: float) -> Iterator[None]:
 def _serve_small_requests(engine: Engine, server: str, begin: float) -> None:
     for kind, params in _KINDS:
         log.info("%s: compiling the steps (%s)", server, kind)
-        for own in sorted({int(engine.device_server[device]) for device in engine.own}):
-            engine.submit(Request(own, list(_PROMPT), _TOKENS, begin, params=params))
-        engine.wake()
-        while not engine.asleep:
-            engine.step()
+        for width in engine.widths:
+            for own in sorted({int(engine.device_server[device]) for device in engine.own}):
+                engine.submit(Request(own, list(_PROMPT), _TOKENS, begin, params=params))
+            engine.wake(Wish(width.chunk, width.prompts, False))
+            while not engine.asleep:
+                engine.step()

@@ -101,7 +101,7 @@ def _run_lock_step(
         chosen = plan(profile, cluster, name, seed=arguments.seed)
         # The runtime is told by the profile that was planned on which rows go unasked.
         likely = likely_links(planned, serving_server(planned, planned.held(chosen.resident)))
-        options = {"sequences": arguments.sequences, "chunk": arguments.chunk, "seed": arguments.seed}
+        options = {"sequences": arguments.sequences, "chunks": (arguments.chunk,), "seed": arguments.seed}
         options |= {"likely": likely, "host": chosen.host}
         done[name] = lock_step(problem, chosen.resident, arrivals, costs, **options).summary()
     if arguments.json:

@@ -1,5 +1,7 @@
 """Which copy serves whom: prices of pairs of servers, the table of serving servers, and the load that follows."""
 
+from functools import lru_cache
+
 import numpy as np
 
 from placement.costs.hosting import seen_from_hosts
@@ -53,9 +55,16 @@ def serving_server(problem: Problem, held: np.ndarray) -> np.ndarray:
         held: bool [N, L, E], every expert held by at least one server.
 
     Returns:
-        int64 [N, L, E], index of the serving server.
+        int64 [N, L, E], index of the serving server; read-only.
     """
+    return _serving(problem, np.packbits(held).tobytes())
+
+
+@lru_cache(maxsize=4)  # the costs of one placement are counted from several sides
+def _serving(problem: Problem, packed: bytes) -> np.ndarray:
     servers, layers, experts = problem.shape
+    held = np.unpackbits(np.frombuffer(packed, np.uint8), count=servers * layers * experts)
+    held = held.reshape(problem.shape).astype(bool)
     rank = copy_preference(problem, held)
     by_rank = np.argsort(rank, axis=-1)
     expert, holder = np.nonzero(held.reshape(servers, -1).T)  # ordered by expert: each one's holders are a segment
@@ -64,6 +73,7 @@ def serving_server(problem: Problem, held: np.ndarray) -> np.ndarray:
     for source in range(servers):
         best = np.minimum.reduceat(rank[source, expert // experts, holder], segments).reshape(layers, experts)
         serving[source] = np.take_along_axis(by_rank[source], best, axis=-1)
+    serving.setflags(write=False)
     return serving
 
 

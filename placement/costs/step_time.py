@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from placement.costs.computing import longest_alone
-from placement.costs.hosting import Hops, at_home, seen_from_hosts
+from placement.costs.hosting import Hops, seen_from_hosts
 from placement.costs.network_use import network_use
 from placement.costs.routing import device_load, serving_server
 from placement.data.problem import VALUE_BYTES, Problem
@@ -39,7 +39,6 @@ def predict(problem: Problem, resident: np.ndarray, host: np.ndarray | None = No
     work = problem.workload
     serving = seen_from_hosts(serving_server(problem, problem.held(resident)), host)
     use, hops = network_use(problem, serving, host), Hops.of(problem, host)
-    where = at_home(problem) if host is None else host
     share = problem.active / problem.active.sum()
     load = device_load(problem, resident, host)
     total = load.sum(0)
@@ -48,15 +47,17 @@ def predict(problem: Problem, resident: np.ndarray, host: np.ndarray | None = No
     in_prompt, decoded = problem.assignment_seconds
 
     waiting, moving = hops.waiting(problem), hops.row_seconds(problem)
-    rows = _rows(problem, use.pairs, share, work.active, where).sum()
+    rows = _rows(problem, use.pairs, share, work.active, host).sum()
     rows += max(share @ moving, work.active * hops.busiest_port(problem, share))
     decode_network = use.waiting(share, work.active).sum() + rows + _slowest(waiting, share, work.active)
-    rows = work.prefill_tokens * _rows(problem, use.pairs, share, 1, where).sum()
+    rows = work.prefill_tokens * _rows(problem, use.pairs, share, 1, host).sum()
     rows += share @ hops.row_seconds(problem, work.prefill_tokens)
     prefill_network = (share @ use.waiting(tokens=work.prefill_tokens)).sum() + rows
     prefill_network += share @ waiting if work.prefill_tokens else 0.0
     alone = waiting + moving + use.waiting().sum(-1)
-    alone += [_rows(problem, use.pairs, own, 1, where).sum() for own in np.eye(len(share))]
+    alone += np.einsum(
+        "nlm,nlm->n", use.pairs, _seen_from(problem.row_seconds + problem.row_seconds.T, host, use.pairs)
+    )
     decode = decode_network + longest @ decoded
     prefill = prefill_network + work.prefill_tokens * (busiest @ in_prompt)
     crossings = np.einsum("n,nlm->", share, use.pairs)
@@ -79,17 +80,24 @@ def _slowest(seconds: np.ndarray, share: np.ndarray, number: int) -> float:
     return float(seconds[order] @ np.diff(within, prepend=0.0))
 
 
-def _rows(problem: Problem, pairs: np.ndarray, share: np.ndarray, active: int, host: np.ndarray) -> np.ndarray:
+def _rows(problem: Problem, pairs: np.ndarray, share: np.ndarray, active: int, host: np.ndarray | None) -> np.ndarray:
     """Seconds the busiest interface needs for the rows of `active` tokens, there and back: float64 [L].
 
     One token keeps its host's interface busy; many meet at the interfaces of all, and the busiest one counts.
     """
     seconds, layer = np.zeros(pairs.shape[1]), np.arange(pairs.shape[1])
     for beta in (problem.row_seconds, problem.row_seconds.T):
-        spent = pairs * beta[host]  # [N, L, N]
+        spent = pairs * _seen_from(beta, host, pairs)  # [N, L, N]
         weighted = spent * share[:, None, None]
-        out = np.zeros(pairs.shape[:2])
-        np.add.at(out, (host, layer), weighted.sum(2))
+        out = weighted.sum(2)
+        if host is not None:
+            source, out = out, np.zeros_like(out)
+            np.add.at(out, (host, layer), source)
         meet = np.maximum(out.max(0), weighted.sum(0).max(-1))
         seconds += np.maximum(weighted.sum((0, 2)), active * meet)
     return seconds
+
+
+def _seen_from(links: np.ndarray, host: np.ndarray | None, pairs: np.ndarray) -> np.ndarray:
+    """Rows of `links`, [N, N], of the host of each source's layers: float64, as `pairs`, [N, L, N]."""
+    return np.broadcast_to(links[:, None], pairs.shape) if host is None else links[host]

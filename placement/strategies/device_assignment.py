@@ -21,45 +21,58 @@ def spread(problem: Problem, held: np.ndarray, previous: np.ndarray | None = Non
     Returns:
         bool [D, L, E]; with experts of unequal sizes some may have found no room.
     """
-    servers, layers, experts = problem.shape
-    load = _expected_load(problem, held)
-    # Devices as a padded grid [N, G]; a pad has no room.
-    width = np.bincount(problem.device_server, minlength=servers)
-    grid = problem.first_device[:, None] + np.arange(width.max())
-    real = np.arange(width.max()) < width[:, None]
-    grid = np.where(real, grid, 0)
-    room = np.where(real, problem.budget[grid], -1)
-    speed = problem.speed[grid]
-    layer_load, total_load = np.zeros((servers, width.max(), layers)), np.zeros((servers, width.max()))
+    _, layers, experts = problem.shape
+    load = np.where(held, _expected_load(problem, held), -1.0).reshape(len(held), -1)
     size = np.repeat(problem.expert_bytes, experts)
-
-    flat = np.where(held, load, -1.0).reshape(servers, -1)
-    order = np.lexsort((-flat, np.broadcast_to(-size, flat.shape), ~held.reshape(servers, -1)), axis=-1)
-    amount = held.sum((1, 2))
     resident = np.zeros((len(problem.budget), layers * experts), bool)
-    for i in range(amount.max()):
-        server = np.flatnonzero(amount > i)
-        expert = order[server, i]
-        layer, weight = expert // experts, flat[server, expert]
-        fits = room[server] >= size[expert][:, None]
-        here = layer_load[server, :, layer] / speed[server]
-        tie = total_load[server] / speed[server]
-        here = np.where(fits, here, np.inf)
-        lightest = here == here.min(-1, keepdims=True)
-        choice = np.where(lightest, tie, np.inf).argmin(-1)
-        rows = np.arange(len(server))
-        if previous is not None:
-            was = previous.reshape(resident.shape)[grid[server], expert[:, None]] & real[server]
-            bound = here[rows, choice] + weight / speed[server, choice]
-            stays = was & fits & (here <= bound[:, None])
-            choice = np.where(stays.any(-1), stays.argmax(-1), choice)
-        placed = fits[rows, choice]
-        server, choice, expert, layer, weight = (a[placed] for a in (server, choice, expert, layer, weight))
-        resident[grid[server, choice], expert] = True
-        room[server, choice] -= size[expert]
-        layer_load[server, choice, layer] += weight
-        total_load[server, choice] += weight
+    width = np.bincount(problem.device_server, minlength=len(held))
+    for server, start in enumerate(problem.first_device.tolist()):
+        mine = slice(start, start + int(width[server]))
+        flat = held[server].reshape(-1)
+        order = np.lexsort((-load[server], -size, ~flat))[: flat.sum()]
+        if width[server] == 1:
+            fits = size[order].cumsum() <= problem.budget[start]
+            if fits.all():
+                resident[start, order] = True
+                continue
+        before = None if previous is None else previous[mine].reshape(width[server], -1)
+        chosen = _on_devices(problem, mine, order, load[server], before)
+        for device, expert in chosen:
+            resident[start + device, expert] = True
     return resident.reshape(-1, layers, experts)
+
+
+def _on_devices(
+    problem: Problem, mine: slice, order: np.ndarray, load: np.ndarray, before: np.ndarray | None
+) -> list[tuple[int, int]]:
+    """(device of the server, expert), one after the other; plain numbers, since each choice depends on those before it.
+
+    Args:
+        mine: the server's devices.
+        order: experts, numbered through all layers; load: of every expert, [L E].
+        before: where experts are now, bool [devices, L E].
+    """
+    experts = problem.shape[2]
+    room, speed = problem.budget[mine].tolist(), problem.speed[mine].tolist()
+    size, devices = problem.expert_bytes.tolist(), range(len(room))
+    layer_load = [[0.0] * problem.shape[1] for _ in devices]
+    total, chosen = [0.0 for _ in devices], []
+    was = None if before is None else before.T.tolist()
+    for expert, weight in zip(order.tolist(), load[order].tolist(), strict=True):
+        layer = expert // experts
+        fitting = [d for d in devices if room[d] >= size[layer]]
+        if not fitting:
+            continue
+        here = {d: layer_load[d][layer] / speed[d] for d in fitting}
+        choice = min(fitting, key=lambda d: (here[d], total[d] / speed[d]))
+        if was is not None:
+            bound = here[choice] + weight / speed[choice]
+            choice = next((d for d in fitting if was[expert][d] and here[d] <= bound), choice)
+        chosen.append((choice, expert))
+        room[choice] -= size[layer]
+        layer_load[choice][layer] += weight
+        total[choice] += weight
+    return chosen
 
 
 def _expected_load(problem: Problem, held: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import dancemoe_jax.expert_parallel.pool as pool_module
 from dancemoe_jax import PlacementError, fill_pool, make_mesh, pool_layout, resident_bytes
 from dancemoe_jax.expert_parallel.pool import ExpertPool, buffers_of
 from dancemoe_jax.expert_parallel.slot_experts import slot_experts
@@ -31,6 +32,22 @@ def test_banks_lose_no_slot_and_every_size_is_owned_by_all(capacity):
         bank, place = layout.locate(slot)
         assert layout.starts[bank] + place == slot
         assert 0 <= place < layout.banks[bank]
+
+
+@pytest.mark.parametrize("most", [1, 10**9])
+def test_large_experts_are_written_one_by_one_and_small_ones_together(most, rng, monkeypatch):
+    monkeypatch.setattr(pool_module, "WRITE_BYTES", most)
+    calls, write = [], pool_module._write
+    monkeypatch.setattr(
+        pool_module, "_write", lambda bank, at, values: calls.append(len(at)) or write(bank, at, values)
+    )
+    small = Small.make()
+    slots, weights = small.place(random_resident(rng))
+    assert set(calls) == {1 if most == 1 else pool_module.WRITE_ROWS}
+    for device, banks in buffers_of(small.layout, weights.pool, small.mesh).items():
+        for layer, expert in np.argwhere(slots[device] >= 0):
+            bank, row = small.layout.locate(int(slots[device, layer, expert]))
+            np.testing.assert_array_equal(banks[bank].w_in[row], small.read(layer, expert).w_in)
 
 
 def test_device_without_a_slot_is_refused():

@@ -13,6 +13,7 @@ from dancemoe_jax.expert_parallel.all_to_all import size_classes
 from dancemoe_jax.expert_parallel.two_stage import two_stage_experts
 from dancemoe_jax.kernels.library import use_native
 from dancemoe_jax.mesh import AXIS
+from dancemoe_jax.model.config import Latent
 from tests.helpers.cluster_of_devices import CAPACITY, PROMPTS, Small, random_resident
 
 
@@ -66,6 +67,47 @@ def test_logits_of_prefill_and_decode_match_the_reference(seed):
         tokens[2, 1] = text[position]
         state, result = decode_step(weights, state, tokens, positions, active, **small.shapes)
         assert relative_error(np.asarray(result.logits)[2, 1], expected[position]) < 1e-5
+
+
+@pytest.mark.parametrize("latent", [None, Latent(kv_rank=16, nope_dim=8, rope_dim=4, value_dim=8)])
+def test_a_prompt_has_the_same_bits_in_steps_of_every_width(latent, rng):
+    if not use_native("auto", "cpu"):
+        pytest.skip("no C++ compiler")
+    small = Small.make(latent=latent, shared_expert_size=8)
+    _, weights = small.place(random_resident(rng))
+    prompt, other = rng.integers(0, 64, 21).tolist(), rng.integers(0, 64, 30).tolist()
+    found = []
+    for chunk in (4, 8, 32):
+        state = init_state(small.config, small.mesh, 2)
+        state, logits = run_prefill(small, weights, state, prompt, device=2, sequence=1, chunk=chunk)
+        found.append((logits, np.asarray(state.k)[:, 5, :21]))
+    # Beside another prompt in the same step.
+    tokens, lengths = np.zeros((4, 4, 32), np.int32), np.zeros((4, 4), np.int32)
+    tokens[2, 0, :30], tokens[2, 1, :21], lengths[2, :2] = other, prompt, (30, 21)
+    sequences, starts = np.broadcast_to(np.array([0, 1, 0, 0], np.int32), (4, 4)), np.zeros((4, 4), np.int32)
+    state = init_state(small.config, small.mesh, 2)
+    state, result = prefill(weights, state, tokens, sequences, starts, lengths, **small.shapes)
+    found.append((np.asarray(result.logits)[2, 1], np.asarray(state.k)[:, 5, :21]))
+    for logits, keys in found[1:]:
+        np.testing.assert_array_equal(logits, found[0][0])
+        np.testing.assert_array_equal(keys, found[0][1])
+
+
+def test_a_device_without_a_token_computes_nothing_of_its_own(native, rng):
+    small = Small.make(shared_expert_size=8)
+    _, weights = small.place(random_resident(rng))
+    shapes = small.shapes | {"kernels": "auto" if native else "xla"}
+    tokens = np.full((small.mesh.size, 2), 7, np.int32)
+    active = np.zeros(tokens.shape, bool)
+    active[1] = True
+    _, result = decode_step(
+        weights, init_state(small.config, small.mesh, 2), tokens, np.zeros_like(tokens), active, **shapes
+    )
+    routed = np.asarray(result.routed)
+    assert (np.sort(routed[1], -1)[..., 1:] > np.sort(routed[1], -1)[..., :-1]).all()  # a router chose them
+    assert not routed[[0, 2, 3]].any()  # no router was asked, or it had named other experts
+    assert np.asarray(result.logits)[1].any()
+    assert not np.asarray(result.logits)[[0, 2, 3]].any()
 
 
 def test_tokens_stay_the_same_through_migrations_and_nothing_recompiles(rng):

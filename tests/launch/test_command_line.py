@@ -11,7 +11,8 @@ import pytest
 
 from dancemoe_jax.training import TrainConfig
 from launch import arguments, log
-from launch.__main__ import COMMANDS
+from launch.__main__ import COMMANDS, main
+from launch.cluster.processes import ServerFailed
 from placement.version import VERSION
 from tests.helpers.paths import ROOT
 
@@ -115,3 +116,17 @@ def test_an_unknown_command_or_flag_is_one_line():
         done = shell("-m", "launch", *command)
         assert done.returncode == 2
         assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("status", "expected"), [(-9, 1), (1, 1), (2, 2), (134, 1)])
+def test_a_command_whose_server_has_ended_says_so_in_one_line(restored, capsys, monkeypatch, status, expected):
+    def lost(args):
+        raise ServerFailed("edge-b", status, ["its last words"])
+
+    monkeypatch.setattr("launch.bench.load.run", lost)
+    assert main(["bench", "load"]) == expected
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("launch bench: server edge-b ended with ")
+    assert err.endswith(": its last words\n")
+    assert err.count("\n") == 1

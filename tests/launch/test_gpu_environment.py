@@ -35,7 +35,8 @@ def test_a_server_with_cards_tells_xla_cuda_and_nccl(environment):
     flags = os.environ["XLA_FLAGS"].split()
     assert "--xla_gpu_shard_autotuning=false" in flags
     assert "--xla_gpu_unsupported_enable_ragged_all_to_all_multi_host_decomposer=false" in flags
-    assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.7500"
+    # JAX's share holds what is promised where CUDA shows 1 % less of a card than its driver.
+    assert 60 * GB < float(os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"]) * 0.99 * 80 * GB < 61 * GB
     assert os.environ["NCCL_SOCKET_IFNAME"] == "=lo"
     assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
 

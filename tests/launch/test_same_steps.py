@@ -9,6 +9,7 @@ from launch.bench.harness.trace import ReplayRequest
 from launch.engine.engine import Engine
 from launch.engine.request import Request
 from placement.data.arrivals import Arrivals
+from placement.scheduling import chunks_of
 from placement.simulation.lockstep.serve import serve
 from tests.helpers.cluster_of_devices import DEVICE_SERVER, Small, random_resident
 
@@ -27,7 +28,7 @@ def cost(prefill, rows):
     return 0.05 + 0.05 * prefill + 0.01 * len(rows), 0.002 * sum(count for *_, count in rows)
 
 
-def simulated(arrivals):
+def simulated(arrivals, chunks):
     """Kind and rows of every step, and when each request ended."""
     steps = []
 
@@ -36,7 +37,7 @@ def simulated(arrivals):
         steps.append((prefill, rows))
         return cost(prefill, rows)
 
-    served = serve(arrivals, DEVICE_SERVER.tolist(), step, sequences=SEQUENCES, chunk=CHUNK)
+    served = serve(arrivals, DEVICE_SERVER.tolist(), step, sequences=SEQUENCES, chunks=chunks)
     return steps, served.latency + arrivals.seconds
 
 
@@ -59,8 +60,8 @@ class Recorder:
             rows = []
             for device, row in enumerate(self.engine.batch.running):
                 if prefill:
-                    slot, start, count = (int(part[device, 0]) for part in given)
-                    found = [(slot, start, count)] if count else []
+                    each = zip(*(part[device].tolist() for part in given), strict=True)
+                    found = [(slot, start, count) for slot, start, count in each if count]
                 else:
                     positions, active = given
                     found = [(int(slot), int(positions[device, slot]), 1) for slot in np.flatnonzero(active[device])]
@@ -71,7 +72,7 @@ class Recorder:
         return recorded
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [6, 7])
 def test_the_engine_takes_the_steps_of_the_simulator(seed, rng, monkeypatch):
     arrivals, small, recorder = drawn(seed), Small.make(), Recorder(monkeypatch)
     _, weights = small.place(random_resident(rng))
@@ -91,8 +92,10 @@ def test_the_engine_takes_the_steps_of_the_simulator(seed, rng, monkeypatch):
         now += sum(cost(*taken))
         for request in finished:
             request.finished_s = now
-    steps, ended = simulated(arrivals)
+    steps, ended = simulated(arrivals, chunks_of(CHUNK, small.config.max_position))
     assert recorder.steps == steps
+    assert any(count > CHUNK for _, rows in steps for *_, count in rows)
+    assert any(len(rows) > len({device for device, *_ in rows}) for prefill, rows in steps if prefill)
     np.testing.assert_allclose([request.finished_s for request in requests], ended)
     assert [len(request.output) for request in requests] == arrivals.output.tolist()
     _assert_worth_comparing(steps, arrivals)
@@ -120,7 +123,7 @@ def test_the_replay_takes_the_steps_of_the_simulator(seed):
         return Spent(*cost(rows.prefill, found))
 
     Replay(requests, DEVICE_SERVER.tolist(), SEQUENCES, CHUNK).run(step)
-    expected, ended = simulated(arrivals)
+    expected, ended = simulated(arrivals, (CHUNK,))
     assert steps == expected
     np.testing.assert_allclose([request.finished_s for request in requests], ended)
     _assert_worth_comparing(steps, arrivals)

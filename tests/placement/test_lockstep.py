@@ -1,6 +1,7 @@
 """Lock-step simulation: against cases worked out by hand, and against the runtime's own scheduler and tables."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from placement.costs.network_use import likely_links
 from placement.costs.routing import serving_server
 from placement.data.arrivals import Arrivals
 from placement.data.problem import Problem
+from placement.data.workload import Workload
 from placement.simulation.lockstep.exchange import COUNT_BYTES, RADIX, Exchange, digits, rounds
 from placement.simulation.lockstep.predict import StepCosts, lock_step
 from placement.simulation.lockstep.scheduler import Member
@@ -50,7 +52,7 @@ def everywhere(devices):
 
 
 def test_one_request_alone_takes_its_chunks_and_its_decode_steps():
-    served = lock_step(make_problem(), everywhere(2), arrivals((5.0, 0, 100, 3)), COSTS, chunk=64)
+    served = lock_step(make_problem(), everywhere(2), arrivals((5.0, 0, 100, 3)), COSTS, chunks=(64,))
     prefill = (0.1 + 0.64) + (0.1 + 0.36)
     assert served.first_token == pytest.approx([prefill])
     assert served.latency == pytest.approx([prefill + 2 * 0.026])
@@ -74,7 +76,7 @@ def test_prefill_and_decode_take_turns():
         kinds.append((prefill, members))
         return 1.0, 0.5
 
-    served = serve(arrivals((0.0, 0, 4, 4), (0.5, 0, 12, 2)), [0], step, sequences=2, chunk=4)
+    served = serve(arrivals((0.0, 0, 4, 4), (0.5, 0, 12, 2)), [0], step, sequences=2, chunks=(4,))
     assert [prefill for prefill, _ in kinds] == [True, False, True, False, True, False, True, False]
     assert kinds[1] == (False, [Member(0, 0, 0, 4, 1)])
     assert kinds[4] == (True, [Member(0, 1, 1, 4, 4)])
@@ -129,6 +131,7 @@ def test_rows_go_unasked_where_that_saves_time_and_few_bytes(needing, bandwidth,
     """Of 4 tokens so many need the other server. 200 bytes take 0.2 s at 1 kB/s, 3.2 ms at 62.5 kB/s, asking 1.5 ms."""
     ids = np.array([[[0, 1 + 2 * (token < needing)]] * LAYERS for token in range(4)])
     problem = make_problem(tokens=(ids, [0] * 4, [0] * 4), bandwidth=bandwidth)
+    problem = replace(problem, workload=Workload(exchange_seconds=3e-3))
     resident = np.zeros((2, LAYERS, EXPERTS), bool)
     resident[0, :, :2] = resident[1, :, 2:] = True
     likely = likely_links(problem, serving_server(problem, problem.held(resident)))
@@ -188,7 +191,7 @@ def test_schedule_is_the_runtimes(seed):
         return cost(*ours[-1])
 
     Replay(requests, servers, sequences=3, chunk=8).run(replayed)
-    served = serve(given, servers, stepped, sequences=3, chunk=8)
+    served = serve(given, servers, stepped, sequences=3, chunks=(8,))
     assert ours == theirs
     np.testing.assert_allclose(served.latency, [r.latency_s for r in requests])
     np.testing.assert_allclose(served.network, [r.network_s for r in requests])

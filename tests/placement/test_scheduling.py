@@ -2,11 +2,24 @@
 
 import doctest
 
-import numpy as np
 import pytest
 
 from placement import scheduling
-from placement.scheduling import Progress, SlotRows, admit, next_kind, plan_step
+from placement.scheduling import (
+    Progress,
+    SlotRows,
+    Turn,
+    Width,
+    Wish,
+    admit,
+    chunks_of,
+    next_kind,
+    next_turn,
+    plan_step,
+    widths,
+)
+
+DECODE, PREFILL = Turn("decode", Width(1, 4)), Turn("prefill", Width(1, 4))
 
 
 def test_examples_hold():
@@ -36,36 +49,62 @@ def test_prefill_and_decode_take_turns_where_both_are_wanted():
 
 def test_a_chunk_is_of_the_prompt_that_came_first():
     slots = [[Progress(2.0, 9, 4, 3), None, Progress(1.0, 9, 6, 3), Progress(1.0, 9, 0, 3)], [Progress(0.0, 2, 2, 1)]]
-    step = plan_step("prefill", slots, [False, False], 4)
+    step = plan_step(PREFILL, slots, [[], []])
     assert step.rows == (SlotRows(0, 2, 6, 3),)
-    assert (step.prefill, step.decode) == ((True, False), (True, True))
+    assert step.wishes == (Wish(9, 2, True), Wish(0, 0, True))
+    wide = plan_step(Turn("prefill", Width(2, 4)), slots, [[], []])
+    assert wide.rows == (SlotRows(0, 2, 6, 3), SlotRows(0, 3, 0, 4))
+    assert wide.wishes[0] == Wish(5, 2, True)
 
 
 def test_a_step_tells_what_is_wanted_after_it():
     ends, goes_on = Progress(0.0, 2, 4, 1), Progress(0.0, 2, 3, 2)
-    assert plan_step("decode", [[ends]], [False], 4).decode == (False,)
-    assert plan_step("decode", [[goes_on]], [False], 4).decode == (True,)
+    assert plan_step(DECODE, [[ends]], [[]]).wishes == (Wish(0, 0, False),)
+    assert plan_step(DECODE, [[goes_on]], [[]]).wishes == (Wish(0, 0, True),)
     # A request that waits gets the slot of one that ends with the step, and no slot of one that goes on.
-    assert plan_step("decode", [[ends], [goes_on]], [True, True], 4).prefill == (True, False)
+    assert plan_step(DECODE, [[ends], [goes_on]], [[7, 3], [7, 3]]).wishes == (Wish(7, 1, False), Wish(0, 0, True))
     # The last chunk of a prompt gives the first token of its answer, which may be the only one.
-    assert plan_step("prefill", [[Progress(0.0, 8, 4, 1)]], [False], 4).decode == (False,)
-    assert plan_step("prefill", [[Progress(0.0, 8, 4, 2)]], [False], 4).decode == (True,)
+    assert plan_step(PREFILL, [[Progress(0.0, 8, 4, 1)]], [[]]).wishes == (Wish(0, 0, False),)
+    assert plan_step(PREFILL, [[Progress(0.0, 8, 4, 2)]], [[]]).wishes == (Wish(0, 0, True),)
+
+
+def test_a_prefill_step_is_wide_only_where_nobody_decodes():
+    chunks = chunks_of(64, 4096)
+    for tokens, wanted in ((1, 64), (64, 64), (65, 256), (4000, 256)):
+        assert next_turn("prefill", [Wish(tokens, 1, False)], chunks) == Turn("prefill", Width(1, wanted))
+        assert next_turn("decode", [Wish(tokens, 5, False), Wish(0, 0, True)], chunks) == Turn("prefill", Width(1, 64))
+    assert next_turn("decode", [Wish(0, 0, False)], chunks) is None
+    # Short prompts go together; one that is long goes alone.
+    assert next_turn("prefill", [Wish(60, 2, False)], chunks) == Turn("prefill", Width(4, 64))
+    assert next_turn("prefill", [Wish(90, 2, False)], chunks) == Turn("prefill", Width(1, 256))
+
+
+@pytest.mark.parametrize("chunks", [(64,), (64, 128), (64, 128, 512)])
+def test_all_widths_are_known_beforehand(chunks, rng):
+    seen = set()
+    for _ in range(2000):
+        wishes = [Wish(int(rng.integers(0, 700)), int(rng.integers(0, 6)), bool(rng.random() < 0.2)) for _ in range(2)]
+        turn = next_turn(None, wishes, chunks)
+        seen |= {turn.width} if turn and turn.kind == "prefill" else set()
+    assert seen == set(widths(chunks))
 
 
 @pytest.mark.parametrize("kind", ["prefill", "decode"])
 def test_processes_that_know_their_own_devices_plan_the_same_together(kind, rng):
+    turn = Turn(kind, Width(2, 4))
     for _ in range(50):
         slots = [[_drawn(rng) for _ in range(3)] for _ in range(4)]
-        waiting = (rng.random(4) < 0.5).tolist()
-        whole = plan_step(kind, slots, waiting, 4)
+        waiting = [rng.integers(1, 9, rng.integers(0, 3)).tolist() for _ in range(4)]
+        whole = plan_step(turn, slots, waiting)
         parts = [
-            plan_step(kind, [own if device in known else [] for device, own in enumerate(slots)], waiting, 4)
+            plan_step(turn, [own if device in known else [] for device, own in enumerate(slots)], waiting)
             for known in ({0}, {1}, {2, 3})
         ]
         assert sum((part.rows for part in parts), ()) == whole.rows
-        for wanted in ("prefill", "decode"):
-            each = [getattr(part, wanted) for part in parts]
-            assert tuple(np.any(each, axis=0)) == getattr(whole, wanted)
+        for device, known in enumerate((0, 1, 2, 2)):
+            assert parts[known].wishes[device] == whole.wishes[device]
+            others = [part.wishes[device] for number, part in enumerate(parts) if number != known]
+            assert others == [Wish(0, 0, False)] * 2
 
 
 def _drawn(rng):

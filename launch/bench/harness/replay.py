@@ -78,7 +78,7 @@ class Replay:
         self.now_s = self.idle_s = 0.0
         self.steps = {"prefill": 0, "decode": 0}
         self._coming = 0  # the next request to arrive
-        self._scheduler = Scheduler(device_server, sequences, chunk)
+        self._scheduler = Scheduler(device_server, sequences, (chunk,))
         self._rows = {"prefill": (len(device_server), chunk), "decode": (len(device_server), sequences)}
         self._members: list[Member] = []  # of the step that is being taken
 
@@ -102,9 +102,9 @@ class Replay:
             following = self.requests[self._coming].arrival_s
             self.idle_s, self.now_s = self.idle_s + following - self.now_s, following
             return self.next_rows()
-        kind, self._members = planned
-        self.steps[kind] += 1
-        return self._fill(kind)
+        turn, self._members = planned
+        self.steps[turn.kind] += 1
+        return self._fill(turn.kind)
 
     def record(self, spent: Spent) -> list[ReplayRequest]:
         """Book the step that `next_rows` gave; the requests that it finished."""

@@ -1,8 +1,8 @@
 """Requests on servers that step together, as the runtime serves them: how long they take. Plans nothing itself.
 
 Modelled: one step at a time for the whole cluster, by the rules that the serving engine follows (`placement.scheduling`).
-Where both are wanted, prefill and decode steps take turns. A prefill step takes up to `chunk` tokens of the earliest
-prompt on every device, a decode step one token of every sequence; a device has batch slots for `sequences` of them, and
+Where both are wanted, prefill and decode steps take turns. A prefill step takes a chunk of the earliest prompt on every
+device, or of a few short ones, a decode step one token of every sequence; a device has batch slots for `sequences` of them, and
 a request goes to the device of its server with most slots free. A step takes its computing, linear in busy devices and
 rows and measured beforehand (`StepCosts`), and its messages (exchange.py). What its tokens are routed to comes from the
 profile: a request takes tokens that follow each other in recorded sequences of its server, drawn at random; where only
@@ -101,7 +101,7 @@ def lock_step(
     costs: StepCosts,
     *,
     sequences: int = 4,
-    chunk: int = 64,
+    chunks: Sequence[int] = (64,),
     serving: np.ndarray | None = None,
     likely: np.ndarray | None = None,
     host: np.ndarray | None = None,
@@ -113,7 +113,7 @@ def lock_step(
         problem: the cluster, with measured links, and the workload that runs on it.
         resident: bool [D, L, E], every expert resident somewhere.
         costs: of a step at home.
-        sequences: batch slots of a device; chunk: prompt tokens that a step takes of one prompt.
+        sequences: batch slots of a device; chunks: prompt tokens that a step may take of a prompt (scheduling.next_turn).
         serving, likely, host: see `Exchange.build`; the first two as the runtime was given them.
         seed: of the tokens drawn; the same for all placements that are to be compared.
     """
@@ -131,7 +131,7 @@ def lock_step(
         ends = [min(len(own), 1) for own in ids] if prefill else None  # of a chunk one row gives a next token
         return compute, exchange.seconds(ids, compute, costs.overhead(prefill), ends) - compute
 
-    return serve(arrivals, problem.device_server.tolist(), step, sequences=sequences, chunk=chunk)
+    return serve(arrivals, problem.device_server.tolist(), step, sequences=sequences, chunks=chunks)
 
 
 def _draw(problem: Problem, arrivals: Arrivals, seed: int) -> list[np.ndarray]:

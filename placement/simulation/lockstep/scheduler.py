@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from placement.scheduling import Kind, Progress, Step, admit, next_kind, plan_step
+from placement.scheduling import Progress, Step, Turn, admit, next_turn, plan_step, wishes
 
 
 class Member(NamedTuple):
@@ -26,13 +26,13 @@ class Scheduler:
 
     Args:
         device_server: server of each device, [D].
-        sequences: batch slots of a device; chunk: prompt tokens that a step takes from one sequence.
+        sequences: batch slots of a device; chunks: as in `next_turn`.
     """
 
-    def __init__(self, device_server: Sequence[int], sequences: int, chunk: int) -> None:
+    def __init__(self, device_server: Sequence[int], sequences: int, chunks: Sequence[int]) -> None:
         servers = [int(server) for server in device_server]
         self._devices = {server: [d for d, owner in enumerate(servers) if owner == server] for server in servers}
-        self._server, self._chunk = servers, chunk
+        self._server, self._chunks = servers, tuple(chunks)
         self._slots: list[list[Progress | None]] = [[None] * sequences for _ in servers]
         self._request = [[-1] * sequences for _ in servers]  # in each slot
         self._waiting: dict[int, deque[tuple[int, Progress]]] = {server: deque() for server in servers}
@@ -53,17 +53,17 @@ class Scheduler:
         """
         self._waiting[server].append((request, Progress(arrival, prompt, 0, output)))
 
-    def next_step(self) -> tuple[Kind, list[Member]] | None:
-        """Kind and rows of the next step, which ends with `finish_step`; None where nothing is to be done."""
+    def next_step(self) -> tuple[Turn, list[Member]] | None:
+        """The next step and its rows, which ends with `finish_step`; None where nothing is to be done."""
         self._admit()
-        last = self._last
-        kind = None if last is None else next_kind(last.kind, any(last.prefill), any(last.decode))
-        if kind is None:
-            if not self.in_flight:
-                return None
-            kind = "prefill"  # no device wanted anything: these requests came since then
-        self._last = plan_step(kind, self._slots, [bool(self._waiting[s]) for s in self._server], self._chunk)
-        return kind, [Member(d, slot, self._request[d][slot], *rows) for d, slot, *rows in self._last.rows]
+        last, waiting = self._last, [[progress.prompt for _, progress in self._waiting[s]] for s in self._server]
+        turn = None if last is None else next_turn(last.kind, last.wishes, self._chunks)
+        if turn is None:  # no device wanted anything: what there is now came since then
+            turn = next_turn(None, wishes(self._slots, waiting), self._chunks)
+        if turn is None:
+            return None
+        self._last = plan_step(turn, self._slots, waiting)
+        return turn, [Member(d, slot, self._request[d][slot], *rows) for d, slot, *rows in self._last.rows]
 
     def finish_step(self) -> list[int]:
         """Advance by the step that `next_step` gave; the requests that ended with it, whose slots are free."""

@@ -45,18 +45,18 @@ def serve(
     step: Callable[[bool, list[Member]], tuple[float, float]],
     *,
     sequences: int = 4,
-    chunk: int = 64,
+    chunks: Sequence[int] = (64,),
 ) -> Served:
     """Serve all requests; deterministic where `step` is.
 
     Args:
         device_server: server of each device, [D]; every server of `arrivals` has one.
         step: (whether it is a prefill step, its rows) -> seconds of computing, seconds of network.
-        sequences: batch slots of a device; chunk: prompt tokens that a step takes of one prompt.
+        sequences: batch slots of a device; chunks: prompt tokens that a step may take of a prompt (scheduling.next_turn).
     """
     arrival, prompt = arrivals.seconds.tolist(), arrivals.prompt.tolist()
     each = list(zip(arrivals.server.tolist(), arrival, prompt, arrivals.output.tolist(), strict=True))
-    scheduler = Scheduler(device_server, sequences, chunk)
+    scheduler = Scheduler(device_server, sequences, chunks)
     first, finished, compute, network = np.full((4, len(arrivals)), np.nan)
     compute[:], network[:] = 0.0, 0.0
     coming, now, steps = 0, 0.0, {"prefill": 0, "decode": 0}
@@ -70,9 +70,9 @@ def serve(
                 break
             now = arrival[coming]
             continue
-        kind, members = planned
-        steps[kind] += 1
-        spent = step(kind == "prefill", members)
+        turn, members = planned
+        steps[turn.kind] += 1
+        spent = step(turn.kind == "prefill", members)
         now += sum(spent)
         for _, _, request, start, count in members:
             compute[request] += spent[0]

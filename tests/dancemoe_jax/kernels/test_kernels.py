@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dancemoe_jax.kernels import library
+from dancemoe_jax.kernels.argmax import likeliest_native, likeliest_xla
 from dancemoe_jax.kernels.attention import cached_attention_native, cached_attention_xla
 from dancemoe_jax.kernels.experts import slot_experts_native, slot_experts_xla
 from dancemoe_jax.kernels.linear import stacked_linear_native, stacked_linear_xla
@@ -67,6 +68,18 @@ def test_experts_with_nothing_to_do_give_zeros(rng):
     banks = banks_of(rng, "float32", [2], 16, 16, False)
     got = slot_experts_native(banks, jnp.ones((3, 16)), jnp.full((3, 2), -1), jnp.ones((3, 2)))
     np.testing.assert_array_equal(got, np.zeros((3, 16)))
+
+
+@pytest.mark.parametrize("width", [1, 15, 16, 511, 512, 700, 4096])
+def test_the_likeliest_token_equals_its_twin(width, rng):
+    logits = rng.normal(size=(6, width)).astype(np.float32)
+    logits[1] = np.round(logits[1])  # several are the largest
+    logits[2] = -np.inf
+    logits[3] = 0.0
+    logits[4] = np.arange(width)
+    active = jnp.asarray([True, True, True, True, True, False])
+    expected = likeliest_xla(jnp.asarray(logits), active)
+    np.testing.assert_array_equal(jax.jit(likeliest_native)(logits, active), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

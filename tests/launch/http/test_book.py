@@ -87,6 +87,23 @@ def test_a_request_that_outlives_three_workers_without_a_token_is_given_up(book)
     assert waiting.ending is None
 
 
+def test_those_that_workers_ended_with_are_tried_one_at_a_time(book):
+    poison, bystander = accept(book), accept(book)
+    for _ in range(2):
+        assert len(book.unsent()) == 2
+        book.lost_worker(serving=True)
+    fresh = accept(book)
+    assert [sent["id"] for sent in book.unsent()] == [poison.number]
+    assert book.unsent() == []
+    book.lost_worker(serving=True)
+    assert poison.ending.status == 500
+    assert [sent["id"] for sent in book.unsent()] == [bystander.number]
+    assert book.unsent() == []
+    give(book, bystander, b"a")  # it was not the one
+    assert [sent["id"] for sent in book.unsent()] == [fresh.number]
+    assert bystander.ending is fresh.ending is None
+
+
 def test_no_more_than_fit_are_accepted(book):
     for _ in range(3):
         accept(book)

@@ -35,7 +35,7 @@ class Cluster:
     def ready(self, server: int) -> dict:
         return httpx.get(f"http://127.0.0.1:{self.port + server}/ready", timeout=30).json()
 
-    def wait_until_ready(self, seconds: float = 400.0) -> None:
+    def wait_until_ready(self, seconds: float = 900.0) -> None:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self.log_file.read_text()
