@@ -12,7 +12,7 @@ kernels.experts.slot_experts_xla.
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -153,7 +153,7 @@ def _each_bank(banks, refs, slot, run):
     """Call `run` with the bank that holds a slot: its row there, its weight, bias and scale."""
     refs, first = list(refs), 0
     for present in banks:
-        parts = [refs.pop(0) if there else None for there in present]
+        parts: list[Any] = [refs.pop(0) if there else None for there in present]
         size = parts[0].shape[0]
 
         @pl.when((slot >= first) & (slot < first + size))

@@ -40,7 +40,8 @@ def expert(
 
 def gated(inner: Float[Array, "*tokens inner2"], limit: float = 0.0) -> Float[Array, "*tokens inner"]:
     """What gates do to the first product: halves are gate and up."""
-    return gate_up(*jnp.split(inner, 2, axis=-1), limit)
+    gate, up = jnp.split(inner, 2, axis=-1)
+    return gate_up(gate, up, limit)
 
 
 def gate_up(gate: Float[Array, "*shape"], up: Float[Array, "*shape"], limit: float) -> Float[Array, "*shape"]:

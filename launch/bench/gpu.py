@@ -5,12 +5,13 @@ The report is one file, which is worth sending to the project: no card of ours h
 
 import argparse
 import datetime
+import functools
 import importlib.metadata
 import json
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -95,15 +96,19 @@ def _timed(
     args: argparse.Namespace, name: str, int8: bool, model: Model, ceilings: Ceilings
 ) -> Iterator[dict[str, Any]]:
     """Every kind of step of one model, as rows of the report."""
-    chunks = CHUNKS[:1] if args.dry_run else CHUNKS
-    kinds = [("decode", size) for size in BATCHES] + [("prefill", size) for size in chunks]
+    most = 1 if args.dry_run else None
+    kinds = [("decode", size) for size in BATCHES[:most]] + [("prefill", size) for size in CHUNKS[:most]]
     for kind, size in kinds:
         both: tuple[Kernels, ...] = ("auto", "xla") if args.compare else ("auto",)
         for kernels in both:
             row = {"model": name, "layers": model.config.num_layers, "weights": "int8" if int8 else "bfloat16"}
             row |= {"step": kind, "tokens": size, "kernels": kernels}
             take = model.decode if kind == "decode" else model.prefill
-            yield {**row, **_guarded(lambda take=take, s=size, k=kernels: with_shares(take(s, k), ceilings))}
+            yield {**row, **_guarded(functools.partial(_shares, take, size, kernels, ceilings))}
+
+
+def _shares(take: Callable[[int, Kernels], dict[str, float]], size: int, kernels: Kernels, ceilings: Ceilings) -> Any:
+    return with_shares(take(size, kernels), ceilings)
 
 
 def _guarded(call: Any) -> dict[str, Any]:

@@ -60,6 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cache", choices=("same", "float16"), default="same", help="llama.cpp's cache: ours' type, or its own default"
     )
     add("--kernels", choices=("auto", "xla"), default="auto", help="ours: native calls, or XLA alone (auto)")
+    add(
+        "--wide",
+        action="store_true",
+        help="ours: wide prefill steps where nobody decodes (launch serve --wide-prefill)",
+    )
     add("--llama-cpp", type=Path, metavar="DIR", help="folder of llama.cpp's binaries (default: llama-cpp-python)")
     add("--folder", type=Path, help="where to make GGUF files, which takes some GB (a temporary folder)")
     add("--json", action="store_true", help="print one JSON object instead of a table")
@@ -213,6 +218,7 @@ def _loads(
             "sequences": sequences,
             "context": context,
             "kernels": args.kernels,
+            "wide": args.wide,
         }
     }
     if "llama.cpp" in sides:
@@ -246,6 +252,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """What a reader has to know to judge the figures."""
     cache = "float16, its default" if args.cache == "float16" else "float32 beside float32, else bfloat16, as ours"
     logits = "of the last token of a prompt" if args.llama_cpp else "of all tokens, so that no layer is skipped"
+    prefill = "wide" if args.wide else "narrow"
     return {
         "threads": args.threads,
         "rounds": args.rounds,
@@ -253,7 +260,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         "vocabulary": VOCABULARY,
         "int8": "ours: int8 experts, bfloat16 for the rest; llama.cpp: q8_0",
         "llama.cpp": f"cache {cache}; logits asked: {logits}; blocks of 512 tokens; weights mapped from the file",
-        "ours": f"the serving engine with all batch slots that are ever used, kernels {args.kernels}",
+        "ours": f"the serving engine, kernels {args.kernels}, {prefill} prefill steps",
     }
 
 

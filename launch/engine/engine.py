@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 from dancemoe_jax.expert_parallel.pool import PoolLayout, local_devices
 from dancemoe_jax.inference.finite import all_finite, not_finite
 from dancemoe_jax.inference.steps import GivenRouting, StepResult, Weights, decode_step, init_state, prefill
-from dancemoe_jax.kernels.library import Kernels, use_native
 from dancemoe_jax.mesh import own_rows, shard_rows
 from dancemoe_jax.model.config import ModelConfig
 from launch.engine.batch import Batch, Member
@@ -42,6 +41,8 @@ class Engine:
         device_server: int [devices], the server of each device.
         sequences: batch slots of a device; chunk: prompt tokens that a step takes of a sequence where somebody decodes.
         replays: all requests bring the experts of their tokens (`Request.routed`), and the router's choice is not used.
+        wide: prefill steps are wider where nobody decodes, and take several short prompts. XLA sums in another order in
+            steps of another width, so the last bits of a request's numbers then depend on what else is served.
         steps: what else the steps take: `transport`, `wire_dtype` (dancemoe_jax.inference.steps).
 
     Attributes:
@@ -65,6 +66,7 @@ class Engine:
         sequences: int = 8,
         chunk: int = 64,
         replays: bool = False,
+        wide: bool = False,
         **steps: Any,
     ):
         self.shapes: dict[str, Any] = {"config": config, "layout": layout, "mesh": mesh, **steps}
@@ -79,7 +81,7 @@ class Engine:
         self.migration_progress = MigrationProgress()
         self.received = ControlWord.of(blank(mesh.size))
         self.sampler: Sampler | None = None
-        self._chunks = (chunk,) if replays or not self._native() else chunks_of(chunk, config.max_position)
+        self._chunks = chunks_of(chunk, config.max_position) if wide else (chunk,)
         self.taking: list[Request] = []
         self._next: Turn | None = None
 
@@ -204,11 +206,6 @@ class Engine:
     def batch_slots(self) -> int:
         """Sequences that a device serves at once."""
         return self._sequences
-
-    def _native(self) -> bool:
-        """Whether a row's bits are the same in steps of every width: of XLA's products they are not."""
-        kernels: Kernels = self.shapes.get("kernels", "auto")
-        return use_native(kernels, self.mesh.devices.flat[0].platform, self.weights.decoder.embedding[...].dtype)
 
     def _control(self, step: Step) -> np.ndarray:
         """What this process's devices send with a step, as control words."""

@@ -79,6 +79,7 @@ def load(
     int8: bool = False,
     sequences: int = 8,
     chunk: int = 64,
+    wide: bool = False,
     kernels: Kernels = "auto",
     placed: Placement | None = None,
     profile: Profile | None = None,
@@ -90,7 +91,7 @@ def load(
 
     Args:
         devices: all devices of the cluster in mesh order.
-        dtype, int8: of the weights; sequences, chunk: see `Engine`; kernels: how steps compute on CPUs
+        dtype, int8: of the weights; sequences, chunk, wide: see `Engine`; kernels: how steps compute on CPUs
             (dancemoe_jax.kernels.library).
         placed: what is where; default: planned for users who are all alike.
         profile: what `sizes` gives for these arguments, where the caller has it.
@@ -114,7 +115,7 @@ def load(
     slots = assign_slots(layout, placed.resident)
     pool = fill_pool(mesh, layout, slots, read or file.read)
     weights = Weights(place_decoder(file.decoder(), mesh), pool, None)  # pyright: ignore[reportArgumentType]
-    engine = Engine(config, layout, mesh, weights, cluster.device_server, sequences, chunk, kernels=kernels)
+    engine = Engine(config, layout, mesh, weights, cluster.device_server, sequences, chunk, wide=wide, kernels=kernels)
     loaded = Loaded(engine, cluster, placed, slots, profile, file.read, file.check)
     engine.weights = weights._replace(tables=loaded.tables(slots, loaded.likely(placed.resident, profile)))
     return loaded

@@ -1,6 +1,6 @@
 """Figures for Prometheus: of requests, as they end, and of the worker, as it last told them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -117,7 +117,7 @@ class _State(Collector):
         yield CounterMetricFamily("dancemoe_migration_bytes", "Bytes of experts written here", moved)
 
 
-def _by(name: str, text: str, labels: list[str], values: dict[Any, float], family: Callable[..., Any]) -> Metric:
+def _by(name: str, text: str, labels: list[str], values: Mapping[Any, float], family: Callable[..., Any]) -> Metric:
     found = family(name, text, labels=labels)
     for key, value in values.items():
         found.add_metric([key] if isinstance(key, str) else list(key), value)

@@ -57,16 +57,14 @@ def serve(
         config,
         {"dtype": args.dtype, "int8": args.int8, "sequences": args.sequences},
         args.chunk,
+        args.wide_prefill,
         args.kernels,
         facts,
         args.secret,
         args.timeout,
         policy if args.state else None,
         state,
-        source.start,
-        source.take_in,
-        drain,
-        source.settle,
+        *(source.start, source.take_in, drain, source.settle),
     )
     if isinstance(source, FrontLink):
         server.phase, server.failed_step, server.patience = source.phase, source.failed_step, _PATIENCE_S
@@ -98,5 +96,6 @@ def _source(args: argparse.Namespace, path: Path, config: ModelConfig, lines: Bi
 
 def facts_of(args: argparse.Namespace, path: Path, config: ModelConfig, policy: Policy) -> dict[str, str]:
     """What every server has to serve with too, fingerprints by what they are of."""
-    flags = (args.sequences, args.chunk, args.dtype, args.int8, args.kernels, config, policy, bool(args.state))
+    how = args.sequences, args.chunk, args.wide_prefill, args.dtype, args.int8, args.kernels
+    flags = (*how, config, policy, bool(args.state))
     return {"model": folder_fingerprint(path), "flags": repr(flags)}

@@ -64,6 +64,7 @@ class Server:
     config: ModelConfig
     options: Mapping[str, Any]
     chunk: int
+    wide: bool
     kernels: Kernels
     facts: Mapping[str, str]
     secret: bytes
@@ -185,6 +186,7 @@ class Server:
             group.cluster,
             devices,
             chunk=self.chunk,
+            wide=self.wide,
             read=read,
             fingerprint=self.facts["model"],
             **planned,

@@ -36,7 +36,7 @@ class Stats:
     def __init__(self, host: Host, loaded: Loaded, worker: MigrationWorker | None) -> None:
         self._host, self._loaded, self._worker = host, loaded, worker
         shape = loaded.profile.counts.shape
-        self._counts = np.zeros(shape[1:], np.int64)
+        self._counts: np.ndarray = np.zeros(shape[1:], np.int64)
         self._calls = np.zeros((shape[1], shape[0]), np.int64)  # by layer and the server that served them
         self._rows, self._crossings, self._layer_steps, self._crossing = 0, 0, 0, 0
         self._due, self._steps = 0.0, -1
@@ -93,7 +93,7 @@ class Stats:
             "layer_steps": self._layer_steps,
             "layer_steps_crossing": self._crossing,
             "hottest": [
-                [int(i) // self._counts.shape[1], int(i) % self._counts.shape[1], int(self._counts.flat[i])]
+                [*divmod(int(i), config.num_experts), int(self._counts.flat[i])]
                 for i in hottest
                 if self._counts.flat[i]
             ],

@@ -81,10 +81,10 @@ def one_more_box(cluster: Cluster) -> Cluster:
 
 def _profile(shape: ModelShape, given: Profile | None, cluster: Cluster, cache: int) -> Profile:
     """What users activate with the sizes of `shape`; servers that the profile lacks have no users."""
-    sizes = {"expert_bytes": shape.expert_bytes, "reserved_bytes": shape.other_bytes + cache}
+    sizes: dict[str, Any] = {"expert_bytes": shape.expert_bytes, "reserved_bytes": shape.other_bytes + cache}
     if given is None:
         counts = np.zeros((len(cluster.names), len(shape.layers), shape.experts), np.int64)
-        facts = {"top_k": shape.top_k, "hidden_size": shape.hidden_size}
+        facts: dict[str, Any] = {"top_k": shape.top_k, "hidden_size": shape.hidden_size}
         return Profile(counts, cluster.names, shape.name, source=shape.name, **facts, **sizes)
     more = len(cluster.names) - len(given.servers)
     counts = np.concatenate([given.counts, np.zeros((more, *given.counts.shape[1:]), given.counts.dtype)])

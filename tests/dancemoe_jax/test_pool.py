@@ -115,9 +115,10 @@ def test_bfloat16_experts_are_computed_without_a_copy_of_the_pool(native, rng):
 
     @jax.jit
     def three_layers(pool, x):
-        return jax.lax.scan(
-            lambda x, _: (slot_experts(pool, x, ids, weights, native=native, tile=4), None), x, None, length=3
-        )[0]
+        def layer(x, _):
+            return slot_experts(pool, x, ids, weights, native=native, tile=4).astype(x.dtype), None
+
+        return jax.lax.scan(layer, x, None, length=3)[0]
 
     program = three_layers.lower(pool, x.astype(jnp.bfloat16)).compile()
     assert program.memory_analysis().temp_size_in_bytes < resident_bytes(pool, mesh)[0] / 4

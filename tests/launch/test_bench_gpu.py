@@ -51,5 +51,5 @@ def test_the_dry_run_is_complete(tmp_path, capsys):
     assert found == json.loads(capsys.readouterr().out)
     assert found["complete"]
     assert all(check["passed"] for check in found["checks"].values())
-    assert len(found["speed"]) == len(MODELS) * 2 * 4
+    assert len(found["speed"]) == len(MODELS) * 2 * 2
     assert not [row for row in found["speed"] if "failed" in row]

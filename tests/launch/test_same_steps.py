@@ -76,7 +76,7 @@ class Recorder:
 def test_the_engine_takes_the_steps_of_the_simulator(seed, rng, monkeypatch):
     arrivals, small, recorder = drawn(seed), Small.make(), Recorder(monkeypatch)
     _, weights = small.place(random_resident(rng))
-    engine = Engine(small.config, small.layout, small.mesh, weights, small.device_server, SEQUENCES, chunk=CHUNK)
+    engine = Engine(small.config, small.layout, small.mesh, weights, small.device_server, SEQUENCES, CHUNK, wide=True)
     requests = [
         Request(int(server), rng.integers(0, 64, prompt).tolist(), int(output), float(at))
         for at, server, prompt, output in zip(*vars(arrivals).values(), strict=True)

@@ -95,10 +95,10 @@ def check_migration(device: Any) -> Check:
     before, pointers = served.texts(), _pointers(served.weights.pool)
     served.move_all()  # what a commit takes is compiled with the first
     served.texts()
-    compiled = decode_step._cache_size() + prefill._cache_size()
+    compiled = _programs()
     served.move_all()
     after = served.texts()
-    again = decode_step._cache_size() + prefill._cache_size() - compiled
+    again = _programs() - compiled
     in_place = _pointers(served.weights.pool) == pointers
     return {
         "passed": before == after and in_place and not again,
@@ -115,6 +115,12 @@ def checks(families: Path | None, device: Any) -> Iterator[tuple[str, Callable[[
             yield f"family {path.name}", lambda path=path: check_family(path, device)
     yield "bundled model against the CPU", lambda: check_bundled(device)
     yield "migration in place", lambda: check_migration(device)
+
+
+def _programs() -> int:
+    """Steps compiled so far."""
+    steps: tuple[Any, ...] = (decode_step, prefill)
+    return sum(step._cache_size() for step in steps)
 
 
 def _pointers(pool: Any) -> list[int]:

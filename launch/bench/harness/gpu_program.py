@@ -50,8 +50,8 @@ class Work:
     waits: float = 0
     written: float = 0
     copied: float = 0
-    collectives: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    copies: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    collectives: dict[str, float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
+    copies: dict[str, float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
 
     def add(self, other: "Work", times: float = 1) -> None:
         """Do another part so many times after this one."""
@@ -221,5 +221,5 @@ def summary(compiled: Any, tiles: int) -> dict[str, Any]:
         "collectives": {kind: round(size) for kind, size in work.collectives.items()},
         "temporary": memory.temp_size_in_bytes,
         "arguments": memory.argument_size_in_bytes,
-        "copies": dict(work.copies.most_common(6)),
+        "copies": dict(sorted(work.copies.items(), key=lambda copy: -copy[1])[:6]),
     }

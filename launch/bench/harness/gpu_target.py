@@ -137,7 +137,9 @@ def lower_step(
     layout = pool_layout(capacity or [room] * devices, [0] * devices if one_server else range(devices))
     weights = abstract_weights(config, layout, mesh, dtype, int8)
     empty = jax.eval_shape(lambda: init_state(config, mesh, sequences, dtype))
-    where = State(sharded(mesh, 1), sharded(mesh, 1) if empty.v is not None else None, sharded(mesh))
+    cache: Any = sharded(mesh, 1)
+    own: Any = sharded(mesh)
+    where = State(cache, cache if empty.v is not None else None, own)
     state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), empty, where)
 
     def rows(*shape: int, of: Any = jnp.int32) -> jax.ShapeDtypeStruct:

@@ -31,10 +31,12 @@ class Ours:
         fields: the model's `config.json`.
         kind: "float32", "bfloat16", or "int8" for int8 experts with bfloat16 for the rest.
         sequences, context: most sequences at once, and tokens of each.
-        kernels: "auto" or "xla".
+        kernels: "auto" or "xla"; wide: as `Engine` takes it.
     """
 
-    def __init__(self, fields: dict[str, Any], kind: str, sequences: int, context: int, kernels: str = "auto") -> None:
+    def __init__(
+        self, fields: dict[str, Any], kind: str, sequences: int, context: int, kernels: str, wide: bool
+    ) -> None:
         config = dataclasses.replace(config_from_fields(fields, "config.json"), max_position=context)
         dtype = jnp.float32 if kind == "float32" else jnp.bfloat16
         mesh = make_mesh(cluster_devices(1))
@@ -45,7 +47,7 @@ class Ours:
         decoder = nnx.jit(lambda: Decoder(config, nnx.Rngs(0), dtype))()
         tables = place_tables(routing_tables(layout, slots), mesh)
         weights = Weights(place_decoder(decoder, mesh), pool, tables)
-        self._engine = Engine(config, layout, mesh, weights, np.zeros(1, int), sequences, kernels=kernels)
+        self._engine = Engine(config, layout, mesh, weights, np.zeros(1, int), sequences, wide=wide, kernels=kernels)
         self._vocabulary, self._rng = config.vocab_size, np.random.default_rng(0)
         jax.block_until_ready(weights)
 

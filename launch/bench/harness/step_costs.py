@@ -96,7 +96,8 @@ def _with_messages(
         exchanges = {}
         for name in dict.fromkeys(run["plan"] for run, _ in steps):
             resident, serving, likely = (plans[f"{key}_{name}"] for key in ("resident", "serving", "likely"))
-            exchanges[name] = Exchange.build(problem, resident, **tried.messages, serving=serving, likely=likely)
+            how: dict[str, Any] = {**tried.messages, "serving": serving, "likely": likely}
+            exchanges[name] = Exchange.build(problem, resident, **how)
         predicted = [
             np.median([exchanges[run["plan"]].seconds(ids, seconds, tried.overhead(run["prefill"])) for ids in draws])
             for (run, _), draws, seconds in zip(steps, drawn, compute, strict=True)

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from placement.costs.computing import longest_alone
 from placement.costs.hosting import Hops, at_home, seen_from_hosts
 from placement.costs.network_use import NetworkUse, network_use
 from placement.costs.routing import serving_server
+from placement.costs.token_sets import token_sets
 from placement.data.problem import VALUE_BYTES, Problem
 
 DENSE, OUT, EXPERTS, BACK = range(4)  # the groups of a step, one after the other in every layer
@@ -130,6 +132,7 @@ class Steps:
         where = at_home(problem) if host is None else host
         dense = _dense(problem, compute, where)
         entries, base, resources = _entries(problem, volume, calls, compute, where, dense, hops)
+        base += _excess(problem, resident, serving, calls, compute, volume if len(hops.source) else None)
         sent, sent_bytes = _sends(problem, volume, where, hops)
         return cls(
             unit=np.array([entry[2:] for entry in entries]).T,
@@ -185,6 +188,30 @@ def _device_seconds(problem: Problem, calls: np.ndarray, compute: Compute, dense
     seconds, _ = _layer_seconds(problem, compute)
     busy = np.einsum("ul,nld->und", seconds, calls) / problem.speed
     return busy + dense[..., problem.device_server]
+
+
+def _excess(
+    problem: Problem,
+    resident: np.ndarray,
+    serving: np.ndarray,
+    calls: np.ndarray,
+    compute: Compute,
+    volume: np.ndarray | None,
+) -> np.ndarray:
+    """What a decode step's experts take beyond the mean of the busiest device, float64 [3, 4 N], waiting for the longest.
+
+    A token alone waits for the device with most of its experts; each further token of a step adds the mean. `volume` is given
+    where layers have hosts: those that send nothing belong to what the hosts do one after the other.
+    """
+    seconds, _ = _layer_seconds(problem, compute)
+    mean = np.maximum.reduceat(calls / problem.speed, problem.first_device, axis=2).max(-1)
+    active = np.bincount(token_sets(problem).source, minlength=len(problem.names)) > 0
+    more = np.where(active[:, None], np.maximum(longest_alone(problem, resident, serving) - mean, 0.0), 0.0)
+    more = more * seconds[DECODED]
+    apart = np.zeros(more.shape, bool) if volume is None else volume.sum(-1) == 0
+    base = np.zeros((3, len(more), 4))
+    base[STEP, :, EXPERTS], base[STEP, :, DENSE] = (more * ~apart).sum(-1), (more * apart).sum(-1)
+    return base.reshape(3, -1)
 
 
 def _sends(problem: Problem, volume: np.ndarray, host: np.ndarray, hops: Hops) -> tuple[np.ndarray, np.ndarray]:
