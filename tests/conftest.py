@@ -44,9 +44,28 @@ def fuzz_seed() -> int:
     return int(os.environ["FUZZ_SEED"])
 
 
+# Here the subject is what the compiler makes of a program: its bits, its copies, its time. These are compiled as users' are.
+_OPTIMIZED = {
+    "test_compile_cache",
+    "test_demo_and_train",
+    "test_gpu_kernels",
+    "test_gpu_programs",
+    "test_kernels",
+    "test_reproducible",
+    "test_same_steps",
+    "test_steps",
+}
+
+
 @pytest.fixture(scope="module", autouse=True)
-def programs_of_one_module() -> Iterator[None]:
-    """Compiled programs are dropped after each module: every one holds memory mappings, and a process may have 65,530."""
+def programs_of_one_module(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compiled without LLVM's slower passes, in what the tests start too, which takes a third less time.
+
+    Compiled programs are dropped after each module: every one holds memory mappings, and a process may have 65,530.
+    """
+    quick = request.module.__name__.rpartition(".")[2] not in _OPTIMIZED
+    jax.config.update("jax_disable_most_optimizations", quick)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quick))
     yield
     jax.clear_caches()
 
