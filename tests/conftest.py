@@ -53,7 +53,6 @@ _OPTIMIZED = {
     "test_kernels",
     "test_reproducible",
     "test_same_steps",
-    "test_steps",
 }
 
 

@@ -156,6 +156,7 @@ def check(answers, expected, prompts, capsys):
         assert all((a["tokens"], a["finish_reason"]) == (alone["tokens"], alone["finish_reason"]) for a in own)
 
 
+@pytest.mark.slow
 def test_a_server_is_added_while_requests_run(files, tmp_path, capsys):
     two, three, requests, prompts = files
     state, named = tmp_path / "state", tmp_path / "named.jsonl"

@@ -100,10 +100,10 @@ def test_three_processes_answer_what_one_does(files, capsys):
 
 
 @contextlib.contextmanager
-def busy(cluster, *flags):
-    """A cluster with more requests than it will serve, once it has answered one: its process, and that answer."""
+def busy(cluster, tokens, *flags):
+    """A cluster with more requests than it will serve, of so many tokens each, once it has answered one: its process."""
     endless = cluster.with_name("endless.jsonl")
-    endless.write_text("".join(json.dumps({"prompt": "def ", "max_tokens": 80}) + "\n" for _ in range(3000)))
+    endless.write_text("".join(json.dumps({"prompt": "def ", "max_tokens": tokens}) + "\n" for _ in range(3000)))
     process = subprocess.Popen(
         command(cluster, "--requests", endless, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -118,7 +118,7 @@ def busy(cluster, *flags):
 
 
 def test_a_signal_drains_all_servers(files):
-    with busy(files[0], "--drain", "300") as process:
+    with busy(files[0], 12, "--drain", "300") as process:
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
@@ -131,7 +131,7 @@ def test_a_signal_drains_all_servers(files):
 
 
 def test_a_second_signal_cancels(files):
-    with busy(files[0], "--drain", "300") as process:
+    with busy(files[0], 80, "--drain", "300") as process:
         process.send_signal(signal.SIGTERM)
         time.sleep(1.0)
         process.send_signal(signal.SIGTERM)
