@@ -16,7 +16,7 @@ from launch.bench.harness.trace import ReplayRequest, Trace, poisson
 from placement import Cluster, InputError
 from placement.data.arrivals import Arrivals
 from placement.data.problem import Problem
-from placement.registry import home_strategies
+from placement.registry import HOSTED, home_strategies
 from placement.simulation.lockstep.predict import StepCosts, lock_step
 from placement.text_table import print_table
 from placement.units import parse_rate
@@ -194,7 +194,8 @@ def _names(text: str, flag: str) -> list[str]:
     names = list(dict.fromkeys(filter(None, (name.strip() for name in text.split(",")))))
     for name in names:
         if name not in home_strategies():
-            raise InputError(f"{flag}: {name!r} cannot be served; choose from {', '.join(home_strategies())}")
+            why = "is planned and not yet served" if name in HOSTED else "is unknown"
+            raise InputError(f"{flag}: {name!r} {why}; choose from {', '.join(home_strategies())}")
     return names
 
 
