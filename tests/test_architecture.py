@@ -45,7 +45,7 @@ ORDER = {
         model
         kernels
         arguments
-        mesh files errors
+        mesh files errors huge_pages
     """,
     "launch": """
         __main__

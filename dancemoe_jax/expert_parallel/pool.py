@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from dancemoe_jax.arguments import check_array, check_mesh
 from dancemoe_jax.errors import ArgumentError, PlacementError
 from dancemoe_jax.expert_parallel.links import Links, make_links
+from dancemoe_jax.huge_pages import on_huge_pages
 from dancemoe_jax.mesh import sharded
 from dancemoe_jax.model.experts import ExpertWeights
 
@@ -193,7 +194,7 @@ def fill_pool(
             strict=True,
         )
 
-    pool = assemble(mesh, layout, {device: empty(device) for device in local_devices(mesh)})
+    pool = on_huge_pages(assemble(mesh, layout, {device: empty(device) for device in local_devices(mesh)}))
     return write_experts(pool, layout, mesh, {device: experts_of(device) for device in local_devices(mesh)})
 
 

@@ -22,6 +22,7 @@ from dancemoe_jax.expert_parallel.dispatch import Traffic, Transport, default_tr
 from dancemoe_jax.expert_parallel.pool import ExpertPool, PoolLayout
 from dancemoe_jax.expert_parallel.slot_experts import slot_experts
 from dancemoe_jax.expert_parallel.tables import Tables
+from dancemoe_jax.huge_pages import on_huge_pages
 from dancemoe_jax.inference.cache import CacheRows, attend_cached, empty_cache
 from dancemoe_jax.inference.control import share_control
 from dancemoe_jax.inference.finite import finite_rows
@@ -113,12 +114,12 @@ def init_state(config: ModelConfig, mesh: Mesh, sequences: int, dtype=jnp.float3
     key_width, value_width = config.cache_widths
     keys = empty_cache(mesh, (*shape, key_width // heads), dtype)
     values = empty_cache(mesh, (*shape, value_width // heads), dtype) if value_width else None
-    return State(keys, values, counts)
+    return on_huge_pages(State(keys, values, counts))
 
 
 def place_decoder(decoder: Decoder, mesh: Mesh) -> Decoder:
     """Everything but the routed experts, on every device of the mesh."""
-    return put(decoder, replicated(mesh))
+    return on_huge_pages(put(decoder, replicated(mesh)))
 
 
 def place_tables(tables: Tables, mesh: Mesh) -> Tables:

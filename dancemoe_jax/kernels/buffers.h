@@ -81,6 +81,37 @@ class Rows {
   std::unique_ptr<float[]> copy_;
 };
 
+// Rows of 16 bits packed for weights of one type; none where products would not take them.
+class PackedRows {
+ public:
+  PackedRows(size_t count, size_t width, Type activations, Type weights) : width_(width), weights_(weights) {
+    const bool taken = weights == Type::kBfloat16 || (weights == Type::kInt8 && count >= vector_code().packed_rows);
+    if (activations != Type::kBfloat16 || !taken) return;
+    stride_ = padded_pairs(width) + 2 * kPad;
+    numbers_.reset(new uint16_t[count * stride_]);
+  }
+  // Packs a row of float32 that bfloat16 holds exactly.
+  void pack(size_t row, const float* from) {
+    if (numbers_ != nullptr) vector_code().pack(from, numbers_.get() + row * stride_, width_, weights_);
+  }
+  // Null where there are none.
+  const uint16_t* operator[](size_t row) const { return numbers_ == nullptr ? nullptr : numbers_.get() + row * stride_; }
+
+ private:
+  size_t width_, stride_ = 0;
+  Type weights_;
+  std::unique_ptr<uint16_t[]> numbers_;
+};
+
+// VectorCode's products, with the packed rows where there are some and they are faster.
+inline void products(const Matrix& w, const float* const* x, const uint16_t* const* packed, size_t count, float* out, size_t out_stride) {
+  const VectorCode& code = vector_code();
+  if (packed[0] != nullptr && (w.type == Type::kBfloat16 || count >= code.packed_rows))
+    code.packed_products(w, packed, count, out, out_stride);
+  else
+    code.products(w, x, count, out, out_stride);
+}
+
 // One number of a small array (a bias).
 inline float number(const ffi::AnyBuffer& buffer, size_t index) {
   if (buffer.element_type() == ffi::F32) return static_cast<const float*>(buffer.untyped_data())[index];

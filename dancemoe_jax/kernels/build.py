@@ -13,11 +13,13 @@ LIBRARY = "native.so"
 
 # Bits are part of the interface: nothing that lets a compiler reorder additions or fuse what is not written as fused.
 _FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w"]
+_AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"]
 _PER_INSTRUCTION_SET = {
     "x86_64": {
         "plain": [],
         "avx2": ["-mavx2", "-mfma"],
-        "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
+        "avx512": _AVX512,
+        "avx512bf16": [*_AVX512, "-mavx512bf16"],
     }
 }
 
@@ -43,6 +45,11 @@ def fingerprint(compiler: str, jaxlib_version: str) -> str:
     return digest.hexdigest()[:20]
 
 
+def _takes(compiler: str, flags: list[str]) -> bool:
+    command = [compiler, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+    return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False).returncode == 0
+
+
 def build(out: Path, include: str, compiler: str) -> None:
     """Compile everything into the shared library `out`, which appears complete or not at all.
 
@@ -54,6 +61,7 @@ def build(out: Path, include: str, compiler: str) -> None:
         OSError: no place to write to.
     """
     sets = _PER_INSTRUCTION_SET.get(platform.machine(), {"plain": []})
+    sets = {name: flags for name, flags in sets.items() if name != "avx512bf16" or _takes(compiler, flags)}
     units = [(path, path.stem, []) for path in sources() if path.suffix == ".cc" and path.stem != "vector_code"]
     inner = SOURCES / "vector_code.cc"
     units += [(inner, f"vector_code_{name}", [f"-DINSTRUCTION_SET={name}", *flags]) for name, flags in sets.items()]

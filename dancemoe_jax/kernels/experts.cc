@@ -46,6 +46,8 @@ float grid(const float* x, size_t width) {
   return std::ldexp(1.0f, std::max(exponent, -60) - 16);
 }
 
+constexpr size_t kPackedTask = 64 << 10;  // numbers that one task packs
+
 struct Assignment {
   int32_t slot;
   size_t at;  // token * k + its place among the token's
@@ -98,14 +100,18 @@ ffi::Error Experts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32>
   }
 
   const Rows rows(x.untyped_data(), activations, tokens, hidden);
+  PackedRows packed(tokens, hidden, activations, stored), packed_gated(count, inner, activations, stored);
+  for (size_t token = 0; token < tokens; token++) packed.pack(token, rows[token]);
   Scratch gated(count * gated_stride), outputs(count * hidden);
   std::vector<const float*> sources(count), gated_rows(count);
+  std::vector<const uint16_t*> packed_sources(count), packed_gated_rows(count);
   for (size_t i = 0; i < count; i++) {
-    sources[i] = rows[assignments[i].at / k];
-    gated_rows[i] = gated.data() + i * gated_stride;
+    sources[i] = rows[assignments[i].at / k], packed_sources[i] = packed[assignments[i].at / k];
+    gated_rows[i] = gated.data() + i * gated_stride, packed_gated_rows[i] = packed_gated[i];
   }
 
-  // gated = silu(x gate) * (x up): gate's and up's rows of a block of inner channels.
+  // gated = silu(x gate) * (x up), in the activations' type: gate's and up's rows of a block of inner channels.
+  const bool rounded = activations == Type::kBfloat16;
   const Matrix any_in{nullptr, stored, hidden, 2 * inner, hidden}, any_out{nullptr, stored, inner, hidden, inner};
   const size_t in_block = std::max<size_t>(rows_of_a_task(any_in) / 2, 16), in_blocks = (inner + in_block - 1) / in_block;
   parallel(pool, groups.size() * in_blocks, [&](int64_t task) {
@@ -113,17 +119,24 @@ ffi::Error Experts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32>
     const size_t begin = task % in_blocks * in_block, end = std::min(inner, begin + in_block);
     const size_t width = end - begin, own = group.end - group.begin;
     const float* const* own_rows = sources.data() + group.begin;
+    const uint16_t* const* own_packed = packed_sources.data() + group.begin;
     float* gate = gated.data() + group.begin * gated_stride + begin;
     Scratch up(own * width);
-    code.products(group.w_in.slice(begin, end), own_rows, own, gate, gated_stride);
-    code.products(group.w_in.slice(inner + begin, inner + end), own_rows, own, up.data(), width);
+    products(group.w_in.slice(begin, end), own_rows, own_packed, own, gate, gated_stride);
+    products(group.w_in.slice(inner + begin, inner + end), own_rows, own_packed, own, up.data(), width);
     for (size_t r = 0; r < own; r++) {
       float *g = gate + r * gated_stride, *u = up.data() + r * width;
       group.in.apply(g, begin, width);
       group.in.apply(u, inner + begin, width);
       code.gate(g, u, width, limit);
+      if (rounded) code.round(g, width);
       if (end == inner) std::memset(g + width, 0, (padded(inner) - inner) * sizeof(float));
     }
+  });
+
+  const size_t row_block = std::max<size_t>(1, kPackedTask / inner), row_blocks = (count + row_block - 1) / row_block;
+  parallel(pool, row_blocks, [&](int64_t task) {
+    for (size_t i = task * row_block; i < std::min(count, (task + 1) * row_block); i++) packed_gated.pack(i, gated_rows[i]);
   });
 
   const size_t out_block = rows_of_a_task(any_out), out_blocks = (hidden + out_block - 1) / out_block;
@@ -131,12 +144,12 @@ ffi::Error Experts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32>
     const Group& group = groups[task / out_blocks];
     const size_t begin = task % out_blocks * out_block, end = std::min(hidden, begin + out_block);
     float* to = outputs.data() + group.begin * hidden + begin;
-    code.products(group.w_out.slice(begin, end), gated_rows.data() + group.begin, group.end - group.begin, to, hidden);
+    const size_t first = group.begin, own = group.end - first;
+    products(group.w_out.slice(begin, end), &gated_rows[first], &packed_gated_rows[first], own, to, hidden);
     for (size_t i = group.begin; i < group.end; i++) group.out.apply(outputs.data() + i * hidden + begin, begin, end - begin);
   });
 
   // Each token's sum, in the order of its k. On a grid the order does not matter (experts.py's `sum_grid`).
-  const bool rounded = activations == Type::kBfloat16;
   std::vector<const float*> of(tokens * k, nullptr);
   for (size_t i = 0; i < count; i++) of[assignments[i].at] = outputs.data() + i * hidden;
   const size_t token_block = std::max<size_t>(1, (64 << 10) / (hidden * k)), token_blocks = (tokens + token_block - 1) / token_block;

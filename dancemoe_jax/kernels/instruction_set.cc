@@ -1,4 +1,8 @@
 // Which of the tables of inner loops this processor runs.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "vector_code.h"
 
 namespace dancemoe {
@@ -7,6 +11,15 @@ extern const VectorCode plain;
 #if defined(__x86_64__)
 extern const VectorCode avx2;
 extern const VectorCode avx512;
+extern const VectorCode avx512bf16 __attribute__((weak));  // compilers of 2019 do not know it
+#endif
+
+#if defined(__x86_64__)
+// The compiler's own question for it is younger than the instruction.
+static bool has_bf16() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+}
 #endif
 
 static const VectorCode& best() {
@@ -15,7 +28,7 @@ static const VectorCode& best() {
   const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    return avx512;
+    return &avx512bf16 != nullptr && has_bf16() ? avx512bf16 : avx512;
   if (fma) return avx2;
 #endif
   return plain;
@@ -37,6 +50,7 @@ EXPORTED bool dancemoe_use_instruction_set(int level) {
 #if defined(__x86_64__)
       &avx2,
       &avx512,
+      &avx512bf16,
 #endif
   };
   const int count = sizeof tables / sizeof *tables;

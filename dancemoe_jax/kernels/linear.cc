@@ -36,9 +36,16 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi:
   if (count == 0) return ffi::Error::Success();
 
   const Rows from(x.untyped_data(), activations, rows, heads, inputs, chosen);
+  PackedRows packed(count * heads, inputs, activations, transposed ? Type::kFloat32 : stored);
   std::vector<const float*> by_head(count * heads);
-  for (size_t head = 0; head < heads; head++)
-    for (size_t r = 0; r < count; r++) by_head[head * count + r] = from[r * heads + head];
+  std::vector<const uint16_t*> packed_by_head(count * heads);
+  for (size_t head = 0; head < heads; head++) {
+    for (size_t r = 0; r < count; r++) {
+      const size_t row = r * heads + head;
+      packed.pack(row, from[row]);
+      by_head[head * count + r] = from[row], packed_by_head[head * count + r] = packed[row];
+    }
+  }
 
   const size_t block = rows_of_a_task(weights), blocks = (outputs + block - 1) / block;
   parallel(pool, heads * blocks, [&](int64_t task) {
@@ -53,7 +60,7 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi:
       const size_t between = count > 1 ? own_rows[1] - own_rows[0] : 0;
       code.mix(own.columns(begin, end), own_rows[0], between, count, to, stride);
     } else {
-      code.products(own.slice(begin, end), own_rows, count, to, stride);
+      products(own.slice(begin, end), own_rows, &packed_by_head[head * count], count, to, stride);
     }
     for (size_t r = 0; r < count; r++) {
       if (scale != nullptr)

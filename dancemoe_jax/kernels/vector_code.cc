@@ -1,6 +1,7 @@
 // The inner loops. Compiled once for each instruction set, with INSTRUCTION_SET as the name of its table.
 #include "vector_code.h"
 
+#include "products.h"
 #include "simd.h"
 
 namespace {
@@ -8,145 +9,62 @@ namespace {
 using dancemoe::Matrix;
 using dancemoe::Type;
 
-// How many rows of x meet how many rows of weights in registers.
-#if defined(__AVX512F__)
-constexpr int kRows = 6, kColumns = 4;
-#elif defined(__AVX2__) || defined(__ARM_NEON)
-constexpr int kRows = 3, kColumns = 2;
-#else
-constexpr int kRows = 1, kColumns = 2;
-#endif
-
-// With more rows than kRows, weights are gone through in pieces of this many inputs, so that a piece stays in the cache
-// while all rows meet it. Sums under way wait in memory meanwhile, all lanes of them: the order of additions is the same.
-constexpr size_t kPiece = 1024;
-constexpr size_t kRowBlock = 4 * kRows, kColumnBlock = 32;
-
-// sums[r][j] += x[r][i] * w[j][i], lane by lane, for 16 inputs from i on.
-template <class W, int R, int J>
-INLINE void accumulate_lanes(const W* w, size_t stride, const float* const* x, size_t i, Lanes (&sums)[R][J]) {
-  Lanes weights[J];
-#pragma GCC unroll 8
-  for (int j = 0; j < J; j++) weights[j] = load(w + j * stride + i);
-#pragma GCC unroll 8
-  for (int r = 0; r < R; r++) {
-    const Lanes row = load(x[r] + i);
-#pragma GCC unroll 8
-    for (int j = 0; j < J; j++) sums[r][j] = fused(row, weights[j], sums[r][j]);
-  }
-}
-
-// The same for inputs begin to end. With `ahead`, the weights of the next J rows are fetched meanwhile: hardware does not
-// look beyond a page, and rows are about as long as pages.
-template <class W, int R, int J>
-INLINE void accumulate(const W* w, size_t stride, const float* const* x, size_t begin, size_t end, bool ahead,
-                       Lanes (&sums)[R][J]) {
-  constexpr size_t kLine = 64 / sizeof(W);
-  size_t i = begin;
-  if (ahead) {
-    for (; i + kLine <= end; i += kLine) {
-#pragma GCC unroll 8
-      for (int j = 0; j < J; j++) __builtin_prefetch(w + (J + j) * stride + i, 0, 2);
-#pragma GCC unroll 4
-      for (size_t part = 0; part < kLine; part += kLanes) accumulate_lanes<W, R, J>(w, stride, x, i + part, sums);
-    }
-  }
-  for (; i + kLanes <= end; i += kLanes) accumulate_lanes<W, R, J>(w, stride, x, i, sums);
-  if (i < end) {
-#pragma GCC unroll 8
-    for (int j = 0; j < J; j++) {
-      const Lanes weights = load_some(w + j * stride + i, end - i);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) sums[r][j] = fused(load(x[r] + i), weights, sums[r][j]);
-    }
-  }
-}
-
-template <int R, int J>
-INLINE void finish(const Lanes (&sums_)[R][J], float* out, size_t out_stride) {
-#pragma GCC unroll 8
-  for (int r = 0; r < R; r++) {
-    const Lanes* s = sums_[r];
-    const Quad total = sums(s[0], s[1 % J], s[2 % J], s[3 % J]);
-    std::memcpy(out + r * out_stride, &total, J * sizeof(float));
-  }
-}
-
-// One tile of R rows and J outputs. `waiting` holds the sums between pieces, null where there is one piece only.
-template <class W, int R, int J>
-void tile(const W* w, size_t stride, const float* const* x, size_t begin, size_t end, bool ahead, bool first,
-          bool last, Lanes* waiting, float* out, size_t out_stride) {
-  Lanes sums[R][J];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-    for (int j = 0; j < J; j++) sums[r][j] = first ? all(0.0f) : waiting[r * J + j];
-  accumulate<W, R, J>(w, stride, x, begin, end, ahead, sums);
-  if (last) {
-    finish<R, J>(sums, out, out_stride);
-  } else {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-      for (int j = 0; j < J; j++) waiting[r * J + j] = sums[r][j];
-  }
-}
-
-// A tile of `rows` <= kRows rows.
-template <class W, int J, int R = kRows>
-INLINE void tile_of(int rows, const W* w, size_t stride, const float* const* x, size_t begin, size_t end, bool ahead,
-                    bool first, bool last, Lanes* waiting, float* out, size_t out_stride) {
-  if constexpr (R >= 1) {
-    if (rows == R) return tile<W, R, J>(w, stride, x, begin, end, ahead, first, last, waiting, out, out_stride);
-    tile_of<W, J, R - 1>(rows, w, stride, x, begin, end, ahead, first, last, waiting, out, out_stride);
-  }
-}
-
-// How many of `count` rows to take at once: no more than kRows, and about the same number every time.
-INLINE size_t even_step(size_t count) {
-  const size_t times = (count + kRows - 1) / kRows;
-  return (count + times - 1) / times;
-}
-
-template <class W>
-void products(const Matrix& m, const float* const* x, size_t count, float* out, size_t out_stride) {
-  const W* w = static_cast<const W*>(m.data);
-  const size_t piece = count <= kRows ? m.width : kPiece;
-  Lanes waiting[kRowBlock * kColumnBlock];
-  for (size_t j0 = 0; j0 < m.rows; j0 += kColumnBlock) {
-    const size_t j1 = j0 + kColumnBlock < m.rows ? j0 + kColumnBlock : m.rows;
-    for (size_t r0 = 0; r0 < count; r0 += kRowBlock) {
-      const size_t r1 = r0 + kRowBlock < count ? r0 + kRowBlock : count;
-      const size_t step = even_step(r1 - r0);
-      for (size_t begin = 0; begin < m.width; begin += piece) {
-        const size_t end = begin + piece < m.width ? begin + piece : m.width;
-        const bool first = begin == 0, last = end == m.width;
-        for (size_t r = r0; r < r1; r += step) {
-          const int rows = r1 - r < step ? r1 - r : step;
-          const bool ahead = r == 0;
-          for (size_t j = j0; j < j1;) {
-            Lanes* own = waiting + (r - r0) * kColumnBlock + (j - j0) * step;
-            const W* at = w + j * m.stride;
-            float* to = out + r * out_stride + j;
-            if (j + kColumns <= j1) {
-              tile_of<W, kColumns>(rows, at, m.stride, x + r, begin, end, ahead, first, last, own, to, out_stride);
-              j += kColumns;
-            } else {
-              tile_of<W, 1>(rows, at, m.stride, x + r, begin, end, ahead, first, last, own, to, out_stride);
-              j += 1;
-            }
-          }
-        }
-      }
-    }
-  }
-}
-
 void products_of(const Matrix& w, const float* const* x, size_t count, float* out, size_t out_stride) {
   switch (w.type) {
     case Type::kFloat32: return products<float>(w, x, count, out, out_stride);
     case Type::kBfloat16: return products<uint16_t>(w, x, count, out, out_stride);
     case Type::kInt8: return products<int8_t>(w, x, count, out, out_stride);
+  }
+}
+
+#if defined(__AVX512BF16__)
+constexpr size_t kPackedRows = kRows + 1;
+#else
+constexpr size_t kPackedRows = SIZE_MAX;
+#endif
+
+// Rows of int8 weights as bfloat16 in pairs of halves, as many at once as stay in the cache beside x.
+void unpacked_products(const Matrix& m, const uint16_t* const* x, size_t count, float* out, size_t out_stride) {
+  constexpr size_t kBytes = 128 << 10;
+  const size_t width = dancemoe::padded_pairs(m.width), fitting = kBytes / (2 * width + 1) / kColumns * kColumns;
+  const size_t block = fitting < kColumns ? kColumns : fitting > kColumnBlock ? kColumnBlock : fitting;
+  std::vector<uint16_t> unpacked(block * width);
+  for (size_t j = 0; j < m.rows; j += block) {
+    const size_t rows = m.rows - j < block ? m.rows - j : block;
+    for (size_t row = 0; row < rows; row++) {
+      const int8_t* from = static_cast<const int8_t*>(m.data) + (j + row) * m.stride;
+      uint16_t* to = unpacked.data() + row * width;
+      size_t i = 0;
+      for (; i + 2 * kLanes <= m.width; i += 2 * kLanes) store_halves(to + i, load(from + i), load(from + i + kLanes));
+      if (i == m.width) continue;
+      int8_t rest[2 * kLanes] = {};
+      std::memcpy(rest, from + i, m.width - i);
+      store_halves(to + i, load(rest), load(rest + kLanes));
+    }
+    products<uint16_t>({unpacked.data(), Type::kBfloat16, width, rows, width}, x, count, out + j, out_stride);
+  }
+}
+
+void packed_products_of(const Matrix& w, const uint16_t* const* x, size_t count, float* out, size_t out_stride) {
+  if (w.type == Type::kInt8) return unpacked_products(w, x, count, out, out_stride);
+  products<uint16_t>(w, x, count, out, out_stride);
+}
+
+void pack(const float* from, uint16_t* to, size_t count, Type weights) {
+  const size_t whole = count / (2 * kLanes) * (2 * kLanes);
+  float rest[2 * kLanes] = {};
+  std::memcpy(rest, from + whole, (count - whole) * sizeof(float));
+  for (size_t i = 0; i < count; i += 2 * kLanes) {
+    const float* own = i < whole ? from + i : rest;
+    if (weights == Type::kInt8) {
+      store_halves(to + i, load(own), load(own + kLanes));
+      continue;
+    }
+    for (int lane = 0; lane < 2 * kLanes; lane++) {
+      uint32_t bits;
+      std::memcpy(&bits, own + lane, sizeof bits);
+      to[i + lane] = bits >> 16;
+    }
   }
 }
 
@@ -165,6 +83,16 @@ void gate(float* gate, const float* up, size_t count, float limit) {
     float rest[kLanes];
     store(rest, gated(load_some(gate + i, count - i), load_some(up + i, count - i), limit));
     std::memcpy(gate + i, rest, (count - i) * sizeof(float));
+  }
+}
+
+void round(float* numbers, size_t count) {
+  for (size_t i = 0; i < count; i++) {
+    uint32_t bits;
+    std::memcpy(&bits, numbers + i, sizeof bits);
+    const uint32_t nearest = bits + 0x7fff + ((bits >> 16) & 1), nan = bits | 0x400000;
+    bits = ((bits & 0x7fffffff) > 0x7f800000 ? nan : nearest) & 0xffff0000;
+    std::memcpy(numbers + i, &bits, sizeof bits);
   }
 }
 
@@ -334,6 +262,6 @@ void narrow(const float* from, uint16_t* to, size_t count) {
 namespace dancemoe {
 
 extern const VectorCode INSTRUCTION_SET;
-const VectorCode INSTRUCTION_SET = {NAME_OF(INSTRUCTION_SET), products_of, gate, add, add_rounded, largest, exponentials, exponential, mix_of, largest_at, widen, narrow};
+const VectorCode INSTRUCTION_SET = {NAME_OF(INSTRUCTION_SET), products_of, packed_products_of, kPackedRows, pack, gate, round, add, add_rounded, largest, exponentials, exponential, mix_of, largest_at, widen, narrow};
 
 }  // namespace dancemoe

@@ -32,9 +32,10 @@ struct Matrix {
   }
 };
 
-// Vectors of x are float32, padded with zeros to a multiple of this many.
+// Vectors of x are padded with zeros to a multiple of this many, packed ones to twice as many.
 constexpr size_t kPad = 16;
 inline size_t padded(size_t width) { return (width + kPad - 1) / kPad * kPad; }
+inline size_t padded_pairs(size_t width) { return (width + 2 * kPad - 1) / (2 * kPad) * (2 * kPad); }
 
 // Each output is one sum in one order, which depends on the width alone: not on how many rows or outputs there are, nor on
 // which of them a call computes.
@@ -44,8 +45,21 @@ struct VectorCode {
   // out[r * out_stride + j] = <x[r], w row j>, for r < count.
   void (*products)(const Matrix& w, const float* const* x, size_t count, float* out, size_t out_stride);
 
+  // The same with x in bfloat16, packed for such weights. Bfloat16 weights have an order of additions of their own, pair
+  // by pair; int8 ones have that of `products`.
+  void (*packed_products)(const Matrix& w, const uint16_t* const* x, size_t count, float* out, size_t out_stride);
+
+  // From how many rows on int8 weights are faster with packed x.
+  size_t packed_rows;
+
+  // Packs numbers that bfloat16 holds exactly, for weights of this type, and zeros behind them.
+  void (*pack)(const float* from, uint16_t* to, size_t count, Type weights);
+
   // gate[i] = silu(gate[i]) * up[i], or with a limit gpt-oss's clamped form; `count` need not be a multiple of anything.
   void (*gate)(float* gate, const float* up, size_t count, float limit);
+
+  // numbers[i] to the nearest number of bfloat16, ties to even.
+  void (*round)(float* numbers, size_t count);
 
   // out[i] += factor * x[i].
   void (*add)(float* out, const float* x, size_t count, float factor);
