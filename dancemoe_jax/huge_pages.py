@@ -1,8 +1,4 @@
-"""Weights and caches of CPU devices on large pages.
-
-A core that reads pages of 4 kB spends about half its time on looking up where they are. Systems give large ones only to
-programs that ask, which XLA does not.
-"""
+"""Arrays of CPU devices moved to large pages after they were filled; kernels/zeros.py says what for."""
 
 import contextlib
 import ctypes

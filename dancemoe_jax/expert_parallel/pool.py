@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from dancemoe_jax.arguments import check_array, check_mesh
 from dancemoe_jax.errors import ArgumentError, PlacementError
 from dancemoe_jax.expert_parallel.links import Links, make_links
-from dancemoe_jax.huge_pages import on_huge_pages
+from dancemoe_jax.kernels.zeros import zeros
 from dancemoe_jax.mesh import sharded
 from dancemoe_jax.model.experts import ExpertWeights
 
@@ -178,13 +178,13 @@ def fill_pool(
     example = read(0, 0)
 
     def empty(device: int) -> list[ExpertWeights]:
-        def zeros(array: np.ndarray, count: int) -> jax.Array:
+        def bank(array: np.ndarray, count: int) -> jax.Array:
             on = mesh.devices[device]
             as_bits = on.platform == "cpu" and array.dtype == jnp.bfloat16
-            return jnp.zeros((count, *array.shape), BFLOAT16_BITS if as_bits else array.dtype, device=on)
+            return zeros((count, *array.shape), BFLOAT16_BITS if as_bits else array.dtype, on)
 
         owned = layout.banks[: layout.owned(device)]
-        return [jax.tree.map(functools.partial(zeros, count=count), example) for count in owned]
+        return [jax.tree.map(functools.partial(bank, count=count), example) for count in owned]
 
     def experts_of(device: int) -> Iterator[tuple[int, ExpertWeights]]:
         held = np.argwhere(slots[device] >= 0)
@@ -194,7 +194,7 @@ def fill_pool(
             strict=True,
         )
 
-    pool = on_huge_pages(assemble(mesh, layout, {device: empty(device) for device in local_devices(mesh)}))
+    pool = assemble(mesh, layout, {device: empty(device) for device in local_devices(mesh)})
     return write_experts(pool, layout, mesh, {device: experts_of(device) for device in local_devices(mesh)})
 
 

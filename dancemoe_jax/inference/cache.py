@@ -7,12 +7,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
-from dancemoe_jax.expert_parallel.pool import BFLOAT16_BITS
+from dancemoe_jax.expert_parallel.pool import BFLOAT16_BITS, local_devices
 from dancemoe_jax.inference.finite import finite_tokens
 from dancemoe_jax.kernels.attention import cached_attention_native
 from dancemoe_jax.kernels.gpu_attention import cached_attention_gpu
 from dancemoe_jax.kernels.gpu_call import GpuKernels
-from dancemoe_jax.mesh import sharded
+from dancemoe_jax.kernels.zeros import zeros
+from dancemoe_jax.mesh import on_cpu, sharded
 from dancemoe_jax.model.present import where_present
 
 
@@ -21,8 +22,12 @@ def empty_cache(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
     On CPUs bfloat16 is kept as its bits, as in the pool: XLA would turn all of a cache into float32 to change a row of it.
     """
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return jnp.zeros(shape, BFLOAT16_BITS if on_cpu and dtype == jnp.bfloat16 else dtype, device=sharded(mesh, 1))
+    if not on_cpu(mesh):
+        return jnp.zeros(shape, dtype, device=sharded(mesh, 1))
+    dtype = BFLOAT16_BITS if dtype == jnp.bfloat16 else dtype
+    own = (shape[0], shape[1] // mesh.size, *shape[2:])
+    parts = [zeros(own, dtype, mesh.devices[device]) for device in local_devices(mesh)]
+    return jax.make_array_from_single_device_arrays(shape, sharded(mesh, 1), parts)
 
 
 class CacheRows(NamedTuple):

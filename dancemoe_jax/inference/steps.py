@@ -114,7 +114,7 @@ def init_state(config: ModelConfig, mesh: Mesh, sequences: int, dtype=jnp.float3
     key_width, value_width = config.cache_widths
     keys = empty_cache(mesh, (*shape, key_width // heads), dtype)
     values = empty_cache(mesh, (*shape, value_width // heads), dtype) if value_width else None
-    return on_huge_pages(State(keys, values, counts))
+    return State(keys, values, counts)
 
 
 def place_decoder(decoder: Decoder, mesh: Mesh) -> Decoder:

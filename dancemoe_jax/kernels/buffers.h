@@ -39,9 +39,10 @@ class Scratch {
   std::unique_ptr<float[]> floats_;
 };
 
-// From one row of activations to the next: padded, and a cache line more. Rows a power of two apart would all want the same
-// few lines of the cache.
-inline size_t row_stride(size_t width) { return padded(width) + 16; }
+// From one row of activations to the next: padded, and some cache lines more. Rows a power of two apart would all want the
+// same few lines of the cache; these are a sixth of the first cache's reach apart, as six of them are used at once.
+inline size_t row_stride(size_t width) { return padded(width) + 176; }
+inline size_t packed_stride(size_t width) { return padded_pairs(width) + 352; }
 
 // Rows of activations as float32, padded with zeros to a multiple of kPad, always the same distance apart. A few that are
 // stored so already are not copied.
@@ -87,7 +88,7 @@ class PackedRows {
   PackedRows(size_t count, size_t width, Type activations, Type weights) : width_(width), weights_(weights) {
     const bool taken = weights == Type::kBfloat16 || (weights == Type::kInt8 && count >= vector_code().packed_rows);
     if (activations != Type::kBfloat16 || !taken) return;
-    stride_ = padded_pairs(width) + 2 * kPad;
+    stride_ = packed_stride(width);
     numbers_.reset(new uint16_t[count * stride_]);
   }
   // Packs a row of float32 that bfloat16 holds exactly.
@@ -129,10 +130,12 @@ inline void put(const float* from, void* to, Type type, size_t start, size_t cou
     vector_code().narrow(from, static_cast<uint16_t*>(to) + start, count);
 }
 
-// Rows of weights that one task goes through: about 128 kB of them, which is long enough to be read at full speed and
-// short enough to stay in a core's cache while many rows of activations meet it.
-inline size_t rows_of_a_task(const Matrix& weights) {
-  const size_t fitting = (128 << 10) / (weights.width * size_of(weights.type) + 1);
+// Rows of weights that one task goes through, which meet `count` rows of activations: about 128 kB of them, which is long
+// enough to be read at full speed and short enough to stay in a core's cache meanwhile. Many rows do not stay there
+// themselves, so more weights meet them each time.
+inline size_t rows_of_a_task(const Matrix& weights, size_t count) {
+  const size_t bytes = (count < 32 ? 128 : 512) << 10;
+  const size_t fitting = bytes / (weights.width * size_of(weights.type) + 1);
   return std::min<size_t>(std::max<size_t>(fitting / 8 * 8, 8), 256);
 }
 

@@ -9,11 +9,19 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 
-def native_call(name: str, shape: tuple[int, ...], dtype: Any, *arguments: jax.Array, **attributes: Any) -> jax.Array:
+def native_call(name: str, shape: Sequence[int], dtype: Any, *arguments: jax.Array, **attributes: Any) -> jax.Array:
     """Result of the native call `name`; varies over a mesh's axes as its arguments do together."""
+    return native_results(name, [(shape, dtype)], *arguments, **attributes)[0]
+
+
+def native_results(
+    name: str, results: Sequence[tuple[Sequence[int], Any]], *arguments: jax.Array, **attributes: Any
+) -> Sequence[jax.Array]:
+    """All results, of these shapes and types, of a native call that has several."""
     # Scalars go as vectors of one: the layout of an array without axes would itself be an array without elements.
     arguments = varying_together([jnp.reshape(a, 1) if jnp.ndim(a) == 0 else a for a in arguments])
-    return jax.ffi.ffi_call(name, alike(shape, dtype, arguments))(*arguments, **attributes)
+    like = [alike(shape, dtype, arguments) for shape, dtype in results]
+    return jax.ffi.ffi_call(name, like)(*arguments, **attributes)
 
 
 def varying_together(arguments: Sequence[jax.Array]) -> tuple[jax.Array, ...]:

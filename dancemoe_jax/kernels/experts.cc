@@ -112,8 +112,9 @@ ffi::Error Experts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32>
 
   // gated = silu(x gate) * (x up), in the activations' type: gate's and up's rows of a block of inner channels.
   const bool rounded = activations == Type::kBfloat16;
+  const size_t of_a_group = count / std::max<size_t>(1, groups.size());
   const Matrix any_in{nullptr, stored, hidden, 2 * inner, hidden}, any_out{nullptr, stored, inner, hidden, inner};
-  const size_t in_block = std::max<size_t>(rows_of_a_task(any_in) / 2, 16), in_blocks = (inner + in_block - 1) / in_block;
+  const size_t in_block = std::max<size_t>(rows_of_a_task(any_in, of_a_group) / 2, 16), in_blocks = (inner + in_block - 1) / in_block;
   parallel(pool, groups.size() * in_blocks, [&](int64_t task) {
     const Group& group = groups[task / in_blocks];
     const size_t begin = task % in_blocks * in_block, end = std::min(inner, begin + in_block);
@@ -139,7 +140,7 @@ ffi::Error Experts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32>
     for (size_t i = task * row_block; i < std::min(count, (task + 1) * row_block); i++) packed_gated.pack(i, gated_rows[i]);
   });
 
-  const size_t out_block = rows_of_a_task(any_out), out_blocks = (hidden + out_block - 1) / out_block;
+  const size_t out_block = rows_of_a_task(any_out, of_a_group), out_blocks = (hidden + out_block - 1) / out_block;
   parallel(pool, groups.size() * out_blocks, [&](int64_t task) {
     const Group& group = groups[task / out_blocks];
     const size_t begin = task % out_blocks * out_block, end = std::min(hidden, begin + out_block);

@@ -1,6 +1,7 @@
 """The library of native CPU calls: found beside the package, or built once into the user's cache, or done without.
 
-The calls themselves are in experts.py, linear.py, attention.py and argmax.py, each with its twin in XLA.
+The calls themselves are in experts.py, linear.py, attention.py, norm.py, choice.py, argmax.py and zeros.py, each with its twin
+in XLA.
 """
 
 import ctypes
@@ -19,7 +20,7 @@ from dancemoe_jax.kernels import build
 # "auto": native calls on CPUs where they can be had, XLA elsewhere. "xla": always XLA.
 Kernels = Literal["auto", "xla"]
 
-TARGETS = ("dancemoe_experts", "dancemoe_linear", "dancemoe_attention", "dancemoe_argmax")
+TARGETS = tuple(f"dancemoe_{name}" for name in ("experts", "linear", "attention", "argmax", "norm", "choice", "zeros"))
 
 _log = logging.getLogger(__name__)
 

@@ -47,7 +47,7 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi:
     }
   }
 
-  const size_t block = rows_of_a_task(weights), blocks = (outputs + block - 1) / block;
+  const size_t block = rows_of_a_task(weights, count), blocks = (outputs + block - 1) / block;
   parallel(pool, heads * blocks, [&](int64_t task) {
     const size_t head = task / blocks, begin = task % blocks * block, end = std::min(outputs, begin + block);
     const Matrix own = weights.slice(head * height, (head + 1) * height);

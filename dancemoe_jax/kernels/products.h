@@ -27,6 +27,7 @@ constexpr int kRows = 1, kColumns = 2;
 // With more rows than kRows, weights are gone through in pieces of this many inputs, so that a piece stays in the cache
 // while all rows meet it. Sums under way wait in memory meanwhile, all lanes of them: the order of additions is the same.
 constexpr size_t kPiece = 1024;
+constexpr size_t kManyRows = 256;  // so many of float32 do not stay in the second cache: half the piece then
 constexpr size_t kRowBlock = 4 * kRows, kColumnBlock = 32;
 
 // What a lane takes of x and of weights at once, and how many inputs a register of that holds.
@@ -84,6 +85,20 @@ INLINE void accumulate(const W* w, size_t stride, const X* const* x, size_t begi
 
 template <int R, int J>
 INLINE void finish(const Lanes (&sums_)[R][J], float* out, size_t out_stride) {
+#if defined(__AVX512F__)
+  if constexpr (J == 4 && R > 1) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r += 4) {
+      constexpr int kLast = R - 1;
+      const auto row = [&](int i) { return quarters(sums_[r + i < kLast ? r + i : kLast]); };
+      const Lanes total = sums(row(0), row(1), row(2), row(3));
+#pragma GCC unroll 4
+      for (int i = 0; i < 4 && r + i < R; i++)
+        std::memcpy(out + (r + i) * out_stride, reinterpret_cast<const float*>(&total) + 4 * i, J * sizeof(float));
+    }
+    return;
+  }
+#endif
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++) {
     const Lanes* s = sums_[r];
@@ -131,7 +146,8 @@ INLINE size_t even_step(size_t count) {
 template <class W, class X>
 void products(const Matrix& m, const X* const* x, size_t count, float* out, size_t out_stride) {
   const W* w = static_cast<const W*>(m.data);
-  const size_t piece = count <= kRows ? m.width : kPiece;
+  const bool half = sizeof(X) == sizeof(float) && count > kManyRows;
+  const size_t piece = count <= kRows ? m.width : half ? kPiece / 2 : kPiece;
   Lanes waiting[kRowBlock * kColumnBlock];
   for (size_t j0 = 0; j0 < m.rows; j0 += kColumnBlock) {
     const size_t j1 = j0 + kColumnBlock < m.rows ? j0 + kColumnBlock : m.rows;

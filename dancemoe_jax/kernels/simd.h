@@ -198,6 +198,25 @@ INLINE Quad sums(Lanes a, Lanes b, Lanes c, Lanes d) {
   return __builtin_shufflevector(pq, rs, 0, 2, 4, 6) + __builtin_shufflevector(pq, rs, 1, 3, 5, 7);
 }
 
+#if defined(__AVX512F__)
+// The quarters of four vectors, side by side.
+INLINE __m512 quarters(const Lanes* four) {
+  const __m512 a = (__m512)four[0].part[0], b = (__m512)four[1].part[0], c = (__m512)four[2].part[0], d = (__m512)four[3].part[0];
+  const __m512 ab = _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xee);
+  const __m512 cd = _mm512_shuffle_f32x4(c, d, 0x44) + _mm512_shuffle_f32x4(c, d, 0xee);
+  return _mm512_shuffle_f32x4(ab, cd, 0x88) + _mm512_shuffle_f32x4(ab, cd, 0xdd);
+}
+
+INLINE __m512 neighbours_added(__m512 a, __m512 b) { return _mm512_shuffle_ps(a, b, 0x88) + _mm512_shuffle_ps(a, b, 0xdd); }
+
+// The sums of four times four vectors, those of the first four in front.
+INLINE Lanes sums(__m512 p, __m512 q, __m512 r, __m512 s) {
+  const __m512 by_column = neighbours_added(neighbours_added(p, q), neighbours_added(r, s));
+  const __m512i turned = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return {{(Native)_mm512_permutexvar_ps(turned, by_column)}};
+}
+#endif
+
 INLINE float sum(Lanes a) {
   Quad q = quarters(a);
   return (q[0] + q[1]) + (q[2] + q[3]);

@@ -26,14 +26,15 @@ constexpr size_t kPackedRows = SIZE_MAX;
 // Rows of int8 weights as bfloat16 in pairs of halves, as many at once as stay in the cache beside x.
 void unpacked_products(const Matrix& m, const uint16_t* const* x, size_t count, float* out, size_t out_stride) {
   constexpr size_t kBytes = 128 << 10;
-  const size_t width = dancemoe::padded_pairs(m.width), fitting = kBytes / (2 * width + 1) / kColumns * kColumns;
+  const size_t width = dancemoe::padded_pairs(m.width), stride = width + 4 * kLanes;  // no power of two
+  const size_t fitting = kBytes / (2 * width + 1) / kColumns * kColumns;
   const size_t block = fitting < kColumns ? kColumns : fitting > kColumnBlock ? kColumnBlock : fitting;
-  std::vector<uint16_t> unpacked(block * width);
+  std::vector<uint16_t> unpacked(block * stride);
   for (size_t j = 0; j < m.rows; j += block) {
     const size_t rows = m.rows - j < block ? m.rows - j : block;
     for (size_t row = 0; row < rows; row++) {
       const int8_t* from = static_cast<const int8_t*>(m.data) + (j + row) * m.stride;
-      uint16_t* to = unpacked.data() + row * width;
+      uint16_t* to = unpacked.data() + row * stride;
       size_t i = 0;
       for (; i + 2 * kLanes <= m.width; i += 2 * kLanes) store_halves(to + i, load(from + i), load(from + i + kLanes));
       if (i == m.width) continue;
@@ -41,7 +42,7 @@ void unpacked_products(const Matrix& m, const uint16_t* const* x, size_t count, 
       std::memcpy(rest, from + i, m.width - i);
       store_halves(to + i, load(rest), load(rest + kLanes));
     }
-    products<uint16_t>({unpacked.data(), Type::kBfloat16, width, rows, width}, x, count, out + j, out_stride);
+    products<uint16_t>({unpacked.data(), Type::kBfloat16, stride, rows, width}, x, count, out + j, out_stride);
   }
 }
 
@@ -116,6 +117,14 @@ void add_rounded(float* out, const float* x, size_t count, float factor, float g
     store(rest, load_some(out + i, count - i) + (fused(times, load_some(x + i, count - i), large) - large));
     std::memcpy(out + i, rest, (count - i) * sizeof(float));
   }
+}
+
+float squares(const float* x, size_t count) {
+  Lanes total = all(0.0f);
+  size_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) total = fused(load(x + i), load(x + i), total);
+  if (i < count) total = fused(load_some(x + i, count - i), load_some(x + i, count - i), total);
+  return sum(total);
 }
 
 float largest(const float* x, size_t count) {
@@ -262,6 +271,6 @@ void narrow(const float* from, uint16_t* to, size_t count) {
 namespace dancemoe {
 
 extern const VectorCode INSTRUCTION_SET;
-const VectorCode INSTRUCTION_SET = {NAME_OF(INSTRUCTION_SET), products_of, packed_products_of, kPackedRows, pack, gate, round, add, add_rounded, largest, exponentials, exponential, mix_of, largest_at, widen, narrow};
+const VectorCode INSTRUCTION_SET = {NAME_OF(INSTRUCTION_SET), products_of, packed_products_of, kPackedRows, pack, gate, round, add, add_rounded, squares, largest, exponentials, exponential, mix_of, largest_at, widen, narrow};
 
 }  // namespace dancemoe

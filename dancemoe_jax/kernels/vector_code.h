@@ -67,6 +67,9 @@ struct VectorCode {
   // The same with factor * x[i] rounded to a multiple of `grid` first, a power of two.
   void (*add_rounded)(float* out, const float* x, size_t count, float factor, float grid);
 
+  // The sum of x's squares.
+  float (*squares)(const float* x, size_t count);
+
   // The largest magnitude in x.
   float (*largest)(const float* x, size_t count);
 

@@ -1,4 +1,4 @@
-"""Attention with rotary positions: RMSNorm, the rotation, and the masked product itself.
+"""Attention with rotary positions: the rotation, and the masked product itself.
 
 Whether keys come from the same chunk (training) or from a cache (serving) is the caller's business: attention takes the
 position of every query and of every key and masks what lies in a query's future.
@@ -12,14 +12,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dancemoe_jax.model.config import Rope
-
-
-def rms_norm(
-    x: Float[Array, "*shape width"], scale: Float[Array, " width"], eps: float
-) -> Float[Array, "*shape width"]:
-    """Root-mean-square norm of the last axis, computed in float32 (arXiv 1910.07467)."""
-    x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + eps)).astype(x.dtype) * along_last(scale, x)
 
 
 def along_last(vector: Float[Array, " width"], x: Float[Array, "*shape width"]) -> Float[Array, "*ones width"]:

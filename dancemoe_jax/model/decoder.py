@@ -17,7 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dancemoe_jax.kernels.gpu_call import GpuKernels
 from dancemoe_jax.kernels.linear import StackedWeight, linear, linear_of_heads
-from dancemoe_jax.model.attention import along_last, attend, rms_norm, rotate
+from dancemoe_jax.kernels.norm import rms_norm_native, rms_norm_xla
+from dancemoe_jax.model.attention import along_last, attend, rotate
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.model.experts import ExpertWeights, dense_experts, swiglu
 from dancemoe_jax.model.layer_weights import LayerWeights, scan_run
@@ -148,7 +149,7 @@ def _grouped_qkv(config: ModelConfig, layer: LayerWeights, h, positions):
         y = linear(h, weight)
         y = y if bias is None else y + along_last(bias, y)
         if norm is not None:
-            y = rms_norm(y.reshape(*y.shape[:2], -1, norm.shape[-1]), norm, config.rms_eps)
+            y = layer.norm(y.reshape(*y.shape[:2], -1, norm.shape[-1]), norm, config.rms_eps)
         y = y.reshape(*y.shape[:2], -1, config.head_dim)
         return jnp.clip(y, -config.clip_qkv, config.clip_qkv) if config.clip_qkv else y
 
@@ -166,13 +167,13 @@ def _latent_qkv(config: ModelConfig, layer: LayerWeights, h, positions):
     part = config.latent
     assert part is not None
     if layer.q_down is not None and layer.q_down_norm is not None:
-        h_q = rms_norm(linear(h, layer.q_down), layer.q_down_norm, _LATENT_EPS)
+        h_q = layer.norm(linear(h, layer.q_down), layer.q_down_norm, _LATENT_EPS)
     else:
         h_q = h
     queries = linear(h_q, layer.q).reshape(*h.shape[:2], config.num_heads, -1)
     q_nope, q_rope = jnp.split(queries, [part.nope_dim], axis=-1)
     narrow, k_rope = jnp.split(linear(h, layer.kv_down), [part.kv_rank], axis=-1)
-    narrow = rms_norm(narrow, layer.kv_norm, _LATENT_EPS)[:, :, None]
+    narrow = layer.norm(narrow, layer.kv_norm, _LATENT_EPS)[:, :, None]
     k_rope = rotate(k_rope[:, :, None], positions, config.rope)
     q_narrow = linear_of_heads(q_nope, layer.k_up, transposed=True)
     q = jnp.concatenate([q_narrow, rotate(q_rope, positions, config.rope)], axis=-1)
@@ -218,7 +219,7 @@ def decoder_layer(
     width = config.head_dim if latent is None else latent.nope_dim + latent.rope_dim
 
     def project(x):
-        h = rms_norm(x, layer.attention_norm, config.rms_eps)
+        h = layer.norm(x, layer.attention_norm, config.rms_eps)
         return (_grouped_qkv if latent is None else _latent_qkv)(config, layer, h, positions)
 
     def finish(x, heads):
@@ -227,7 +228,7 @@ def decoder_layer(
         return x if layer.o_bias is None else x + along_last(layer.o_bias, x)
 
     def routed(x):
-        h = rms_norm(x, layer.moe_norm, config.rms_eps).reshape(-1, config.hidden_size)
+        h = layer.norm(x, layer.moe_norm, config.rms_eps).reshape(-1, config.hidden_size)
         how = (layer.router_bias, layer.router_correction)
         return h, None if layer.router is None else route(config, layer.router, h, *how)
 
@@ -273,7 +274,6 @@ def scan_layers(
     Returns:
         carry, and `aux` of the MoE layers stacked in order.
     """
-
     windows = jnp.array(config.windows, jnp.int32) if any(config.windows) else None
     collected: list[Any] = []
     done = 0
@@ -302,7 +302,7 @@ def head_logits(
     native: bool = False,
     active: Bool[Array, " rows"] | None = None,
 ) -> Float[Array, "*shape vocab"]:
-    x = rms_norm(x, decoder.final_norm[...], config.rms_eps)
+    x = (rms_norm_native if native else rms_norm_xla)(x, decoder.final_norm[...], config.rms_eps)
     head = decoder.embedding[...] if decoder.head is None else decoder.head[...]
     return linear(x, StackedWeight(head[None], 0, active) if native else head, jnp.float32)
 

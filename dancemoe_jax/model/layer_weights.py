@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool
 
 from dancemoe_jax.kernels.gpu_call import GpuKernels
 from dancemoe_jax.kernels.linear import StackedWeight
+from dancemoe_jax.kernels.norm import rms_norm_native, rms_norm_xla
 
 # Parameters of products, which native calls take where they lie.
 _PRODUCTS = frozenset(
@@ -18,9 +19,14 @@ _PRODUCTS = frozenset(
 
 
 class LayerWeights:
-    """One layer's part of each parameter of `Layers`, by the same names: arrays, or for products a StackedWeight."""
+    """One layer's part of each parameter of `Layers`, by the same names: arrays, or for products a StackedWeight.
 
-    def __init__(self, names: Iterable[str], parts: dict[str, Any]):
+    Attributes:
+        norm: (x, scale, eps) -> x normed, natively where products are native.
+    """
+
+    def __init__(self, names: Iterable[str], parts: dict[str, Any], native: bool):
+        self.norm = rms_norm_native if native else rms_norm_xla
         for name in names:
             setattr(self, name, parts.get(name))
 
@@ -59,7 +65,7 @@ def scan_run(
     def one(carry, own):
         sliced, number, *rest = own
         lying = {name: StackedWeight(stack, number - numbers.start, active, gpu) for name, stack in stacks.items()}
-        return body(carry, (LayerWeights(vars(layers).keys(), sliced | lying), number, *rest))
+        return body(carry, (LayerWeights(vars(layers).keys(), sliced | lying, native), number, *rest))
 
     own = (parts, jnp.arange(numbers.start, numbers.stop, dtype=jnp.int32), *inputs)
     return jax.lax.scan(jax.checkpoint(one) if remat else one, carry, own)

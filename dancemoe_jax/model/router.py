@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dancemoe_jax.kernels.choice import choose_native, choose_xla
 from dancemoe_jax.kernels.linear import StackedWeight, linear
 from dancemoe_jax.model.config import ModelConfig
 
@@ -28,20 +29,18 @@ def route(
     logits = linear(h.astype(jnp.float32), router)
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)[None]
-    scores = jax.nn.sigmoid(logits) if routing.score == "sigmoid" else jax.nn.softmax(logits)
-    choice = scores if correction is None else scores + correction.astype(jnp.float32)[None]
-    if routing.groups > 1:
-        grouped = choice.reshape(len(h), routing.groups, -1)
-        merit = jax.lax.top_k(grouped, 2 if routing.correction else 1)[0].sum(-1)
-        best = jax.lax.top_k(merit, routing.top_groups)[1]
-        open_groups = (best[:, :, None] == jnp.arange(routing.groups)[None, None]).any(1)
-        choice = jnp.where(open_groups[:, :, None], grouped, -jnp.inf).reshape(choice.shape)
-    topk_ids = jax.lax.top_k(choice, config.top_k)[1]
-    topk_weights = jnp.take_along_axis(scores, topk_ids, axis=1)
-    if routing.normalize:
-        # The smallest normal number guards a sigmoid router whose chosen scores all vanish.
-        topk_weights = topk_weights / jnp.maximum(topk_weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
-    return topk_weights * routing.scale, topk_ids, logits
+    choose = choose_native if isinstance(router, StackedWeight) and router.gpu is None else choose_xla
+    topk_weights, topk_ids = choose(
+        logits,
+        correction,
+        k=config.top_k,
+        sigmoid=routing.score == "sigmoid",
+        normalize=routing.normalize,
+        scale=routing.scale,
+        groups=routing.groups,
+        top_groups=routing.top_groups,
+    )
+    return topk_weights, topk_ids, logits
 
 
 def router_losses(

@@ -11,7 +11,8 @@ from flax import nnx
 
 from dancemoe_jax.checkpoint.families import fields_of, read_config
 from dancemoe_jax.errors import ModelError
-from dancemoe_jax.model.attention import attend, rms_norm, rotate
+from dancemoe_jax.kernels.norm import rms_norm_xla
+from dancemoe_jax.model.attention import attend, rotate
 from dancemoe_jax.model.config import Latent, ModelConfig, Rope, Routing
 from dancemoe_jax.model.decoder import Decoder, Experts, forward
 from dancemoe_jax.model.experts import ExpertWeights, dense_experts, grouped_experts, swiglu
@@ -244,7 +245,7 @@ def test_attention_of_grouped_queries_is_the_textbook_one():
 def test_rms_norm():
     x = jnp.array([[3.0, 4.0]])
     np.testing.assert_allclose(
-        rms_norm(x, jnp.array([1.0, 2.0]), 0.0), x / np.sqrt(12.5) * np.array([[1, 2]]), rtol=1e-6
+        rms_norm_xla(x, jnp.array([1.0, 2.0]), 0.0), x / np.sqrt(12.5) * np.array([[1, 2]]), rtol=1e-6
     )
 
 

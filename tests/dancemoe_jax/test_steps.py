@@ -90,6 +90,34 @@ def test_a_prompt_has_the_same_logits_in_steps_of_every_width(latent, native, rn
     assert relative_error(np.asarray(result.logits)[2, 1], expected) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("latent", [None, Latent(kv_rank=128, nope_dim=32, rope_dim=16, value_dim=32)])
+def test_a_prompt_has_the_same_bits_in_steps_of_every_width(latent, dtype, rng):
+    if not use_native("auto", "cpu"):
+        pytest.skip("no C++ compiler")
+    norm = "" if latent else "head"
+    small = Small.make(latent=latent, shared_expert_size=24, qk_norm=norm, head_dim=64, max_position=300)
+    small.decoder = jax.tree.map(lambda a: a.astype(dtype), small.decoder)
+    _, weights = small.place(random_resident(rng))
+    prompt, other = rng.integers(0, 64, 280).tolist(), rng.integers(0, 64, 200).tolist()
+    seen = []
+    for chunk in (8, 64, 256, 280):
+        state = init_state(small.config, small.mesh, 2, dtype)
+        state, logits = run_prefill(small, weights, state, prompt, device=2, sequence=1, chunk=chunk)
+        seen.append((logits, *(np.asarray(cache)[:, 5, :280] for cache in state[:2] if cache is not None)))
+    # Beside another prompt in the same step.
+    tokens, lengths = np.zeros((4, 2, 280), np.int32), np.zeros((4, 2), np.int32)
+    tokens[2, 0, :200], tokens[2, 1], lengths[2] = other, prompt, (200, 280)
+    sequences, starts = np.tile(np.arange(2, dtype=np.int32), (4, 1)), np.zeros((4, 2), np.int32)
+    state = init_state(small.config, small.mesh, 2, dtype)
+    state, result = prefill(weights, state, tokens, sequences, starts, lengths, **small.shapes)
+    caches = (np.asarray(cache)[:, 5, :280] for cache in state[:2] if cache is not None)
+    seen.append((np.asarray(result.logits)[2, 1], *caches))
+    for got in seen[1:]:
+        for part, first in zip(got, seen[0], strict=True):
+            np.testing.assert_array_equal(part, first)
+
+
 def test_a_device_without_a_token_computes_nothing_of_its_own(native, rng):
     small = Small.make(shared_expert_size=8)
     _, weights = small.place(random_resident(rng))

@@ -8,8 +8,11 @@ import pytest
 from dancemoe_jax.kernels import library
 from dancemoe_jax.kernels.argmax import likeliest_native, likeliest_xla
 from dancemoe_jax.kernels.attention import cached_attention_native, cached_attention_xla
+from dancemoe_jax.kernels.choice import choose_native, choose_xla
 from dancemoe_jax.kernels.experts import slot_experts_native, slot_experts_xla
 from dancemoe_jax.kernels.linear import stacked_linear_native, stacked_linear_xla
+from dancemoe_jax.kernels.norm import rms_norm_native, rms_norm_xla
+from dancemoe_jax.kernels.zeros import zeros
 from dancemoe_jax.model.experts import ExpertWeights
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="no C++ compiler")
@@ -138,6 +141,51 @@ def test_latent_attention_equals_its_twin(rng):
     np.testing.assert_allclose(got, cached_attention_xla(*arguments, scale=0.1, value_width=50), atol=3e-6)
 
 
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(1, 1, 2048), (3, 5, 7, 128), (2, 37)])
+def test_norm_equals_its_twin(kind, shape, rng):
+    x, scale = jnp.asarray(rng.normal(size=shape) * 3, kind), jnp.asarray(rng.normal(size=shape[-1]), kind)
+    got = jax.jit(rms_norm_native, static_argnums=2)(x, scale, 1e-5)
+    assert got.dtype == x.dtype
+    close(got, rms_norm_xla(x, scale, 1e-5), kind)
+
+
+HOW = {"k": 4, "sigmoid": False, "normalize": True, "scale": 1.0, "groups": 1, "top_groups": 1}
+CHOICES = [
+    {},
+    {"normalize": False, "scale": 2.5},
+    {"sigmoid": True, "groups": 4, "top_groups": 2},
+    {"groups": 8, "top_groups": 3},
+]
+
+
+@pytest.mark.parametrize("how", CHOICES)
+@pytest.mark.parametrize("corrected", [False, True])
+def test_choice_equals_its_twin(how, corrected, rng):
+    logits = rng.normal(size=(50, 40)).astype(np.float32) * 3
+    logits[0] = 0.0  # several are the largest
+    logits[1, 3:7] = 5.0
+    correction = jnp.asarray(rng.normal(size=40), jnp.float32) if corrected else None
+    weights, ids = jax.jit(lambda a: choose_native(a, correction, **HOW | how))(logits)
+    expected_weights, expected_ids = choose_xla(jnp.asarray(logits), correction, **HOW | how)
+    np.testing.assert_array_equal(ids, expected_ids)
+    np.testing.assert_allclose(weights, expected_weights, rtol=2e-6)
+
+
+def test_the_choice_of_a_token_without_numbers_is_some_experts():
+    ids = np.asarray(choose_native(jnp.full((2, 40), jnp.nan), **HOW)[1])
+    assert all(len(set(row)) == 4 and 0 <= min(row) <= max(row) < 40 for row in ids.tolist())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint16", "int8"])
+def test_memory_of_any_size_is_zeros_on_its_device(dtype):
+    device = jax.devices()[1]
+    for shape in ((3, 5), (2**20 + 3, 5), (2, 3 * 2**20)):
+        made = zeros(shape, dtype, device)
+        assert (made.shape, made.dtype, made.devices()) == (shape, jnp.dtype(dtype), {device})
+        assert not np.asarray(made).any()
+
+
 # --- The order of additions.
 
 
@@ -179,6 +227,17 @@ def test_a_row_has_the_same_bits_in_every_batch(kind, rng):
         np.testing.assert_array_equal(got[place], alone)
         got = stacked_linear_native(neighbours(rng, rows, wide, place), weight, 1, scale=scale)
         np.testing.assert_array_equal(got[place], alone_linear)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_a_row_is_normed_and_routed_to_the_same_bits_in_every_batch(kind, rng):
+    x, scale = jnp.asarray(rng.normal(size=(600, 2, 128)), kind), jnp.asarray(rng.normal(size=128), kind)
+    logits = jnp.asarray(rng.normal(size=(600, 60)), jnp.float32)
+    normed, routed = rms_norm_native(x, scale, 1e-6), choose_native(logits, **HOW)
+    for rows in (1, 2, 3, 16, 64, 256):
+        np.testing.assert_array_equal(rms_norm_native(x[:rows], scale, 1e-6), normed[:rows])
+        for got, whole in zip(choose_native(logits[:rows], **HOW), routed, strict=True):
+            np.testing.assert_array_equal(got, whole[:rows])
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])

@@ -49,7 +49,7 @@ def test_only_cpus_and_types_with_a_native_call_take_it():
 
 @pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler")
 def test_sources_compile_without_a_warning(tmp_path):
-    for name in ("experts.cc", "linear.cc", "attention.cc", "instruction_set.cc"):
+    for name in ("experts.cc", "linear.cc", "attention.cc", "norm.cc", "choice.cc", "instruction_set.cc"):
         command = [build.find_compiler(), "-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
         source = str(build.SOURCES / name)
         subprocess.run([*command, f"-isystem{jax.ffi.include_dir()}", source], check=True)
