@@ -83,8 +83,9 @@ def serve(parser: argparse.ArgumentParser) -> None:
     add("--compile-cache", metavar="DIR|off", help="where compiled programs are kept (the user's cache folder)")
     add("--sequences", type=int, default=8, metavar="N", help="sequences a device serves at once (8)")
     add("--chunk", type=int, default=64, metavar="N", help="prompt tokens of a step (64)")
-    text = "up to four times as many where nobody decodes: faster, but last bits then depend on what else is served"
-    add("--wide-prefill", action="store_true", help=text)
+    text = "up to four times as many where nobody decodes (on CPUs; elsewhere, and with --kernels xla, last bits of a text's"
+    text += " numbers then depend on what else is served)"
+    add("--wide-prefill", action=argparse.BooleanOptionalAction, help=text)
     add("--dtype", choices=DTYPES, default="float32", help="of weights and activations (float32)")
     add("--int8", action="store_true", help="hold routed experts as int8")
     _add_kernels(parser)

@@ -62,8 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--kernels", choices=("auto", "xla"), default="auto", help="ours: native calls, or XLA alone (auto)")
     add(
         "--wide",
-        action="store_true",
-        help="ours: wide prefill steps where nobody decodes (launch serve --wide-prefill)",
+        action=argparse.BooleanOptionalAction,
+        help="ours: wide prefill steps where nobody decodes (as `launch serve`)",
     )
     add("--llama-cpp", type=Path, metavar="DIR", help="folder of llama.cpp's binaries (default: llama-cpp-python)")
     add("--folder", type=Path, help="where to make GGUF files, which takes some GB (a temporary folder)")
@@ -252,7 +252,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """What a reader has to know to judge the figures."""
     cache = "float16, its default" if args.cache == "float16" else "float32 beside float32, else bfloat16, as ours"
     logits = "of the last token of a prompt" if args.llama_cpp else "of all tokens, so that no layer is skipped"
-    prefill = "wide" if args.wide else "narrow"
+    prefill = "narrow" if args.wide is False or (args.wide is None and args.kernels == "xla") else "wide"
     return {
         "threads": args.threads,
         "rounds": args.rounds,

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from dancemoe_jax.expert_parallel.pool import PoolLayout, local_devices
 from dancemoe_jax.inference.finite import all_finite, not_finite
 from dancemoe_jax.inference.steps import GivenRouting, StepResult, Weights, decode_step, init_state, prefill
-from dancemoe_jax.mesh import own_rows, shard_rows
+from dancemoe_jax.mesh import on_cpu, own_rows, shard_rows
 from dancemoe_jax.model.config import ModelConfig
 from launch.engine.batch import Batch, Member
 from launch.engine.control_word import ControlWord, MigrationProgress, blank
@@ -42,7 +42,8 @@ class Engine:
         sequences: batch slots of a device; chunk: prompt tokens that a step takes of a sequence where somebody decodes.
         replays: all requests bring the experts of their tokens (`Request.routed`), and the router's choice is not used.
         wide: prefill steps are wider where nobody decodes, and take several short prompts. XLA sums in another order in
-            steps of another width, so the last bits of a request's numbers then depend on what else is served.
+            steps of another width, so the last bits of a request's numbers then depend on what else is served; those of
+            native calls do not. None: on CPUs, unless `kernels` is "xla".
         steps: what else the steps take: `transport`, `wire_dtype` (dancemoe_jax.inference.steps).
 
     Attributes:
@@ -66,7 +67,7 @@ class Engine:
         sequences: int = 8,
         chunk: int = 64,
         replays: bool = False,
-        wide: bool = False,
+        wide: bool | None = False,
         **steps: Any,
     ):
         self.shapes: dict[str, Any] = {"config": config, "layout": layout, "mesh": mesh, **steps}
@@ -81,6 +82,8 @@ class Engine:
         self.migration_progress = MigrationProgress()
         self.received = ControlWord.of(blank(mesh.size))
         self.sampler: Sampler | None = None
+        if wide is None:
+            wide = on_cpu(mesh) and steps.get("kernels") != "xla"
         self._chunks = chunks_of(chunk, config.max_position) if wide else (chunk,)
         self.taking: list[Request] = []
         self._next: Turn | None = None

@@ -79,7 +79,7 @@ def load(
     int8: bool = False,
     sequences: int = 8,
     chunk: int = 64,
-    wide: bool = False,
+    wide: bool | None = None,
     kernels: Kernels = "auto",
     placed: Placement | None = None,
     profile: Profile | None = None,

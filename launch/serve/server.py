@@ -64,7 +64,7 @@ class Server:
     config: ModelConfig
     options: Mapping[str, Any]
     chunk: int
-    wide: bool
+    wide: bool | None
     kernels: Kernels
     facts: Mapping[str, str]
     secret: bytes

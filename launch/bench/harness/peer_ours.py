@@ -35,7 +35,7 @@ class Ours:
     """
 
     def __init__(
-        self, fields: dict[str, Any], kind: str, sequences: int, context: int, kernels: str, wide: bool
+        self, fields: dict[str, Any], kind: str, sequences: int, context: int, kernels: str, wide: bool | None
     ) -> None:
         config = dataclasses.replace(config_from_fields(fields, "config.json"), max_position=context)
         dtype = jnp.float32 if kind == "float32" else jnp.bfloat16
