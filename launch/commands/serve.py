@@ -34,9 +34,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         InputError, ModelError: the cluster file, the model, the placement or a flag cannot be used.
     """
-    for flag in ("sequences", "chunk", "timeout", "drain"):
-        if not 0 < getattr(args, flag) <= _LARGEST_FLAG:
-            raise InputError(f"--{flag} {getattr(args, flag)}: must be greater than 0, and at most {_LARGEST_FLAG:g}")
+    for flag in ("sequences", "max-step-tokens", "timeout", "drain"):
+        given = getattr(args, flag.replace("-", "_"))
+        if not 0 < given <= _LARGEST_FLAG:
+            raise InputError(f"--{flag} {given}: must be greater than 0, and at most {_LARGEST_FLAG:g}")
     if args.join and not (args.server and args.state):
         raise InputError("--join: give --server, and --state as the others were given it")
     if not args.cluster and (args.server or args.join):

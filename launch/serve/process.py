@@ -22,6 +22,7 @@ from launch.serve.requests import RequestMaker
 from launch.serve.server import Server
 from placement import Cluster, InputError, Placement
 from placement.migration.decide import Policy
+from placement.units import parse_bytes
 
 _PATIENCE_S = 20.0  # for the port where the last worker of the first server met the others
 _ANSWER_S = 10.0  # for the last answers to be written, once serving has ended
@@ -43,8 +44,11 @@ def serve(
         lines: requests; None where they come from a front door (`args.front_door`).
     """
     use_compile_cache(args.compile_cache)
+    kv_cache = parse_bytes(args.kv_cache, "--kv-cache") if args.kv_cache else None
     if cluster is None:
-        cluster = alone(config, args.sequences, itemsize=jnp.dtype(args.dtype).itemsize, int8=args.int8)
+        cluster = alone(
+            config, args.sequences, itemsize=jnp.dtype(args.dtype).itemsize, int8=args.int8, kv_cache=kv_cache
+        )
         args.server = cluster.names[0]
     source = _source(args, path, config, lines)
     facts = facts_of(args, path, config, policy)
@@ -55,8 +59,8 @@ def serve(
         args.server,
         path,
         config,
-        {"dtype": args.dtype, "int8": args.int8, "sequences": args.sequences},
-        args.chunk,
+        {"dtype": args.dtype, "int8": args.int8, "sequences": args.sequences, "kv_cache": kv_cache},
+        args.max_step_tokens,
         args.wide_prefill,
         args.kernels,
         facts,
@@ -96,6 +100,6 @@ def _source(args: argparse.Namespace, path: Path, config: ModelConfig, lines: Bi
 
 def facts_of(args: argparse.Namespace, path: Path, config: ModelConfig, policy: Policy) -> dict[str, str]:
     """What every server has to serve with too, fingerprints by what they are of."""
-    how = args.sequences, args.chunk, args.wide_prefill, args.dtype, args.int8, args.kernels
+    how = args.sequences, args.kv_cache, args.max_step_tokens, args.wide_prefill, args.dtype, args.int8, args.kernels
     flags = (*how, config, policy, bool(args.state))
     return {"model": folder_fingerprint(path), "flags": repr(flags)}

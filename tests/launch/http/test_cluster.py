@@ -26,7 +26,7 @@ class Cluster:
         file.write_text(CLUSTER)
         self.port, self.log_file = free_port(), folder / "log"
         given = [sys.executable, "-m", "launch", "serve", "--cluster", str(file), "--http", f"127.0.0.1:{self.port}"]
-        shape = ["--context", "128", "--sequences", "4", "--chunk", "16"]
+        shape = ["--context", "128", "--sequences", "4", "--max-step-tokens", "16"]
         with open(self.log_file, "wb") as log:
             self.process = subprocess.Popen(
                 [*given, *shape, *flags], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT
