@@ -93,8 +93,8 @@ def drawn_requests(rng, count):
         params = SamplingParams(
             temperature=float(number % 2), seed=number, repetition_penalty=1.3 if number % 5 == 4 else 1.0
         )
-        prompt = next(source)[: int(rng.integers(1, 120))]
-        yield Request(int(rng.integers(3)), prompt, int(rng.integers(1, 70)), float(number), params=params)
+        prompt = next(source)[: int(rng.integers(1, 30 if number % 3 else 110))]
+        yield Request(int(rng.integers(3)), prompt, int(rng.integers(1, 90)), float(number), params=params)
 
 
 def serve(engine, requests, rng, cancelled=frozenset()):
@@ -132,7 +132,7 @@ def test_texts_are_the_same_however_requests_join_leave_share_and_begin_anew(mod
     greedy = next(r for r in expected if r.greedy)
     assert greedy.output == small.reference_text(greedy.prompt, greedy.max_tokens)
     least = least_pages(small.config.layer_windows, 200, 32)
-    crowded, cancelled = engine(6, least + least // 4), {str(number) for number in range(0, count, 7)}
+    crowded, cancelled = engine(6, least), {str(number) for number in range(0, count, 7)}
     served = [dataclasses.replace(r, output=[], epochs=set()) for r in requests]
     finished = serve(crowded, served, rng, cancelled)
     assert len(finished) == count
