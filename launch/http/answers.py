@@ -26,6 +26,7 @@ class Form:
     def __init__(self, wanted: Wanted, model: str, piece: Piece) -> None:
         self._wanted, self._piece = wanted, piece
         self.logprobs, self.tools = wanted.logprobs is not None, wanted.tools
+        self._demanded = wanted.schema is not None and wanted.schema.call
         kind = "chat.completion" if wanted.chat else "text_completion"
         prefix = "chatcmpl" if wanted.chat else "cmpl"
         self.id = f"{prefix}-{secrets.token_hex(12)}"
@@ -52,7 +53,7 @@ class Form:
 
     def _message(self, text: str, reason: str | None) -> tuple[dict[str, Any], str | None]:
         """Content and calls of tools, and the reason that these make."""
-        rest, calls = tool_calls(text) if self.tools else (text, [])
+        rest, calls = tool_calls(text, demanded=self._demanded) if self.tools else (text, [])
         if not calls:
             return {"content": text}, reason
         return {"content": rest or None, "tool_calls": calls}, "tool_calls" if reason == "stop" else reason

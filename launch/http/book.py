@@ -45,12 +45,16 @@ class Accepted:
 
     Attributes:
         request: its prompt, parameters and tokens so far; text: that of these tokens.
+        schema: the JSON schema that its answer has to fit, as text; None: it may be anything.
         tokens: of the answer; ending: why it ended, None until it has.
         sent: whether the present worker has it.
     """
 
-    def __init__(self, number: int, request: Request, text: Text, logprobs: int | None, label: str) -> None:
+    def __init__(
+        self, number: int, request: Request, text: Text, logprobs: int | None, label: str, schema: str | None
+    ) -> None:
         self.number, self.request, self.text, self.logprobs, self.label = number, request, text, logprobs, label
+        self.schema = schema
         self.tokens: list[Token] = []
         self.ending: Ending | None = None
         self.sent = False
@@ -124,10 +128,12 @@ class Book:
         if len(self._open) + count > self.most:
             raise Refused(429, f"{len(self._open)} requests are under way, and no more fit; try again", retry_after=1)
 
-    def accept(self, request: Request, text: Text, logprobs: int | None = None, label: str = "") -> Accepted:
+    def accept(
+        self, request: Request, text: Text, logprobs: int | None = None, label: str = "", schema: str | None = None
+    ) -> Accepted:
         """Own a request from now on. `check_room` has to be asked first."""
         self._number += 1
-        accepted = Accepted(self._number, request, text, logprobs, label)
+        accepted = Accepted(self._number, request, text, logprobs, label, schema)
         self._open[self._number] = accepted
         return accepted
 
@@ -202,6 +208,7 @@ def _described(accepted: Accepted) -> dict[str, Any]:
         "params": params,
         "stop_token_ids": sorted(request.stop_token_ids),
         "logprobs": accepted.logprobs,
+        "schema": accepted.schema,
     }
 
 

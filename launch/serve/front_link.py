@@ -16,6 +16,7 @@ from typing import Any
 
 from dancemoe_jax.errors import DanceMoEError
 from dancemoe_jax.inference.sampling_params import SamplingParams
+from dancemoe_jax.text.grammar import Grammars
 from launch.cluster.framing import Connection, MessageError, connect
 from launch.cluster.jax_runtime import leave_at_once
 from launch.engine.host import Host, Stream
@@ -37,7 +38,7 @@ class FrontLink:
     """What a worker hears from its front door and says to it; stands where a `Feeder` stands for JSON lines.
 
     Args:
-        path: of the front door's Unix socket; secret: of the cluster.
+        path: of the front door's Unix socket; secret: of the cluster; grammars: of the model's answers.
 
     Attributes:
         problem: why it cannot go on, or "": never; without a front door the process ends at once.
@@ -45,7 +46,8 @@ class FrontLink:
 
     problem = ""
 
-    def __init__(self, path: str, secret: bytes) -> None:
+    def __init__(self, path: str, secret: bytes, grammars: Grammars) -> None:
+        self._grammars = grammars
         self._reading = self._open(path, secret, "requests")
         self._writing = self._open(path, secret, "tokens")
         self._host: Host | None = None
@@ -153,6 +155,7 @@ class FrontLink:
                 stop_token_ids=frozenset(fields["stop_token_ids"]),
                 output=fields["output"],
                 logprobs=fields["logprobs"],
+                grammar=self._grammars.start(fields["schema"], fields["output"]) if fields["schema"] else None,
             )
             request.restart()
             stream = _Tokens(request, number, self)
