@@ -34,6 +34,7 @@ class Request:
             of none at all. last_logprobs: those of its last token.
         error: why it has ended where no answer could be given.
         grammar: what its answer has to be, and how far it has come; None: anything.
+        wants_servers: it wants to know who served its last token; served_by: calls of experts by server, of that token.
     """
 
     server: int
@@ -56,6 +57,8 @@ class Request:
     last_logprobs: Logprobs | None = None
     error: str = ""
     grammar: GrammarState | None = None
+    wants_servers: bool = False
+    served_by: list[int] = dataclasses.field(default_factory=list)
 
     @property
     def greedy(self) -> bool:

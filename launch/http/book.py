@@ -24,12 +24,13 @@ class Ending(NamedTuple):
 
 
 class Token(NamedTuple):
-    """A token of an answer, and where the text ended before and after it."""
+    """A token of an answer, where the text ended before and after it, and calls of experts by the server that served them."""
 
     id: int
     logprobs: Logprobs | None
     start: int
     end: int
+    served_by: list[int] | None = None
 
 
 class Refused(Exception):
@@ -137,7 +138,7 @@ class Book:
         self._open[self._number] = accepted
         return accepted
 
-    def take(self, number: int, token: int, logprobs: Any = None) -> None:
+    def take(self, number: int, token: int, logprobs: Any = None, served_by: list[int] | None = None) -> None:
         """A worker has given a request its next token."""
         accepted = self._open.get(number)
         if accepted is None:
@@ -149,7 +150,7 @@ class Book:
         if ended:
             accepted.text.finish()
         found = None if logprobs is None else (logprobs[0], [(int(i), value) for i, value in logprobs[1]])
-        accepted.tokens.append(Token(token, found, start, len(accepted.text.text)))
+        accepted.tokens.append(Token(token, found, start, len(accepted.text.text), served_by))
         accepted.tell()
         if ended:
             self._end(accepted, Ending(accepted.request.reason), by_worker=token in accepted.request.stop_token_ids)
@@ -209,6 +210,7 @@ def _described(accepted: Accepted) -> dict[str, Any]:
         "stop_token_ids": sorted(request.stop_token_ids),
         "logprobs": accepted.logprobs,
         "schema": accepted.schema,
+        "servers": request.wants_servers,
     }
 
 

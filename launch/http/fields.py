@@ -38,6 +38,7 @@ class Wanted:
         params: sampling fields that were given; max_tokens: None as many as fit.
         logprobs: likeliest tokens beside each chosen one whose probabilities are wanted; None: of none at all.
         tools: the model knows of tools, whose calls are looked for in its answers.
+        servers: who served each token's calls of experts is wanted (`return_servers`).
         schema: that answers have to fit; None: they may be anything.
         usage: streams end with how many tokens it was.
     """
@@ -55,6 +56,7 @@ class Wanted:
     user: str
     tools: bool = False
     schema: AnswerSchema | None = None
+    servers: bool = False
 
 
 def completion(body: Mapping[str, Any]) -> Wanted:
@@ -139,6 +141,7 @@ def _wanted(
         model,
         _typed(given, "user", str, "")[:256],
         schema=response_format(given.get("response_format", {})),
+        servers=_typed(given, "return_servers", bool, False),
     )
 
 

@@ -59,6 +59,7 @@ def _sampling(name: str) -> dict[str, Any]:
         "stream": {"type": "boolean"},
         "stream_options": _object([], include_usage=_null({"type": "boolean"})),
         "user": _TEXT,
+        "return_servers": {"type": "boolean"},
         "response_format": _object([], type={"enum": list(TYPES)}, json_schema=_object([], schema={"type": "object"})),
     }
     return {field: _null(schema) for field, schema in fields.items()}

@@ -66,6 +66,7 @@ class Service:
                 for choice in range(wanted.n):
                     given = {**wanted.params, "max_tokens": most, "seed": (wanted.seed + choice) % 2**32}
                     request, text = self._maker.request(prompt, given, self.server, time.monotonic())
+                    request.wants_servers = wanted.servers
                     request.check(self.config, replays=False)
                     made.append((request, text))
         schema = wanted.schema.text if wanted.schema else None

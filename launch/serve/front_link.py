@@ -155,6 +155,7 @@ class FrontLink:
                 stop_token_ids=frozenset(fields["stop_token_ids"]),
                 output=fields["output"],
                 logprobs=fields["logprobs"],
+                wants_servers=fields["servers"],
                 grammar=self._grammars.start(fields["schema"], fields["output"]) if fields["schema"] else None,
             )
             request.restart()
@@ -177,9 +178,9 @@ class FrontLink:
 
     # ---- to the front door ----
 
-    def given(self, number: int, token: int, logprobs: Any) -> None:
-        """A request has been given a token."""
-        self._news.put(("tokens", [number, token] if logprobs is None else [number, token, logprobs]))
+    def given(self, number: int, token: int, *more: Any) -> None:
+        """A request has been given a token; more: its log probabilities and who served it, where they are wanted."""
+        self._news.put(("tokens", [number, token, *more]))
 
     def ended(self, number: int, request: Request) -> None:
         """A request has ended here."""
@@ -250,7 +251,13 @@ class _Tokens(Stream):
 
     def _take(self, token: int) -> bool:
         request = self.request
-        self._link.given(self._number, token, request.last_logprobs if request.logprobs is not None else None)
+        logprobs = request.last_logprobs if request.logprobs is not None else None
+        if request.wants_servers:
+            self._link.given(self._number, token, logprobs, request.served_by)
+        elif logprobs is not None:
+            self._link.given(self._number, token, logprobs)
+        else:
+            self._link.given(self._number, token)
         return False
 
     def close(self) -> None:
