@@ -87,15 +87,15 @@ def attend_cached(cache: Cache, rows: StepRows, layer, caches, how, q, *new):
         stored = _as_stored(jnp.where(finite, part, 0), kept.dtype)
         return kept.at[page, offset].set(stored, mode="drop")
 
-    caches = [with_new(kept, part) for kept, part in zip(caches, new, strict=True)]
-    arguments = (rows.to_grid(q), *caches, cache.pages, layer, rows.slots, rows.starts, rows.lengths)
+    keys, values = (with_new(kept, part) for kept, part in zip(caches, new, strict=True))
+    where = (cache.pages, layer, rows.slots, rows.starts, rows.lengths)
     if cache.gpu:
-        heads = cached_attention_gpu(*arguments, **how._asdict(), how=cache.gpu)
+        heads = cached_attention_gpu(rows.to_grid(q), keys, values, *where, **how._asdict(), how=cache.gpu)
     elif cache.native:
-        heads = cached_attention_native(*arguments, **how._asdict())
+        heads = cached_attention_native(rows.to_grid(q), keys, values, *where, **how._asdict())
     else:
-        heads = cached_attention_xla(*arguments, **how._asdict(), used=cache.on_cpu)
-    return jnp.where(finite, rows.from_grid(heads), jnp.nan), caches
+        heads = cached_attention_xla(rows.to_grid(q), keys, values, *where, **how._asdict(), used=cache.on_cpu)
+    return jnp.where(finite, rows.from_grid(heads), jnp.nan), [keys, values]
 
 
 def _as_stored(part, dtype):

@@ -176,8 +176,8 @@ class Pages:
             pages = self._allocate(len(group.layers))
             if pages is None:
                 return False
-            own.append(_Block(pages))
-            self._write(group, slot, len(own) - 1, own[-1])
+            own.append(new := _Block(pages))
+            self._write(group, slot, len(own) - 1, new)
         return True
 
     def _write(self, group: _Group, slot: int, number: int, block: _Block) -> None:

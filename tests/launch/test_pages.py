@@ -118,9 +118,7 @@ def test_texts_are_the_same_however_requests_join_leave_share_and_begin_anew(mod
     _, weights = small.place(random_resident(rng))
 
     def engine(sequences, pages):
-        return Engine(
-            small.config, small.layout, small.mesh, weights, small.device_server, sequences, 32, pages=pages
-        )
+        return Engine(small.config, small.layout, small.mesh, weights, small.device_server, sequences, 32, pages=pages)
 
     requests = [dataclasses.replace(r, label=str(number)) for number, r in enumerate(drawn_requests(rng, count))]
     alone = engine(1, None)
