@@ -58,6 +58,7 @@ class Pages:
 
     Attributes:
         table: int32 [layers, sequences, blocks], as `State.pages` has it; changed: whether anything in it is new.
+        count: how many there are.
         found: prompt tokens that were there already, since the start; evicted: kept blocks whose pages were needed.
     """
 
@@ -68,7 +69,7 @@ class Pages:
         self._groups = [
             _Group(np.flatnonzero(np.asarray(windows) == window), window) for window in sorted(set(windows))
         ]
-        self._chunk, self._count = chunk, pages
+        self._chunk, self.count = chunk, pages
         self._free = list(range(pages - 1, -1, -1))
         self._known: dict[tuple[int, bytes], _Block] = {}
         self._kept: OrderedDict[_Block, None] = OrderedDict()  # no sequence has them; least recently used first
@@ -78,7 +79,7 @@ class Pages:
     @property
     def used(self) -> int:
         """Pages that sequences have."""
-        return self._count - self._room
+        return self.count - self._room
 
     @property
     def _room(self) -> int:
