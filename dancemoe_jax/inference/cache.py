@@ -1,7 +1,7 @@
 """The paged cache of keys and values: what a sequence's tokens leave there, and how a step's rows attend to it.
 
 A page holds one layer's keys (or values) of PAGE positions of one sequence; all layers and sequences of a device share its
-pages. Which page holds what is a table that whoever serves writes, between two steps.
+pages. Which page holds what is a table that the caller writes, between two steps.
 """
 
 from typing import Any, NamedTuple

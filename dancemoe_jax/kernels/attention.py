@@ -92,36 +92,41 @@ def cached_attention_xla(
     counts = jnp.arange(tokens)[None] < length[:, None]
     grouped = q.reshape(rows, tokens, kv_heads, heads // kv_heads, width)
 
-    def of_rows(cache, here):
-        found = cache.at[here].get(mode="fill", fill_value=0).reshape(rows, CHUNK, kv_heads, -1)
-        return (jax.lax.bitcast_convert_type(found, jnp.bfloat16) if found.dtype == np.uint16 else found).astype(
-            q.dtype
-        )
-
-    def of_chunk(number, carry):
-        out, most, total = carry
+    def of_chunk(number):
         here = jax.lax.dynamic_slice_in_dim(table, number * blocks, blocks, axis=1)
-        k = of_rows(keys, here)
-        v = k[..., :value] if values is None else of_rows(values, here)
+        k = _of_pages(keys, here, q.dtype)
         scores = jnp.einsum("btgqd,bsgd->bgqts", grouped, k, preferred_element_type=jnp.float32) * scale
         distance = own[:, :, None] - (number * CHUNK + jnp.arange(CHUNK))[None, None]
         visible = (distance >= 0) & counts[:, :, None] & ((reach == 0) | (distance < reach))
-        visible = visible[:, None, None]
-        higher = jnp.maximum(most, jnp.where(visible, scores, _LOW).max(-1))
-        weights = jnp.where(visible, jnp.exp(scores - higher[..., None]), 0)
-        fade = jnp.exp(most - higher)
-        mixed = jnp.einsum("bgqts,bsgd->bgqtd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        return out * fade[..., None] + mixed, higher, total * fade + weights.sum(-1)
+        return scores, visible[:, None, None], k[..., :value] if values is None else _of_pages(values, here, q.dtype)
 
     lead = (rows, kv_heads, heads // kv_heads, tokens)
     begin = (jnp.zeros((*lead, value), jnp.float32), jnp.full(lead, _LOW, jnp.float32), jnp.zeros(lead, jnp.float32))
     *carry, _ = varying_together([*begin, q])
-    chunks = table.shape[1] // blocks
-    last = jnp.where(length > 0, start + length, 0).max()
-    out, most, total = jax.lax.fori_loop(0, -(-last // CHUNK) if used else chunks, of_chunk, tuple(carry))
+    last = -(-jnp.where(length > 0, start + length, 0).max() // CHUNK)
+    chunks = last if used else table.shape[1] // blocks
+    out, most, total = jax.lax.fori_loop(0, chunks, lambda n, c: _joined(*c, *of_chunk(n)), tuple(carry))
     if sinks is not None:
-        sink = sinks.astype(jnp.float32).reshape(1, kv_heads, heads // kv_heads, 1)
-        both = jnp.maximum(most, sink)
-        out, total = out * jnp.exp(most - both)[..., None], total * jnp.exp(most - both) + jnp.exp(sink - both)
+        out, total = _with_sinks(out, most, total, sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1))
     out = jnp.where(counts[:, None, None, :, None], out / jnp.where(total == 0, 1, total)[..., None], 0)
     return out.transpose(0, 3, 1, 2, 4).reshape(rows, tokens, heads, value).astype(q.dtype)
+
+
+def _joined(out, most, total, scores, visible, v):
+    """Sums of values, maxima and sums of weights, with those of one more chunk."""
+    higher = jnp.maximum(most, jnp.where(visible, scores, _LOW).max(-1))
+    weights, fade = jnp.where(visible, jnp.exp(scores - higher[..., None]), 0), jnp.exp(most - higher)
+    mixed = jnp.einsum("bgqts,bsgd->bgqtd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return out * fade[..., None] + mixed, higher, total * fade + weights.sum(-1)
+
+
+def _of_pages(cache, pages, dtype):
+    """What pages [rows, blocks] hold, one after another: [rows, positions, heads, width]."""
+    found = cache.at[pages].get(mode="fill", fill_value=0).reshape(len(pages), -1, *cache.shape[2:])
+    return (jax.lax.bitcast_convert_type(found, jnp.bfloat16) if found.dtype == np.uint16 else found).astype(dtype)
+
+
+def _with_sinks(out, most, total, sink):
+    both = jnp.maximum(most, sink)
+    fade = jnp.exp(most - both)
+    return out * fade[..., None], total * fade + jnp.exp(sink - both)

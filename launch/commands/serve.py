@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.cluster and (args.server or args.join):
         raise InputError("--server, --join: give --cluster too; without it this machine serves alone")
     policy = policy_of(args)
+    args.kv_cache = parse_bytes(args.kv_cache, "--kv-cache") if args.kv_cache else None
     cluster = Cluster.from_toml(args.cluster) if args.cluster else None
     path = args.model or bundled_model()
     args.devices = 1

@@ -23,7 +23,6 @@ from launch.serve.requests import RequestMaker
 from launch.serve.server import Server
 from placement import Cluster, InputError, Placement
 from placement.migration.decide import Policy
-from placement.units import parse_bytes
 
 _PATIENCE_S = 20.0  # for the port where the last worker of the first server met the others
 _ANSWER_S = 10.0  # for the last answers to be written, once serving has ended
@@ -45,11 +44,9 @@ def serve(
         lines: requests; None where they come from a front door (`args.front_door`).
     """
     use_compile_cache(args.compile_cache)
-    kv_cache = parse_bytes(args.kv_cache, "--kv-cache") if args.kv_cache else None
+    sizes = {"int8": args.int8, "kv_cache": args.kv_cache}
     if cluster is None:
-        cluster = alone(
-            config, args.sequences, itemsize=jnp.dtype(args.dtype).itemsize, int8=args.int8, kv_cache=kv_cache
-        )
+        cluster = alone(config, args.sequences, itemsize=jnp.dtype(args.dtype).itemsize, **sizes)
         args.server = cluster.names[0]
     source = _source(args, path, config, lines)
     facts = facts_of(args, path, config, policy)
@@ -60,7 +57,7 @@ def serve(
         args.server,
         path,
         config,
-        {"dtype": args.dtype, "int8": args.int8, "sequences": args.sequences, "kv_cache": kv_cache},
+        {"dtype": args.dtype, "sequences": args.sequences, **sizes},
         args.max_step_tokens,
         args.wide_prefill,
         args.kernels,

@@ -112,7 +112,7 @@ def serve(engine, requests, rng, cancelled=frozenset()):
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [20, pytest.param(1000, marks=pytest.mark.slow)])
 def test_texts_are_the_same_however_requests_join_leave_share_and_begin_anew(model, count, rng):
     small = Small.make(max_position=200, **MODELS[model])
     _, weights = small.place(random_resident(rng))
