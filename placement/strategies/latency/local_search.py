@@ -104,7 +104,7 @@ def _prices(problem: Problem) -> _Prices:
     """What a token's exchange, rows and computing weigh in a chunk and its decode steps."""
     work = problem.workload
     tokens = work.prefill_tokens + work.decode_steps * work.active
-    rows = problem.row_seconds + problem.row_seconds.T
+    rows = problem.row_seconds + problem.sum_seconds
     speed = np.bincount(problem.device_server, problem.speed)
     in_prompt, decoded = problem.assignment_seconds
     computing = (work.prefill_tokens * in_prompt, work.decode_steps * decoded)
