@@ -5,7 +5,7 @@ planning, no I/O. Each server's requests are served by that server's devices. Wh
 on without a message of its own: every step carries what all devices want after it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -54,6 +54,7 @@ class Engine:
         steps: taken since the start, by kind; tokens_processed: of this process's requests in them.
         taking: requests of this process in the last step that began.
         sampler: is given the experts of every token that entered here; None reads them from no step.
+        on_routed: is called with every step's requests here and the experts of their tokens; None likewise.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Engine:
         self.migration_progress = MigrationProgress()
         self.received = ControlWord.of(blank(mesh.size))
         self.sampler: Sampler | None = None
+        self.on_routed: Callable[[list[tuple[Request, np.ndarray]]], None] | None = None
         self._chunks = chunks_of(chunk, config.max_position) if wide else (chunk,)
         self.taking: list[Request] = []
         self._next: Turn | None = None
@@ -179,7 +181,12 @@ class Engine:
         take, inputs = self._inputs(turn, members, control)
         self.state, result = take(self.weights, self.state, *inputs, **self.shapes)
         # All of it is on its way to the host before any of it is waited for.
-        wanted = (result.tokens, result.control, result.traffic, result.routed if self.sampler else None)
+        wanted = (
+            result.tokens,
+            result.control,
+            result.traffic,
+            result.routed if self.sampler or self.on_routed else None,
+        )
         for part in jax.tree.leaves(wanted):
             part.copy_to_host_async()
         return result
@@ -228,11 +235,15 @@ class Engine:
         self.steps[turn.kind] += 1
         self.tokens_processed[turn.kind] += sum(rows.count for rows, _ in members)
         self._counters.add(result.traffic)
-        if self.sampler is not None and members:
+        if (self.sampler or self.on_routed) and members:
+            step = []
             routed, width = own_rows(result.routed), 1 if turn.kind == "decode" else turn.width.chunk
-            for (rows, _), number in zip(members, row_numbers(turn.kind, members), strict=True):
-                own = routed[rows.device][number * width : number * width + rows.count]
-                self.sampler.add(int(self.device_server[rows.device]), own)
+            for (rows, request), number in zip(members, row_numbers(turn.kind, members), strict=True):
+                step.append((request, routed[rows.device][number * width : number * width + rows.count]))
+                if self.sampler is not None:
+                    self.sampler.add(int(self.device_server[rows.device]), step[-1][1])
+            if self.on_routed is not None:
+                self.on_routed(step)
 
     def _give(self, turn: Turn, members: Sequence[Member], result: StepResult) -> list[Request]:
         """Give the step's tokens to requests that have their whole prompt behind them; those that ended with it."""

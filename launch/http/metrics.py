@@ -93,6 +93,13 @@ class _State(Collector):
         yield CounterMetricFamily(
             "dancemoe_exchanges", "Layers of steps that crossed servers", stats["layer_steps_crossing"]
         )
+        sent = {(own, target): pair for target, pair in stats["pairs"].items()}
+        for name, text in (
+            ("bytes", "Bytes of rows that tokens here needed from a server, there and back"),
+            ("exchanges", "Layers of steps in which a row went to a server"),
+        ):
+            found = {pair: counted[name] for pair, counted in sent.items()}
+            yield _by(f"dancemoe_pair_{name}", text, labels, found, CounterMetricFamily)
         heat = {(str(layer), str(expert)): count for layer, expert, count in stats["hottest"]}
         yield _by(
             "dancemoe_expert_heat", "Calls of the most called experts", ["layer", "expert"], heat, GaugeMetricFamily

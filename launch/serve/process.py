@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from dancemoe_jax.errors import DanceMoEError
 from dancemoe_jax.model.config import ModelConfig
+from dancemoe_jax.text.grammar import Grammars
 from dancemoe_jax.text.tokenizer import load_tokenizer_bundle
 from launch.cluster.addresses import coordinator_address
 from launch.cluster.compile_cache import use_compile_cache
@@ -89,7 +90,7 @@ def serve(
 
 def _source(args: argparse.Namespace, path: Path, config: ModelConfig, lines: BinaryIO | None) -> Feeder | FrontLink:
     if lines is None:
-        return FrontLink(args.front_door, args.secret)
+        return FrontLink(args.front_door, args.secret, Grammars(lambda: load_tokenizer_bundle(path, config), config))
     maker = RequestMaker(load_tokenizer_bundle(path, config), config)
     return Feeder(maker, lines, shared=args.requests != "-", shares=not args.join)
 
