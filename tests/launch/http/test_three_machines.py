@@ -1,4 +1,4 @@
-"""Three servers in network namespaces, joined at 500 Mbit/s, with clients at each: as `generate`, what of them ends."""
+"""Three servers in network namespaces, joined at 500 Mbit/s, with clients at each: as `generate`, whichever of them ends."""
 
 import json
 import os
