@@ -81,12 +81,11 @@ def cached_attention_xla(
             that there can be.
     """
     rows, tokens, heads, width = q.shape
-    page, kv_heads = keys.shape[1], keys.shape[2]
+    _, page, kv_heads, _ = keys.shape
     value = value_width if values is None else values.shape[-1]
     assert value is not None
     table = jax.lax.dynamic_index_in_dim(pages, layer, keepdims=False)[slot]  # [rows, blocks]
-    blocks = CHUNK // page
-    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % blocks)), constant_values=len(keys))
+    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % (blocks := CHUNK // page))), constant_values=len(keys))
     reach = jnp.asarray(0 if window is None else window, jnp.int32)
     own = start[:, None] + jnp.arange(tokens)[None]
     counts = jnp.arange(tokens)[None] < length[:, None]
@@ -103,8 +102,7 @@ def cached_attention_xla(
     lead = (rows, kv_heads, heads // kv_heads, tokens)
     begin = (jnp.zeros((*lead, value), jnp.float32), jnp.full(lead, _LOW, jnp.float32), jnp.zeros(lead, jnp.float32))
     *carry, _ = varying_together([*begin, q])
-    last = -(-jnp.where(length > 0, start + length, 0).max() // CHUNK)
-    chunks = last if used else table.shape[1] // blocks
+    chunks = -(-jnp.where(length > 0, start + length, 0).max() // CHUNK) if used else table.shape[1] // blocks
     out, most, total = jax.lax.fori_loop(0, chunks, lambda n, c: _joined(*c, *of_chunk(n)), tuple(carry))
     if sinks is not None:
         out, total = _with_sinks(out, most, total, sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1))
