@@ -158,14 +158,15 @@ def parse_json(data: str | bytes, where: str, *, any_number: bool = False) -> An
         )
     text = data.removeprefix("\ufeff") if isinstance(data, str) else decode(data, where)
     bare = _JSON_STRING.sub(b"", raw)
-    depth = _depth(bare.translate(None, _NO_BRACKETS))
-    if depth > MAX_DEPTH:
+    brackets = bare.translate(None, _NO_BRACKETS)
+    # Short messages are read for every token that is served: the few brackets of one cannot nest too deep.
+    if len(brackets) > MAX_DEPTH and (depth := _depth(brackets)) > MAX_DEPTH:
         raise InputError(f"{where}: JSON nested {depth} deep; at most {MAX_DEPTH} is read, so write it flatter")
     if not any_number and (huge := _JSON_HUGE.search(bare)):
         digits = len(huge[0])
         raise InputError(f"{where}: an integer of {digits} digits; at most {_LONGEST_INTEGER} are read, so correct it")
     try:
-        return json.loads(text) if any_number else json.loads(text, parse_constant=_no_number, parse_float=_finite)
+        return json.loads(text) if any_number else _FINITE.decode(text)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     except (ValueError, RecursionError) as error:
@@ -184,6 +185,9 @@ def _no_number(text: str) -> NoReturn:
 def _finite(text: str) -> float:
     value = float(text)
     return value if math.isfinite(value) else _no_number(text[:20])
+
+
+_FINITE = json.JSONDecoder(parse_constant=_no_number, parse_float=_finite)
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

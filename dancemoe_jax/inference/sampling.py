@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from dancemoe_jax.inference.sampling_params import SamplingParams
 from dancemoe_jax.mesh import AXIS
+from dancemoe_jax.text.grammar import WORD
 
 # Below this a temperature is greedy in effect, and too near what 32-bit floats call zero to divide by.
 LEAST_TEMPERATURE = 1e-5
@@ -144,8 +145,14 @@ def _threshold_among(scaled, rows, count):
     return jnp.where(nucleus, jnp.maximum(kth[:, 0], last), kth[:, 0]), settled
 
 
+def permitted(logits: Float[Array, "rows vocab"], allowed: UInt32[Array, "rows words"]) -> Float[Array, "rows vocab"]:
+    """Logits with -inf for tokens that may not come; allowed: a bit each, from the lowest one of the first word up."""
+    bits = (allowed[:, :, None] >> jnp.arange(WORD, dtype=jnp.uint32)[None, None]) & 1
+    return jnp.where(bits.reshape(len(bits), -1)[:, : logits.shape[1]] == 1, logits, -jnp.inf)
+
+
 @functools.partial(jax.jit, static_argnames="mesh", donate_argnames="seen")
-def choose(seen, tokens, valid, fresh, logits, rules, index, row=None, *, mesh):
+def choose(seen, tokens, valid, fresh, logits, rules, index, row=None, allowed=None, *, mesh):
     """Next tokens int32 [devices, rows], and what their requests have seen, the step's own tokens included.
 
     Args:
@@ -153,13 +160,16 @@ def choose(seen, tokens, valid, fresh, logits, rules, index, row=None, *, mesh):
         logits: [devices, some, vocab].
         rules: SamplingRows of [devices, rows]; index: [devices, rows], tokens that the request has been given before.
         row: int [devices, rows], whose logits each row takes; None: its own.
+        allowed: uint32 [devices, rows, words], tokens that may come (`permitted`); None: any.
     """
 
-    def local(seen, tokens, valid, fresh, logits, rules, index, row):
+    def local(seen, tokens, valid, fresh, logits, rules, index, row, allowed):
         seen = mark_seen(seen[0], tokens[0], valid[0], fresh[0])
         logits = logits[0] if row is None else logits[0][row[0]]
+        if allowed is not None:
+            logits = permitted(logits, allowed[0])
         return seen[None], sample(logits, jax.tree.map(lambda a: a[0], rules), index[0], seen)[None]
 
     own: Any = P(AXIS)
     run = jax.shard_map(local, mesh=mesh, in_specs=own, out_specs=own)
-    return run(seen, tokens, valid, fresh, logits, rules, index, row)
+    return run(seen, tokens, valid, fresh, logits, rules, index, row, allowed)

@@ -105,7 +105,7 @@ class Connection:
         """
         try:
             self.socket.settimeout(_SEND_SECONDS)
-            self.socket.sendall(json.dumps(message).encode() + b"\n")
+            self.socket.sendall(json.dumps(message, separators=(",", ":")).encode() + b"\n")
             for payload in payloads:
                 for first in range(0, len(payload), _PIECE):
                     self.socket.sendall(payload[first : first + _PIECE])

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from dancemoe_jax.mesh import AXIS, make_mesh, shard_rows
-from launch.cluster.addresses import coordinator_address, source_address, split_address
+from launch.cluster.addresses import DEFAULT_PORT, coordinator_address, resolve, source_address, split_address
 from launch.cluster.channel import ChannelLost, open_channel
 from launch.cluster.devices import ordered_devices, prepare_devices
 from launch.cluster.fingerprint import cluster_fingerprint
@@ -76,6 +76,7 @@ def join(
         prepare_devices(cluster, index, None)
         yield ordered_devices(cluster)
         return
+    threading.Thread(target=_say_unknown_hosts, args=(cluster,), name="names", daemon=True).start()
     coordinator = coordinator or coordinator_address(cluster)
     secret = load_secret() if secret is None else secret
     facts = {"cluster file": cluster_fingerprint(cluster), "version of JAX": jax.__version__, **(agree or {})}
@@ -86,6 +87,18 @@ def join(
     with _joined(cluster, index, own, secret, lost) as devices:
         yield devices
     jax.distributed.shutdown()
+
+
+def _say_unknown_hosts(cluster: Cluster) -> None:
+    """A warning for every host of the file that is not known here: the server would be waited for in vain. It may become
+    known meanwhile, as names of pods do."""
+    for number, server in enumerate(cluster.servers):
+        if server.host:
+            where = f"{cluster.source}: server[{number}].host"
+            try:
+                resolve(*split_address(server.host, where, DEFAULT_PORT), where)
+            except InputError as error:
+                log.warning("%s; it is waited for all the same", error)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ from launch.migration.decision import Decision, describe
 from placement import InputError, Placement
 from placement.files import read_toml
 from placement.units import format_bytes, parse_bytes
+
+COLUMNS = 80
 
 
 def run(args: argparse.Namespace) -> int:
@@ -28,15 +31,14 @@ def run(args: argparse.Namespace) -> int:
         print("aborted; the cluster stays with the last round that all have committed")
     elif "waiting" in reply:
         for name in reply["waiting"]:
-            print(
-                f"waiting for {name}; start there, with the flags of the others: python -m launch serve --cluster {args.add} "
-                f"--server {name} --state DIR --join {reply['address']}"
-            )
+            print(f"waiting for {name}; start there, with the flags of the others:")
+            print(f"  python -m launch serve --cluster {args.add} --server {name} \\")
+            print(f"    --state DIR --join {reply['address']}")
     elif "verdict" in reply:
         word = "would be " if args.dry_run and reply["verdict"] == "adopted" else ""
         decision = Decision(**reply)
         decision.verdict = word + decision.verdict
-        print(describe(decision))
+        _print_wrapped(describe(decision))
     else:
         _print_status(reply)
     return 1 if reply.get("verdict") == "failed" else 0
@@ -65,14 +67,18 @@ def request(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _print_status(reply: Mapping[str, Any]) -> None:
-    print(f"epoch {reply['epoch']}, {reply['strategy']}, {reply['hash'][:12]}; recorded in {reply['record']}")
+    _print_wrapped(f"epoch {reply['epoch']}, {reply['strategy']}, {reply['hash'][:12]}; recorded in {reply['record']}")
     if reply.get("growth"):
-        print(f"adding servers: {reply['growth']}")
+        _print_wrapped(f"adding servers: {reply['growth']}")
     if reply["moving"]:
         print(f"migrating: {reply['stage']}, {format_bytes(reply['staged_bytes'])} staged")
     for name, size in reply["limits"].items():
         print(f"{name}: limited to {format_bytes(size)}")
     if reply["disabled"]:
-        print(f"no more migrations: {reply['disabled']}")
+        _print_wrapped(f"no more migrations: {reply['disabled']}")
     if reply["last"]:
-        print(describe(Decision(**reply["last"])))
+        _print_wrapped(describe(Decision(**reply["last"])))
+
+
+def _print_wrapped(text: str) -> None:
+    print(textwrap.fill(text, COLUMNS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))

@@ -9,6 +9,7 @@ from dancemoe_jax.errors import RequestError
 from dancemoe_jax.inference.prompts import check_prompt
 from dancemoe_jax.inference.sampling_params import SamplingParams
 from dancemoe_jax.model.config import ModelConfig
+from dancemoe_jax.text.grammar import GrammarState
 from placement.scheduling import Progress
 
 Logprobs = tuple[float, list[tuple[int, float]]]
@@ -24,7 +25,9 @@ class Request:
         arrival_s: when it arrived; `finished_s` when its last token came, on the caller's clock.
         params: how its tokens are chosen.
         stop_token_ids: tokens that end it beside the model's own.
-        on_token: called with every token of the answer; true ends it.
+        on_token: called with every token of the answer, the last one too; true ends it.
+        done: tokens of its prompt that are in the cache; found: those that were there when it began.
+        kept: tokens of its answer that count as prompt, as the cache that held them is gone.
         routed: experts of its tokens and their weights, [tokens, MoE layers, k] each, prompt then answer without its last
             token: a replay (`Engine(replays=True)`), which no end-of-text ends.
         reason: why it ended: "stop", "length", "cancelled" or "error".
@@ -32,6 +35,8 @@ class Request:
         logprobs: of how many likeliest tokens beside the chosen one it wants the logarithms of their probabilities; None:
             of none at all. last_logprobs: those of its last token.
         error: why it has ended where no answer could be given.
+        grammar: what its answer has to be, and how far it has come; None: anything.
+        wants_servers: it wants to know who served its last token; served_by: calls of experts by server, of that token.
     """
 
     server: int
@@ -44,8 +49,9 @@ class Request:
     on_token: Callable[[int], bool] | None = None
     routed: tuple[np.ndarray, np.ndarray] | None = None
     output: list[int] = dataclasses.field(default_factory=list)
-    done: int = 0  # prompt tokens in the cache
-    kept: int = 0  # tokens of the answer that count as prompt, as the cache that held them is gone
+    done: int = 0
+    found: int = 0
+    kept: int = 0
     finished_s: float | None = None
     reason: str = ""
     cancelled: bool = False
@@ -53,11 +59,14 @@ class Request:
     logprobs: int | None = None
     last_logprobs: Logprobs | None = None
     error: str = ""
+    grammar: GrammarState | None = None
+    wants_servers: bool = False
+    served_by: list[int] = dataclasses.field(default_factory=list)
 
     @property
     def greedy(self) -> bool:
-        """Whether each of its tokens is the likeliest."""
-        return self.params.temperature == 0 and self.params.repetition_penalty == 1
+        """Whether each of its tokens is the likeliest of all."""
+        return self.params.temperature == 0 and self.params.repetition_penalty == 1 and self.grammar is None
 
     @property
     def prompt_tokens(self) -> int:
@@ -88,7 +97,10 @@ class Request:
             eos: ends the answer; None: nothing does. context: longest sequence, in tokens.
         """
         self.output.append(token)
-        if token == eos or token in self.stop_token_ids or (self.on_token and self.on_token(token)):
+        ends = self.on_token is not None and self.on_token(token)
+        if self.grammar is not None and (error := self.grammar.take(token)):
+            self.reason, self.error = "error", f"the answer cannot go on in its form ({error})"
+        elif ends or token == eos or token in self.stop_token_ids:
             self.reason = "stop"
         elif len(self.output) >= self._most(context):
             self.reason = "length"
@@ -96,7 +108,7 @@ class Request:
 
     def restart(self) -> None:
         """Begin anew in an engine that knows nothing of it, with what has been answered so far."""
-        self.done, self.kept = 0, len(self.output)
+        self.done, self.found, self.kept = 0, 0, len(self.output)
 
     def check(self, config: ModelConfig, replays: bool) -> None:
         """Whether an engine can serve it.

@@ -10,9 +10,12 @@ from jax.sharding import Mesh
 from dancemoe_jax.inference.sampling import SamplingRows, choose, stack_params
 from dancemoe_jax.inference.steps import StepResult
 from dancemoe_jax.mesh import own_rows, shard_rows, sharded
+from dancemoe_jax.text.grammar import WORD
 from launch.engine.batch import Member
 from launch.engine.request import Request
 from launch.engine.step_inputs import SampledInputs, sampled_inputs
+
+ALL = 2**WORD - 1  # a word of a mask in which every token may come
 
 
 class TokenChoice:
@@ -25,6 +28,8 @@ class TokenChoice:
     def __init__(self, mesh: Mesh, sequences: int, vocabulary: int) -> None:
         self._mesh = mesh
         self._seen = jnp.zeros((mesh.size, sequences, vocabulary), bool, device=sharded(mesh))
+        self._any = np.full((mesh.size, sequences, -(-vocabulary // WORD)), ALL, np.uint32)
+        self._any_on_devices = shard_rows(mesh, self._any)
 
     def next_tokens(
         self,
@@ -45,11 +50,21 @@ class TokenChoice:
             likeliest = own_rows(result.tokens)
             return [int(likeliest[rows.device][n]) for (rows, _), n in zip(members, numbers, strict=True)]
         inputs = sampled_inputs(members, numbers, len(running), len(running[0]), width)
-        chosen = own_rows(self._choose(inputs, running, result.logits))
+        chosen = own_rows(self._choose(inputs, running, result.logits, self._allowed(members)))
         return [int(chosen[rows.device][rows.slot]) for rows, _ in members]
 
+    def _allowed(self, members: Sequence[Member]) -> jax.Array:
+        """Which tokens each batch slot may be given, uint32 [D, sequences, words]."""
+        held = [(rows, request.grammar) for rows, request in members if request.grammar is not None]
+        if not held:
+            return self._any_on_devices
+        allowed = self._any.copy()
+        for rows, grammar in held:
+            allowed[rows.device, rows.slot] = grammar.allowed()
+        return shard_rows(self._mesh, allowed)
+
     def _choose(
-        self, inputs: SampledInputs, running: Sequence[Sequence[Request | None]], logits: jax.Array
+        self, inputs: SampledInputs, running: Sequence[Sequence[Request | None]], logits: jax.Array, allowed: jax.Array
     ) -> jax.Array:
         """Tokens by batch slot, int32 [D, sequences]."""
         rows = [stack_params([request and request.params for request in row]) for row in running]
@@ -57,5 +72,5 @@ class TokenChoice:
         index = np.array([[len(r.output) if r else 0 for r in row] for row in running], np.int32)
         *given, row = (shard_rows(self._mesh, part) for part in inputs)
         index = shard_rows(self._mesh, index)
-        self._seen, chosen = choose(self._seen, *given, logits, rules, index, row, mesh=self._mesh)
+        self._seen, chosen = choose(self._seen, *given, logits, rules, index, row, allowed, mesh=self._mesh)
         return chosen

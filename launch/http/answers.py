@@ -26,6 +26,7 @@ class Form:
     def __init__(self, wanted: Wanted, model: str, piece: Piece) -> None:
         self._wanted, self._piece = wanted, piece
         self.logprobs, self.tools = wanted.logprobs is not None, wanted.tools
+        self._demanded = wanted.schema is not None and wanted.schema.call
         kind = "chat.completion" if wanted.chat else "text_completion"
         prefix = "chatcmpl" if wanted.chat else "cmpl"
         self.id = f"{prefix}-{secrets.token_hex(12)}"
@@ -48,11 +49,20 @@ class Form:
             content: dict[str, Any] = {"message": {"role": "assistant", **message}}
         else:
             content = {"text": text}
-        return {"index": index, **content, "logprobs": self._logprobs(accepted.tokens), "finish_reason": reason}
+        return self._with_servers(
+            {"index": index, **content, "logprobs": self._logprobs(accepted.tokens), "finish_reason": reason},
+            accepted.tokens,
+        )
+
+    def _with_servers(self, choice: dict[str, Any], tokens: Sequence[Token]) -> dict[str, Any]:
+        """A choice with the calls of experts of each token by the server that served them, where they are wanted."""
+        if self._wanted.servers:
+            choice["served_by"] = [token.served_by or [] for token in tokens]
+        return choice
 
     def _message(self, text: str, reason: str | None) -> tuple[dict[str, Any], str | None]:
         """Content and calls of tools, and the reason that these make."""
-        rest, calls = tool_calls(text) if self.tools else (text, [])
+        rest, calls = tool_calls(text, demanded=self._demanded) if self.tools else (text, [])
         if not calls:
             return {"content": text}, reason
         return {"content": rest or None, "tool_calls": calls}, "tool_calls" if reason == "stop" else reason
@@ -68,8 +78,10 @@ class Form:
             delta, reason = self._message(text, reason)
             if "tool_calls" in delta:
                 delta["tool_calls"] = [{"index": i, **call} for i, call in enumerate(delta["tool_calls"])]
-            return self._event(self._delta(index, delta if text else {}, logprobs, reason))
-        return self._event({"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason})
+            choice = self._delta(index, delta if text else {}, logprobs, reason)
+        else:
+            choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        return self._event(self._with_servers(choice, tokens))
 
     def _delta(self, index: int, delta: dict[str, Any], logprobs: Any, reason: str | None) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}

@@ -24,12 +24,13 @@ class Ending(NamedTuple):
 
 
 class Token(NamedTuple):
-    """A token of an answer, and where the text ended before and after it."""
+    """A token of an answer, where the text ended before and after it, and calls of experts by the server that served them."""
 
     id: int
     logprobs: Logprobs | None
     start: int
     end: int
+    served_by: list[int] | None = None
 
 
 class Refused(Exception):
@@ -45,12 +46,16 @@ class Accepted:
 
     Attributes:
         request: its prompt, parameters and tokens so far; text: that of these tokens.
+        schema: the JSON schema that its answer has to fit, as text; None: it may be anything.
         tokens: of the answer; ending: why it ended, None until it has.
         sent: whether the present worker has it.
     """
 
-    def __init__(self, number: int, request: Request, text: Text, logprobs: int | None, label: str) -> None:
+    def __init__(
+        self, number: int, request: Request, text: Text, logprobs: int | None, label: str, schema: str | None
+    ) -> None:
         self.number, self.request, self.text, self.logprobs, self.label = number, request, text, logprobs, label
+        self.schema = schema
         self.tokens: list[Token] = []
         self.ending: Ending | None = None
         self.sent = False
@@ -124,14 +129,16 @@ class Book:
         if len(self._open) + count > self.most:
             raise Refused(429, f"{len(self._open)} requests are under way, and no more fit; try again", retry_after=1)
 
-    def accept(self, request: Request, text: Text, logprobs: int | None = None, label: str = "") -> Accepted:
+    def accept(
+        self, request: Request, text: Text, logprobs: int | None = None, label: str = "", schema: str | None = None
+    ) -> Accepted:
         """Own a request from now on. `check_room` has to be asked first."""
         self._number += 1
-        accepted = Accepted(self._number, request, text, logprobs, label)
+        accepted = Accepted(self._number, request, text, logprobs, label, schema)
         self._open[self._number] = accepted
         return accepted
 
-    def take(self, number: int, token: int, logprobs: Any = None) -> None:
+    def take(self, number: int, token: int, logprobs: Any = None, served_by: list[int] | None = None) -> None:
         """A worker has given a request its next token."""
         accepted = self._open.get(number)
         if accepted is None:
@@ -143,7 +150,7 @@ class Book:
         if ended:
             accepted.text.finish()
         found = None if logprobs is None else (logprobs[0], [(int(i), value) for i, value in logprobs[1]])
-        accepted.tokens.append(Token(token, found, start, len(accepted.text.text)))
+        accepted.tokens.append(Token(token, found, start, len(accepted.text.text), served_by))
         accepted.tell()
         if ended:
             self._end(accepted, Ending(accepted.request.reason), by_worker=token in accepted.request.stop_token_ids)
@@ -202,6 +209,8 @@ def _described(accepted: Accepted) -> dict[str, Any]:
         "params": params,
         "stop_token_ids": sorted(request.stop_token_ids),
         "logprobs": accepted.logprobs,
+        "schema": accepted.schema,
+        "servers": request.wants_servers,
     }
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from launch.http.book import Refused
+from launch.http.formats import AnswerSchema, response_format, tool_call
 
 MOST_CHOICES = 128  # answers of one request
 MOST_LOGPROBS = 20
@@ -37,6 +38,8 @@ class Wanted:
         params: sampling fields that were given; max_tokens: None as many as fit.
         logprobs: likeliest tokens beside each chosen one whose probabilities are wanted; None: of none at all.
         tools: the model knows of tools, whose calls are looked for in its answers.
+        servers: who served each token's calls of experts is wanted (`return_servers`).
+        schema: that answers have to fit; None: they may be anything.
         usage: streams end with how many tokens it was.
     """
 
@@ -52,6 +55,8 @@ class Wanted:
     model: str | None
     user: str
     tools: bool = False
+    schema: AnswerSchema | None = None
+    servers: bool = False
 
 
 def completion(body: Mapping[str, Any]) -> Wanted:
@@ -71,26 +76,27 @@ def chat(body: Mapping[str, Any]) -> Wanted:
     variables = _typed(given, "chat_template_kwargs", dict, {})
     if reserved := sorted({"messages", "add_generation_prompt", "now"} & variables.keys()):
         raise Refused(400, f"chat_template_kwargs: {reserved[0]!r} is the server's own", "chat_template_kwargs")
-    tools = _tools(given)
+    tools, call = _tools(given)
     if tools:
         variables = {**variables, "tools": tools}
     if variables:
         prompt["variables"] = variables
     most = "max_completion_tokens" if "max_completion_tokens" in given else "max_tokens"
     wanted = _wanted(given, True, [prompt], _chat_logprobs(given), _integer(given, most, 1, None, None))
-    return dataclasses.replace(wanted, tools=bool(tools))
+    if call and wanted.schema:
+        raise Refused(400, "response_format: not together with a tool_choice that demands a call", "response_format")
+    return dataclasses.replace(wanted, tools=bool(tools), schema=call or wanted.schema)
 
 
-def _tools(given: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Tools that the model is to know of; what is "required", or named, takes a grammar that there is not yet."""
+def _tools(given: Mapping[str, Any]) -> tuple[list[dict[str, Any]], AnswerSchema | None]:
+    """Tools that the model is to know of, and what a call is to fit that is demanded."""
     tools, choice = _typed(given, "tools", list, []), given.get("tool_choice", "auto")
     for tool in tools:
         function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise Refused(400, 'tools: each must be {"type": "function", "function": {"name": …, …}}', "tools")
-    if choice not in ("auto", "none"):
-        raise Refused(400, 'tool_choice: must be "auto" or "none"', "tool_choice")
-    return tools if choice == "auto" else []
+    call = tool_call(choice, tools)
+    return ([] if choice == "none" else tools), call
 
 
 def _chat_logprobs(given: Mapping[str, Any]) -> int | None:
@@ -107,8 +113,6 @@ def _wanted(
     for name, values in _NEUTRAL.items():
         if name in given and given[name] not in values:
             raise Refused(400, f"{name}: not supported; leave it out or give {values[0]!r}", name)
-    if (_typed(given, "response_format", dict, {}).get("type") or "text") != "text":
-        raise Refused(400, "response_format: only text is supported; leave it out", "response_format")
     stream = _typed(given, "stream", bool, False)
     options = _without_null(_typed(given, "stream_options", dict, {}))
     if options and not stream:
@@ -136,6 +140,8 @@ def _wanted(
         logprobs,
         model,
         _typed(given, "user", str, "")[:256],
+        schema=response_format(given.get("response_format", {})),
+        servers=_typed(given, "return_servers", bool, False),
     )
 
 

@@ -93,6 +93,13 @@ class _State(Collector):
         yield CounterMetricFamily(
             "dancemoe_exchanges", "Layers of steps that crossed servers", stats["layer_steps_crossing"]
         )
+        sent = {(own, target): pair for target, pair in stats["pairs"].items()}
+        for name, text in (
+            ("bytes", "Bytes of rows that tokens here needed from a server, there and back"),
+            ("exchanges", "Layers of steps in which a row went to a server"),
+        ):
+            found = {pair: counted[name] for pair, counted in sent.items()}
+            yield _by(f"dancemoe_pair_{name}", text, labels, found, CounterMetricFamily)
         heat = {(str(layer), str(expert)): count for layer, expert, count in stats["hottest"]}
         yield _by(
             "dancemoe_expert_heat", "Calls of the most called experts", ["layer", "expert"], heat, GaugeMetricFamily
@@ -107,6 +114,15 @@ class _State(Collector):
         resident = stats["resident_bytes"]
         yield _by(
             "dancemoe_resident_bytes", "Bytes of experts on devices here", ["device"], resident, GaugeMetricFamily
+        )
+        cache = stats["cache"]
+        pages = {"used": cache["used"], "free": cache["pages"] - cache["used"]}
+        yield _by("dancemoe_cache_pages", "Pages for keys and values here", ["state"], pages, GaugeMetricFamily)
+        yield CounterMetricFamily(
+            "dancemoe_cache_found_tokens", "Prompt tokens that were in the cache already", cache["found"]
+        )
+        yield CounterMetricFamily(
+            "dancemoe_preemptions", "Requests that had to give their pages back and begin anew", cache["preempted"]
         )
         done = stats["migrations"]
         outcomes = {"done": sum(not m["failed"] for m in done), "failed": sum(bool(m["failed"]) for m in done)}

@@ -3,6 +3,7 @@
 from typing import Any
 
 from launch.http.fields import MOST_CHOICES, MOST_LOGPROBS
+from launch.http.formats import TYPES
 from placement.version import version
 
 _TEXT: dict[str, Any] = {"type": "string"}
@@ -58,6 +59,8 @@ def _sampling(name: str) -> dict[str, Any]:
         "stream": {"type": "boolean"},
         "stream_options": _object([], include_usage=_null({"type": "boolean"})),
         "user": _TEXT,
+        "return_servers": {"type": "boolean"},
+        "response_format": _object([], type={"enum": list(TYPES)}, json_schema=_object([], schema={"type": "object"})),
     }
     return {field: _null(schema) for field, schema in fields.items()}
 
@@ -69,7 +72,8 @@ def _schemas(name: str) -> dict[str, Any]:
     several = {"type": "array", "minItems": 1, "maxItems": MOST_CHOICES, "items": {"anyOf": [_TEXT, ids]}}
     prompt = {"anyOf": [_TEXT, ids, several]}
     logprobs = _null(_integer(0, MOST_LOGPROBS))
-    tool = _object(["name"], name=_TEXT)
+    tool = _object(["name"], name=_TEXT, parameters=_null({"type": "object"}))
+    named = _object(["type", "function"], type={"const": "function"}, function=_object(["name"], name=_TEXT))
     chat = {
         "logprobs": _null({"type": "boolean"}),
         "top_logprobs": logprobs,
@@ -78,7 +82,7 @@ def _schemas(name: str) -> dict[str, Any]:
         "tools": _null(
             {"type": "array", "items": _object(["type", "function"], type={"const": "function"}, function=tool)}
         ),
-        "tool_choice": _null({"enum": ["auto", "none"]}),
+        "tool_choice": _null({"anyOf": [{"enum": ["auto", "none", "required"]}, named]}),
     }
     problem = _object(["message", "type"], message=_TEXT, type=_TEXT, param=_null(_TEXT), code=_null(_TEXT))
     return {

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from dancemoe_jax.errors import DanceMoEError
+from dancemoe_jax.errors import DanceMoEError, RequestError
 from dancemoe_jax.model.config import ModelConfig
+from dancemoe_jax.text.grammar import Grammars
 from dancemoe_jax.text.tokenizer import TokenizerBundle
 from launch.http.book import Accepted, Book, Refused
 from launch.http.fields import Wanted
+from launch.http.formats import AnswerSchema
 from launch.http.supervisor import Supervisor
 from launch.serve.requests import RequestMaker
 from placement import InputError
@@ -41,6 +43,7 @@ class Service:
         self.book, self.supervisor = book, supervisor
         self.created = int(time.time())
         self._maker = RequestMaker(bundle, config)
+        self._grammars = Grammars(lambda: bundle, config)
         self._threads = ThreadPoolExecutor(2, "tokenizer")
 
     async def accept(self, wanted: Wanted) -> list[Accepted]:
@@ -54,6 +57,7 @@ class Service:
         self.supervisor.check_hope()
         count = len(wanted.prompts) * wanted.n
         self.book.check_room(count)
+        await self._check_schema(wanted.schema)
         prompts = [await self.encode(prompt) for prompt in wanted.prompts]
         most = self.config.max_position if wanted.max_tokens is None else wanted.max_tokens
         made = []
@@ -62,10 +66,12 @@ class Service:
                 for choice in range(wanted.n):
                     given = {**wanted.params, "max_tokens": most, "seed": (wanted.seed + choice) % 2**32}
                     request, text = self._maker.request(prompt, given, self.server, time.monotonic())
+                    request.wants_servers = wanted.servers
                     request.check(self.config, replays=False)
                     made.append((request, text))
+        schema = wanted.schema.text if wanted.schema else None
         self.book.check_room(count)  # others may have come meanwhile
-        accepted = [self.book.accept(request, text, wanted.logprobs, wanted.user) for request, text in made]
+        accepted = [self.book.accept(request, text, wanted.logprobs, wanted.user, schema) for request, text in made]
         self.supervisor.flush()
         return accepted
 
@@ -79,6 +85,14 @@ class Service:
                 return self._maker.prompt(given)
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._threads, lambda: self._maker.prompt(given, **variables))
+
+    async def _check_schema(self, schema: AnswerSchema | None) -> None:
+        if schema is not None:
+            loop = asyncio.get_running_loop()
+            try:
+                await loop.run_in_executor(self._threads, self._grammars.check, schema.text)
+            except RequestError as error:
+                raise Refused(400, f"{schema.field}: {error}", schema.field) from None
 
     def piece(self, token: int) -> str:
         """The text of a token by itself; special tokens have theirs too."""

@@ -13,8 +13,11 @@ _TAGGED = re.compile(r"<tool_call>\s*(\{.*?\})\s*(?:</tool_call>|\Z)", re.DOTALL
 _LISTED = re.compile(r"\[TOOL_CALLS\]\s*(\[.*\])", re.DOTALL)
 
 
-def tool_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
+def tool_calls(text: str, *, demanded: bool = False) -> tuple[str, list[dict[str, Any]]]:
     """The text without its calls, and these as OpenAI's API has them. What is no whole call stays text.
+
+    Args:
+        demanded: the text as a whole is one call, which is said by its grammar (formats.py) and not by the family's form.
 
     >>> text, (call,) = tool_calls('So: <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>')
     >>> text, call["type"], call["function"]
@@ -33,6 +36,9 @@ def tool_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
         calls.extend(call for call in made if call)
         return ""
 
+    if demanded:
+        found = re.fullmatch(r"\s*(\{.*\})\s*", text, re.DOTALL)
+        return (take(found) if found else text, calls)
     rest = _LISTED.sub(take, _TAGGED.sub(take, text))
     return (rest.strip(), calls) if calls else (text, [])
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from dancemoe_jax.errors import DanceMoEError
 from dancemoe_jax.inference.sampling_params import SamplingParams
+from dancemoe_jax.text.grammar import Grammars
 from launch.cluster.framing import Connection, MessageError, connect
 from launch.cluster.jax_runtime import leave_at_once
 from launch.engine.host import Host, Stream
@@ -37,7 +38,7 @@ class FrontLink:
     """What a worker hears from its front door and says to it; stands where a `Feeder` stands for JSON lines.
 
     Args:
-        path: of the front door's Unix socket; secret: of the cluster.
+        path: of the front door's Unix socket; secret: of the cluster; grammars: of the model's answers.
 
     Attributes:
         problem: why it cannot go on, or "": never; without a front door the process ends at once.
@@ -45,7 +46,8 @@ class FrontLink:
 
     problem = ""
 
-    def __init__(self, path: str, secret: bytes) -> None:
+    def __init__(self, path: str, secret: bytes, grammars: Grammars) -> None:
+        self._grammars = grammars
         self._reading = self._open(path, secret, "requests")
         self._writing = self._open(path, secret, "tokens")
         self._host: Host | None = None
@@ -153,6 +155,8 @@ class FrontLink:
                 stop_token_ids=frozenset(fields["stop_token_ids"]),
                 output=fields["output"],
                 logprobs=fields["logprobs"],
+                wants_servers=fields["servers"],
+                grammar=self._grammars.start(fields["schema"], fields["output"]) if fields["schema"] else None,
             )
             request.restart()
             stream = _Tokens(request, number, self)
@@ -174,9 +178,9 @@ class FrontLink:
 
     # ---- to the front door ----
 
-    def given(self, number: int, token: int, logprobs: Any) -> None:
-        """A request has been given a token."""
-        self._news.put(("tokens", [number, token] if logprobs is None else [number, token, logprobs]))
+    def given(self, number: int, token: int, *more: Any) -> None:
+        """A request has been given a token; more: its log probabilities and who served it, where they are wanted."""
+        self._news.put(("tokens", [number, token, *more]))
 
     def ended(self, number: int, request: Request) -> None:
         """A request has ended here."""
@@ -247,7 +251,13 @@ class _Tokens(Stream):
 
     def _take(self, token: int) -> bool:
         request = self.request
-        self._link.given(self._number, token, request.last_logprobs if request.logprobs is not None else None)
+        logprobs = request.last_logprobs if request.logprobs is not None else None
+        if request.wants_servers:
+            self._link.given(self._number, token, logprobs, request.served_by)
+        elif logprobs is not None:
+            self._link.given(self._number, token, logprobs)
+        else:
+            self._link.given(self._number, token)
         return False
 
     def close(self) -> None:

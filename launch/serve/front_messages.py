@@ -8,7 +8,7 @@ ROLE = {
 }  # the first message of a connection: "requests" go to the worker by it, or "tokens" come from there
 TO_WORKER = {"submit?": list, "cancel?": list, "last?": bool, "ask?": dict}
 """submit: requests, each an object with `id` and SUBMITTED; cancel: ids; last: there is nothing more to come."""
-SUBMITTED = ("prompt", "output", "max_tokens", "params", "stop_token_ids", "logprobs")
+SUBMITTED = ("prompt", "output", "max_tokens", "params", "stop_token_ids", "logprobs", "schema", "servers")
 TO_FRONT = {
     "phase?": list,
     "servers?": list,
@@ -20,5 +20,5 @@ TO_FRONT = {
     "draining?": bool,
     "reply?": list,
 }
-"""tokens: [id, token] or [id, token, logprobs]; ended: [id, reason, error]; failed: ids and why, of a step that failed;
-problem: why the worker ends."""
+"""tokens: [id, token], then logprobs and calls by server where they are wanted; ended: [id, reason, error]; failed: ids and
+why, of a step that failed; problem: why the worker ends."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from dancemoe_jax.errors import DanceMoEError
 from dancemoe_jax.model.config import ModelConfig
+from dancemoe_jax.text.grammar import Grammars
 from dancemoe_jax.text.tokenizer import load_tokenizer_bundle
 from launch.cluster.addresses import coordinator_address
 from launch.cluster.compile_cache import use_compile_cache
@@ -43,8 +44,9 @@ def serve(
         lines: requests; None where they come from a front door (`args.front_door`).
     """
     use_compile_cache(args.compile_cache)
+    sizes = {"int8": args.int8, "kv_cache": args.kv_cache}
     if cluster is None:
-        cluster = alone(config, args.sequences, itemsize=jnp.dtype(args.dtype).itemsize, int8=args.int8)
+        cluster = alone(config, args.sequences, itemsize=jnp.dtype(args.dtype).itemsize, **sizes)
         args.server = cluster.names[0]
     source = _source(args, path, config, lines)
     facts = facts_of(args, path, config, policy)
@@ -55,8 +57,8 @@ def serve(
         args.server,
         path,
         config,
-        {"dtype": args.dtype, "int8": args.int8, "sequences": args.sequences},
-        args.chunk,
+        {"dtype": args.dtype, "sequences": args.sequences, **sizes},
+        args.max_step_tokens,
         args.wide_prefill,
         args.kernels,
         facts,
@@ -89,13 +91,13 @@ def serve(
 
 def _source(args: argparse.Namespace, path: Path, config: ModelConfig, lines: BinaryIO | None) -> Feeder | FrontLink:
     if lines is None:
-        return FrontLink(args.front_door, args.secret)
+        return FrontLink(args.front_door, args.secret, Grammars(lambda: load_tokenizer_bundle(path, config), config))
     maker = RequestMaker(load_tokenizer_bundle(path, config), config)
     return Feeder(maker, lines, shared=args.requests != "-", shares=not args.join)
 
 
 def facts_of(args: argparse.Namespace, path: Path, config: ModelConfig, policy: Policy) -> dict[str, str]:
     """What every server has to serve with too, fingerprints by what they are of."""
-    how = args.sequences, args.chunk, args.wide_prefill, args.dtype, args.int8, args.kernels
+    how = args.sequences, args.kv_cache, args.max_step_tokens, args.wide_prefill, args.dtype, args.int8, args.kernels
     flags = (*how, config, policy, bool(args.state))
     return {"model": folder_fingerprint(path), "flags": repr(flags)}

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+from dancemoe_jax.inference.prompts import check_prompt
 from dancemoe_jax.inference.sampling_params import SamplingParams
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.text.detokenizer import IncrementalDetokenizer
@@ -65,6 +66,7 @@ class RequestMaker:
         Raises:
             InputError, ModelError: a field is too large, or means nothing.
         """
+        check_prompt(self._config, prompt, "request")
         params = _params(given)
         own = set() if self._config.eos_token is None else {self._config.eos_token}
         stop_token_ids = frozenset(self._bundle.eos_tokens | own | set(params.stop_tokens))

@@ -19,6 +19,7 @@ from launch.engine.host import Host
 from launch.engine.loading import Loaded
 from launch.migration.controller import CONTROLLER
 from launch.migration.worker import MigrationWorker
+from launch.serve.pair_traffic import PairTraffic
 from placement import InputError, Placement
 
 _PERIOD_S = 1.0
@@ -46,6 +47,10 @@ class Stats:
         self._recorded: tuple[np.ndarray, float] | None = None
         self._stopped: tuple[np.ndarray, float] | None = None
         self._controller = next((thread for thread in threading.enumerate() if thread.name == CONTROLLER), None)
+        self._pairs = PairTraffic(host.server, shape[0], self._serving)
+        self._served: tuple[Placement, np.ndarray] | None = None
+        if shape[0] > 1:
+            host.engine.on_routed = self._pairs.add
         self._before, host.between = host.between, self.between
 
     def between(self) -> bool:
@@ -61,7 +66,7 @@ class Stats:
     def _take(self) -> None:
         counts = self._host.engine.counts()[self._host.server]
         new, self._counts = counts - self._counts, counts
-        serving = self._loaded.serving(self.placement.resident)[self._host.server]
+        serving = self._serving()
         for server in range(self._calls.shape[1]):
             self._calls[:, server] += np.where(serving == server, new, 0).sum(1)
         self._kinds, self._tokens = dict(self._host.engine.steps), dict(self._host.engine.tokens_processed)
@@ -74,6 +79,13 @@ class Stats:
     def placement(self) -> Placement:
         """In force now."""
         return self._worker.placement if self._worker is not None else self._loaded.placement
+
+    def _serving(self) -> np.ndarray:
+        """Who serves each expert's calls from here now, int [layers, experts]."""
+        placement = self.placement
+        if self._served is None or self._served[0] is not placement:
+            self._served = placement, self._loaded.serving(placement.resident)[self._host.server]
+        return self._served[1]
 
     def report(self) -> dict[str, Any]:
         """As JSON."""
@@ -100,6 +112,10 @@ class Stats:
             ],
             "rows_sent": self._rows,
             "bytes_exchanged": 2 * self._rows * config.hidden_size * itemsize,
+            "pairs": {
+                name: {"bytes": int(rows) * 2 * config.hidden_size * itemsize, "exchanges": int(exchanges)}
+                for name, rows, exchanges in zip(names, self._pairs.rows, self._pairs.exchanges, strict=True)
+            },
             "layer_steps": self._layer_steps,
             "layer_steps_crossing": self._crossing,
             "hottest": [
@@ -111,6 +127,7 @@ class Stats:
             "covered": float(resident.any(0).mean()),
             "copies": {name: resident[self._devices(i)].sum((0, 1, 2)).item() for i, name in enumerate(names)},
             "resident_bytes": self._resident_bytes(),
+            "cache": self._cache(),
             "migrations": self._migrations(),
             "controller": None if self._controller is None else self._controller.is_alive(),
         }
@@ -123,6 +140,16 @@ class Stats:
         found = resident_bytes(engine.weights.pool, engine.mesh)
         own = [int(found[device]) for device in engine.own]
         return {str(number): size for number, size in enumerate(own)}
+
+    def _cache(self) -> dict[str, int]:
+        batch = self._host.engine.batch
+        pages = list(batch.pages.values())
+        return {
+            "pages": sum(own.count for own in pages),
+            "used": sum(own.used for own in pages),
+            "found": sum(own.found for own in pages),
+            "preempted": batch.preempted,
+        }
 
     def _migrations(self) -> list[dict[str, Any]]:
         results = self._worker.results if self._worker is not None else []

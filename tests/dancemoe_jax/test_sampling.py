@@ -9,7 +9,7 @@ import pytest
 
 from dancemoe_jax.errors import RequestError
 from dancemoe_jax.inference import sampling
-from dancemoe_jax.inference.sampling import SamplingRows, mark_seen, sample, stack_params
+from dancemoe_jax.inference.sampling import SamplingRows, mark_seen, permitted, sample, stack_params
 from dancemoe_jax.inference.sampling_params import SamplingParams
 
 VOCAB = 40
@@ -239,3 +239,12 @@ def test_largest_values_are_taken():
         draw(np.eye(1, VOCAB, 4, dtype=np.float32), stack_params([params]), np.array([2**31 - 1]), nothing_seen(1))[0]
         == 4
     )
+
+
+def test_a_mask_leaves_what_may_come_as_it_is_and_nothing_else():
+    logits = np.random.default_rng(0).normal(size=(2, VOCAB)).astype(np.float32)
+    allowed = np.array([[2**32 - 1, 2**32 - 1], [0b1001 << 5, 0b10]], np.uint32)
+    found = np.asarray(permitted(jnp.asarray(logits), jnp.asarray(allowed)))
+    np.testing.assert_array_equal(found[0], logits[0])
+    assert np.flatnonzero(np.isfinite(found[1])).tolist() == [5, 8, 33]
+    np.testing.assert_array_equal(found[1, [5, 8, 33]], logits[1, [5, 8, 33]])

@@ -405,6 +405,24 @@ def test_a_migration_that_failed_is_not_success(monkeypatch, tmp_path, capsys):
         assert verdict in capsys.readouterr().out
 
 
+def test_what_migrate_says_fits_80_columns(monkeypatch, tmp_path, capsys):
+    outcome = {"seconds": 1.25, "longest_stall_s": 0.004}
+    why = "has yet to pay in an interval that it was not planned from"
+    figures = {"step_s": 0.1279, "planned_step_s": 0.0253, "saving_s": 139.27, "cost_s": 0.02, "copies": 376}
+    decision = dataclasses.asdict(Decision(0.0, "revise", "kept", why, outcome=outcome, **figures))
+    status = {"epoch": 3, "strategy": "latency", "hash": "0" * 64, "record": "/some/where/placement-in-force.json"}
+    status |= {"moving": False, "limits": {}, "disabled": "No space left on device: " + "x " * 60, "last": decision}
+    waiting = {"waiting": ["edge-d"], "address": "10.0.0.1:8500"}
+    for reply, given in ((decision, "--plan"), (status, "--status"), (waiting, "--add=larger.toml")):
+        monkeypatch.setattr("launch.commands.migrate.ask", lambda *_, reply=reply: reply)
+        monkeypatch.setattr("launch.commands.migrate.request", lambda _: {})
+        assert main(["migrate", "--state", str(tmp_path), given]) == 0
+        shown = capsys.readouterr().out
+        assert max(map(len, shown.splitlines())) <= 80
+        if given.startswith("--add"):
+            assert "--state DIR --join 10.0.0.1:8500" in shown
+
+
 def test_control_drains_a_server_and_takes_it_back(serving, rng, tmp_path):
     one = serving()
     server = ControlServer(tmp_path, SECRET, Requests(one.controller).answer)

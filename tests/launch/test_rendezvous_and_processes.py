@@ -279,6 +279,17 @@ def test_port_in_use_is_one_line():
     assert "\n" not in str(refused.value)
 
 
+def test_a_host_that_is_not_known_here_is_said_at_once(caplog):
+    hosts = (None, "no-such.invalid", None)
+    joined = join(make_cluster(hosts), "edge-a", coordinator=f"127.0.0.1:{free_port()}", timeout=2)
+    begin = time.monotonic()
+    with pytest.raises(InputError, match="have not reported"), joined:
+        pass
+    (warned,) = [record for record in caplog.records if "is not known here" in record.message]
+    assert "server[1].host: 'no-such.invalid'" in warned.message
+    assert warned.created - time.time() + time.monotonic() < begin + 1.5
+
+
 def test_a_server_that_the_file_does_not_know_is_refused():
     known = "server edge-z: not in cluster; known are edge-a, edge-b, edge-c"
     with pytest.raises(InputError, match=known), join(make_cluster(), "edge-z"):

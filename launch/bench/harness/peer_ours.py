@@ -47,7 +47,16 @@ class Ours:
         decoder = nnx.jit(lambda: Decoder(config, nnx.Rngs(0), dtype))()
         tables = place_tables(routing_tables(layout, slots), mesh)
         weights = Weights(place_decoder(decoder, mesh), pool, tables)
-        self._engine = Engine(config, layout, mesh, weights, np.zeros(1, int), sequences, wide=wide, kernels=kernels)
+        self._engine = Engine(
+            config,
+            layout,
+            mesh,
+            weights,
+            np.zeros(1, int),
+            sequences,
+            wide=wide is not False and kernels != "xla",
+            kernels=kernels,
+        )
         self._vocabulary, self._rng = config.vocab_size, np.random.default_rng(0)
         jax.block_until_ready(weights)
 

@@ -1,6 +1,7 @@
 """Front doors of a cluster: every server answers its own users, and all go on when a worker of any of them ends."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ class Cluster:
         file.write_text(CLUSTER)
         self.port, self.log_file = free_port(), folder / "log"
         given = [sys.executable, "-m", "launch", "serve", "--cluster", str(file), "--http", f"127.0.0.1:{self.port}"]
-        shape = ["--context", "128", "--sequences", "4", "--chunk", "16"]
+        shape = ["--context", "128", "--sequences", "4", "--max-step-tokens", "16"]
         with open(self.log_file, "wb") as log:
             self.process = subprocess.Popen(
                 [*given, *shape, *flags], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT
@@ -96,3 +97,27 @@ def test_all_go_on_when_a_worker_ends(cluster, server):
     assert all(any(NAMES[server] in reason["message"] for reason in found["reasons"]) for found in others)
     cluster.wait_until_ready()
     assert all(cluster.ready(i)["restarts"] > before[i] for i in range(3))
+
+
+def test_traffic_by_pair_and_who_served_each_token(cluster):
+    url = f"http://127.0.0.1:{cluster.port}"
+    body = {"prompt": "def main(", "max_tokens": 20, "temperature": 0, "return_servers": True}
+    found = httpx.post(f"{url}/v1/completions", json=body, timeout=300).json()
+    served_by = found["choices"][0]["served_by"]
+    assert len(served_by) == 20
+    assert all(len(calls) == 3 and sum(calls) == 6 * 4 for calls in served_by)  # layers x experts of a token
+    expected = sum(calls[1] for calls in served_by) > 0
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        text = httpx.get(f"{url}/metrics", timeout=30).text
+        pairs = dict(re.findall(r'^dancemoe_pair_bytes_total\{source="edge-a",target="(.*)"\} (.*)$', text, re.M))
+        if float(pairs["edge-b"]) > 0 or not expected:
+            break
+        time.sleep(0.2)
+    assert pairs.keys() == set(NAMES)
+    assert float(pairs["edge-a"]) == 0 < float(pairs["edge-c"]) + float(pairs["edge-b"])
+    exchanges = re.findall(r'^dancemoe_pair_exchanges_total\{source="edge-a",target="edge-[bc]"\} (.*)$', text, re.M)
+    assert sum(map(float, exchanges)) > 0
+    assert (
+        "served_by" not in httpx.post(f"{url}/v1/completions", json={"prompt": "a"}, timeout=300).json()["choices"][0]
+    )

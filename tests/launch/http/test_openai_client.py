@@ -76,6 +76,19 @@ def test_a_stop_text_ends_an_answer_which_does_not_hold_it(door, generated, stop
     assert (found.choices[0].text, found.choices[0].finish_reason) == (expected["text"], "stop")
 
 
+def test_a_token_that_ends_an_answer_is_its_last(door, generated):
+    expected = generated("12 + 30 = ", max_tokens=40, stop="\n")["text"]
+    given = {"model": MODEL, "prompt": "12 + 30 = ", "max_tokens": 40, "temperature": 0, "logprobs": 0}
+    given["extra_body"] = {"stop_token_ids": [ord("\n")]}
+    found = door.client.completions.create(**given)
+    assert (found.choices[0].text, found.choices[0].finish_reason) == (expected, "stop")
+    assert found.choices[0].logprobs.tokens == [*expected, "\n"]
+    assert found.usage.completion_tokens == len(expected) + 1
+    chunks = list(door.client.completions.create(**given, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == expected
+    assert chunks[-1].choices[0].finish_reason == "stop"
+
+
 def test_null_is_not_given_and_unknown_fields_change_nothing(door, generated):
     body = {"prompt": "def main(", "max_tokens": 8, "temperature": 0, "stop": None, "n": None, "model": None}
     body |= {"seed": None, "logprobs": None, "stream": None, "stream_options": None, "no_such_field": {"a": 1}}
