@@ -1,4 +1,4 @@
-"""Three servers in network namespaces, joined at 500 Mbit/s, with clients at each: as `generate`, whoever of them ends."""
+"""Three servers in network namespaces, joined at 500 Mbit/s, with clients at each: as `generate`, whichever of them ends."""
 
 import json
 import os
@@ -86,8 +86,9 @@ class Machines:
 
 
 def answers(client: subprocess.Popen) -> list[list]:
-    lines = client.stdout.read().splitlines()
-    assert client.wait(30) == 0
+    with client:
+        lines = client.stdout.read().splitlines()
+    assert client.returncode == 0
     return json.loads(lines[-1])
 
 
