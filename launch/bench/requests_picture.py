@@ -53,7 +53,7 @@ def draw_requests(sent: "Sequence[Sent]", title: str, path: Path) -> None:
             axis.axes.set(**{f"{axis.axis_name}scale": "log"})
         over.set(xlabel="arrival, s", ylabel="seconds since it was due")
         spread.set(xlabel="seconds", ylabel="% of answered requests")
-        over.legend(loc="upper left", fontsize=8, frameon=False)
+        over.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=8, frameon=False)
         figure.suptitle(title, fontsize=9, color=_SOFT)
         buffer = io.BytesIO()
         figure.savefig(buffer, format=path.suffix.lower()[1:], dpi=120)
