@@ -72,7 +72,7 @@ class Hops:
 
     def row_seconds(self, problem: Problem, tokens: float = 1.0) -> np.ndarray:
         """Seconds that the rows of a step of so many tokens of one sequence are on their way, float64 [N]."""
-        return self._sum(self.rows(tokens) * problem.row_seconds[self.start, self.end])
+        return self._sum(self.rows(tokens) * moved_seconds(problem)[self.start, self.end])
 
     def rows(self, tokens: float) -> np.ndarray:
         """Rows of each hop in a step of so many tokens of one sequence, float64 [H]."""
@@ -80,13 +80,13 @@ class Hops:
 
     def busiest_port(self, problem: Problem, share: np.ndarray) -> float:
         """Seconds that the busiest interface is kept by a token drawn by `share`, [N], in a decode step."""
-        seconds = share[self.source] * problem.row_seconds[self.start, self.end]
+        seconds = share[self.source] * moved_seconds(problem)[self.start, self.end]
         ends = (np.bincount(end, seconds, self.servers) for end in (self.start, self.end))
         return float(max(end.max() for end in ends))
 
     def token_bytes(self, problem: Problem, tokens: float = 1.0) -> np.ndarray:
         """Bytes of the hops of a step of so many tokens of one sequence, float64 [N]."""
-        return self._sum(self.rows(tokens) * (problem.hidden_size * VALUE_BYTES))
+        return self._sum(self.rows(tokens) * moved_bytes(problem))
 
     def _sum(self, values: np.ndarray) -> np.ndarray:
         return np.bincount(self.source, values, self.servers)
@@ -96,6 +96,16 @@ def hop_seconds(problem: Problem) -> np.ndarray:
     """Seconds of moving rows from row to column without their bytes, float64 [N, N]: half an exchange, 0 on the diagonal."""
     seconds = problem.latency + problem.workload.exchange_seconds / 2
     return np.where(np.eye(len(seconds), dtype=bool), 0.0, seconds)
+
+
+def moved_bytes(problem: Problem) -> int:
+    """Of one token's row where it goes on to another host: its activations alone."""
+    return problem.hidden_size * VALUE_BYTES
+
+
+def moved_seconds(problem: Problem) -> np.ndarray:
+    """Seconds that such a row takes from row to column, float64 [N, N]; 0 on the diagonal."""
+    return moved_bytes(problem) / problem.bandwidth
 
 
 def layer_hosts(problem: Problem, resident: np.ndarray) -> np.ndarray:
@@ -111,7 +121,7 @@ def layer_hosts(problem: Problem, resident: np.ndarray) -> np.ndarray:
     servers, layers, _ = problem.shape
     part = problem.held(resident).sum(-1)
     can = part == part.max(0)
-    hop = hop_seconds(problem) + problem.row_seconds
+    hop = hop_seconds(problem) + moved_seconds(problem)
     speed = np.add.reduceat(problem.speed, problem.first_device)
     work = problem.top_k * problem.assignment_seconds[1] / speed[:, None]  # [N, L]
     ring = (np.arange(servers) - np.arange(servers)[:, None]) % servers

@@ -15,7 +15,7 @@ from placement.data.problem import Problem
 _CHUNK = 2**22  # array elements handled at once where a full array would be large
 _LEVELS = 32  # different exchange times told apart; more are rounded up
 # A row that goes unasked is never sent unless a token needs it with this probability, however slow asking is: a row and its
-# sum are then at most (1 + p) / 2p = 1.25 times the bytes that were needed.
+# sum, of twice its bytes, are then at most (1 + 2p) / 3p = 1.17 times the bytes that were needed.
 LEAST_LIKELY = 2 / 3
 
 

@@ -11,7 +11,7 @@ from placement.data.problem import Problem
 def pair_price(problem: Problem, alone: np.ndarray | float = 1.0) -> np.ndarray:
     """Seconds of a chunk and its decode steps that one layer costs if every token of n needs m, float64 [..., N, N].
 
-    price_nm = steps a alone alpha_nm + (prompt + steps a) (beta_nm + beta_mn), with `problem.workload`
+    price_nm = steps a alone alpha_nm + (prompt + steps a) (beta_nm + beta'_nm), with `problem.workload`
 
     Args:
         alone: probability that no other active sequence waits for an exchange in the layer anyway, [...].
@@ -19,7 +19,7 @@ def pair_price(problem: Problem, alone: np.ndarray | float = 1.0) -> np.ndarray:
     work = problem.workload
     steps = np.asarray(work.decode_steps * work.active * alone)
     tokens = work.prefill_tokens + work.decode_steps * work.active
-    return steps[..., None, None] * problem.exchange_seconds + tokens * (problem.row_seconds + problem.row_seconds.T)
+    return steps[..., None, None] * problem.exchange_seconds + tokens * (problem.row_seconds + problem.sum_seconds)
 
 
 def copy_preference(problem: Problem, held: np.ndarray) -> np.ndarray:

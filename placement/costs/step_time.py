@@ -13,7 +13,7 @@ from placement.costs.computing import longest_alone
 from placement.costs.hosting import Hops, seen_from_hosts
 from placement.costs.network_use import network_use
 from placement.costs.routing import device_load, serving_server
-from placement.data.problem import VALUE_BYTES, Problem
+from placement.data.problem import Problem
 
 
 def predict(problem: Problem, resident: np.ndarray, host: np.ndarray | None = None) -> dict[str, Any]:
@@ -55,13 +55,12 @@ def predict(problem: Problem, resident: np.ndarray, host: np.ndarray | None = No
     prefill_network = (share @ use.waiting(tokens=work.prefill_tokens)).sum() + rows
     prefill_network += share @ waiting if work.prefill_tokens else 0.0
     alone = waiting + moving + use.waiting().sum(-1)
-    alone += np.einsum(
-        "nlm,nlm->n", use.pairs, _seen_from(problem.row_seconds + problem.row_seconds.T, host, use.pairs)
-    )
+    both_ways = _seen_from(problem.row_seconds + problem.sum_seconds, host, use.pairs)
+    alone += np.einsum("nlm,nlm->n", use.pairs, both_ways)
     decode = decode_network + longest @ decoded
     prefill = prefill_network + work.prefill_tokens * (busiest @ in_prompt)
     crossings = np.einsum("n,nlm->", share, use.pairs)
-    sent = work.prefill_tokens * crossings * 2 * VALUE_BYTES * problem.hidden_size
+    sent = work.prefill_tokens * crossings * (problem.row_bytes + problem.sum_bytes)
     return {
         "decode_network_seconds": float(decode_network),
         "decode_network_seconds_by_server": dict(zip(problem.names, map(float, alone), strict=True)),
@@ -86,7 +85,7 @@ def _rows(problem: Problem, pairs: np.ndarray, share: np.ndarray, active: int, h
     One token keeps its host's interface busy; many meet at the interfaces of all, and the busiest one counts.
     """
     seconds, layer = np.zeros(pairs.shape[1]), np.arange(pairs.shape[1])
-    for beta in (problem.row_seconds, problem.row_seconds.T):
+    for beta in (problem.row_seconds, problem.sum_seconds):
         spent = pairs * _seen_from(beta, host, pairs)  # [N, L, N]
         weighted = spent * share[:, None, None]
         out = weighted.sum(2)

@@ -7,7 +7,7 @@ import numpy as np
 from placement.costs.hosting import Hops, seen_from_hosts
 from placement.costs.network_use import network_use
 from placement.costs.routing import device_load, serving_server
-from placement.data.problem import VALUE_BYTES, Problem
+from placement.data.problem import Problem
 
 
 def remote_share(frequency: np.ndarray, held: np.ndarray) -> np.ndarray:
@@ -61,7 +61,7 @@ def summary(problem: Problem, resident: np.ndarray, host: np.ndarray | None = No
         result[key] = float(values[active].mean()) if active.any() else 0.0
         result[f"{key}_by_server"] = dict(zip(problem.names, values.tolist(), strict=True))
     result["basis"] = _basis(active, use.counted)
-    round_trip_bytes = 2 * VALUE_BYTES * problem.hidden_size * problem.shape[1]
+    round_trip_bytes = (problem.row_bytes + problem.sum_bytes) * problem.shape[1]
     result["bytes_per_token"] = result["distinct_remote_servers"] * round_trip_bytes
     result["hops"] = float(hops.number[active].mean()) if active.any() else 0.0
     if active.any():

@@ -12,7 +12,8 @@ from placement.data.workload import Workload
 from placement.files import InputError, show
 from placement.units import format_bytes
 
-VALUE_BYTES = 2  # activations travel as bfloat16
+VALUE_BYTES, SUM_BYTES = 2, 4  # of a channel: activations travel as bfloat16, what experts made of them as float32
+WEIGHT_BYTES, CODE_BYTES = 4, 2  # of each expert that a row is sent to
 READ_BANDWIDTH, OPERATIONS = 500e9, 50e12  # bytes of weights and operations a second of a device of speed 1
 
 
@@ -154,10 +155,25 @@ class Problem:
         alpha = self.latency + self.latency.T + self.workload.exchange_seconds
         return np.where(np.eye(len(self.names), dtype=bool), 0.0, alpha)
 
+    @property
+    def row_bytes(self) -> int:
+        """Of one token's row on its way to another server: its activations, and the weight and slot of each expert."""
+        return self.hidden_size * VALUE_BYTES + self.top_k * (WEIGHT_BYTES + CODE_BYTES)
+
+    @property
+    def sum_bytes(self) -> int:
+        """Of the sum of a token's experts on its way back."""
+        return self.hidden_size * SUM_BYTES
+
     @cached_property
     def row_seconds(self) -> np.ndarray:
-        """beta: seconds one token's activations take from row to column, float64 [N, N]; 0 on the diagonal."""
-        return self.hidden_size * VALUE_BYTES / self.bandwidth
+        """beta: seconds one token's row takes from row to column, float64 [N, N]; 0 on the diagonal."""
+        return self.row_bytes / self.bandwidth
+
+    @cached_property
+    def sum_seconds(self) -> np.ndarray:
+        """beta': seconds its sum takes back from column to row, float64 [N, N]; 0 on the diagonal."""
+        return self.sum_bytes / self.bandwidth.T
 
     @cached_property
     def assignment_seconds(self) -> tuple[np.ndarray, np.ndarray]:

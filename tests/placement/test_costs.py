@@ -160,7 +160,8 @@ def test_summary_of_a_known_case():
     assert cost == placement.predicted
     assert cost["remote_share_by_server"] == {"a": 3 / 8, "b": 0}
     assert cost["network_probability"] == cost["distinct_remote_servers"] == (1 / 4 + 1 / 2) / 2 / 2
-    assert cost["bytes_per_token"] == 3 / 16 * 2 * 100 * 2 * 2  # over two layers, there and back, 100 values of 2 bytes
+    # Over two layers: 100 values of 2 bytes and one expert there, 100 values of 4 bytes back.
+    assert cost["bytes_per_token"] == 3 / 16 * 2 * (206 + 400)
     assert cost["balance"] == 11 / 8  # 5 calls arrive at a, 11 at b
     assert cost["used_bytes"] == cost["budget_bytes"] == [2, 2]
 

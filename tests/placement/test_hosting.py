@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from placement import STRATEGIES, Cluster, InputError, Placement, Problem, Profile, Workload, evaluate, plan
 from placement.__main__ import main
-from placement.costs.hosting import Hops, at_home, hop_seconds, layer_hosts
+from placement.costs.hosting import Hops, at_home, hop_seconds, layer_hosts, moved_seconds
 from placement.costs.step_time import predict
 from placement.costs.summary import summary
 from placement.data.arrivals import Arrivals
@@ -126,7 +126,7 @@ def test_hosts_are_the_best_path_of_all(seed):
     resident = np.broadcast_to(held, problem.shape)
     host = layer_hosts(problem, resident)
     assert np.take_along_axis(held[..., 0], host, 0).all()
-    hop = hop_seconds(problem) + problem.row_seconds
+    hop = hop_seconds(problem) + moved_seconds(problem)
 
     def seconds(source, path):
         moves = zip([source, *path], [*path, source], strict=True)

@@ -76,7 +76,8 @@ def test_predict_by_counting_tokens(problem):
     resident = anywhere(problem)
     problem = replace(problem, workload=replace(problem.workload, active=1, prefill_tokens=1))
     serving = serving_server(problem, problem.held(resident))
-    row = 1024 * 2 / problem.bandwidth
+    row_bytes, sum_bytes = 1024 * 2 + 6 * problem.top_k, 1024 * 4
+    row, back = row_bytes / problem.bandwidth, sum_bytes / problem.bandwidth
     alone, crossings = {}, []
     for n, name in enumerate(problem.names):
         seconds, met = 0.0, 0
@@ -84,7 +85,7 @@ def test_predict_by_counting_tokens(problem):
         for token, layer in itertools.product(mine, range(problem.shape[1])):
             away = {int(serving[n, layer, e]) for e in token[layer]} - {n}
             exchange = [EXCHANGE_SECONDS + problem.latency[n, m] + problem.latency[m, n] for m in away]
-            seconds += max(exchange, default=0.0) + sum(row[n, m] + row[m, n] for m in away)
+            seconds += max(exchange, default=0.0) + sum(row[n, m] + back[m, n] for m in away)
             met += len(away)
         if len(mine):
             alone[name] = seconds / len(mine)
@@ -94,7 +95,7 @@ def test_predict_by_counting_tokens(problem):
         assert np.isclose(found["decode_network_seconds_by_server"][name], seconds)
     assert np.isclose(found["decode_network_seconds"], np.mean(list(alone.values())))
     assert np.isclose(found["prefill_network_seconds"], found["decode_network_seconds"])  # one token of either kind
-    assert np.isclose(found["prefill_bytes"], np.mean(crossings) * 2 * 2 * 1024)
+    assert np.isclose(found["prefill_bytes"], np.mean(crossings) * (row_bytes + sum_bytes))
     both = found["prefill_seconds"] + problem.workload.decode_steps * found["decode_seconds"]
     assert np.isclose(found["step_seconds"], both)
 
@@ -115,7 +116,7 @@ def test_active_sequences_wait_for_each_other():
         work = Workload(active, 0, 1, assignment_seconds=0.0)
         found = predict(three_servers(counts, workload=work), held)
         waits = 1 - (1 / 3) ** active
-        rows = 2 * 1e-3 * max(2 / 3, active * 2 / 3)  # all meet at c's interface, there and back
+        rows = (1.012e-3 + 2e-3) * max(2 / 3, active * 2 / 3)  # all meet at c's interface, there and back
         assert np.isclose(found["decode_network_seconds"], EXCHANGE_SECONDS * waits + rows)
 
 

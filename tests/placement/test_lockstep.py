@@ -97,7 +97,7 @@ def test_messages_of_a_row_by_hand():
     problem = make_problem(tokens=(ids, [0], [0]))
     resident = np.zeros((2, LAYERS, EXPERTS), bool)
     resident[0, :, :2] = resident[1, :, 2:] = True
-    none, out, back = np.zeros((2, LAYERS, 2), bool), 1e-3 + (4 + ROW) / 1e6, 1e-3 + 2 * HIDDEN / 1e6
+    none, out, back = np.zeros((2, LAYERS, 2), bool), 1e-3 + (4 + ROW) / 1e6, 1e-3 + 4 * HIDDEN / 1e6
     for likely in (none, ~none):
         # Nobody waits for the questions of the other layers, nor for that of the last before its row goes.
         exchange = Exchange.build(problem, resident, likely=likely)
@@ -111,7 +111,7 @@ def test_messages_of_a_row_by_hand():
 
 
 def test_messages_through_one_port_follow_each_other():
-    """Two devices of server 0 send a row each in the last layer, to servers of their own: one waits for the other's bytes."""
+    """Two devices of server 0 send a row each in the last layer, to servers of their own: one's sum waits for the other's."""
     ids = np.zeros((2, 1, LAYERS, K), np.int64) + np.array([[0, 1], [2, 3]])[:, None, None]
     problem = make_problem((2, 1, 1), latency="0ms")
     resident = np.zeros((4, LAYERS, EXPERTS), bool)
@@ -119,8 +119,8 @@ def test_messages_through_one_port_follow_each_other():
     exchange = Exchange.build(problem, resident, likely=np.zeros((3, LAYERS, 3), bool))
     none = ids[0, :0]
     one = exchange.seconds([ids[0], none, none, none], 0.0)
-    assert one == pytest.approx((ROW + 2 * HIDDEN) / 1e6, abs=2e-5)  # give or take the counts
-    assert exchange.seconds([ids[0], ids[1], none, none], 0.0) == pytest.approx(one + ROW / 1e6, abs=2e-5)
+    assert one == pytest.approx((ROW + 4 * HIDDEN) / 1e6, abs=2e-5)  # give or take the counts
+    assert exchange.seconds([ids[0], ids[1], none, none], 0.0) == pytest.approx(one + 4 * HIDDEN / 1e6, abs=2e-5)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from placement.simulation.independent.unit_costs import Compute, Steps
 quick = settings(max_examples=25, deadline=None, derandomize=True)
 SLOW = Compute(prefill_token=0.01, expert_share=0.5, decode_step=0.08, decode_token=0.02)
 NO_TIME = Compute(0.0, 0.5, 0.0, 0.0)
+ROW, SUM = 1006, 2000  # bytes there and back, for one expert and 500 values
 
 
 def cluster_of(devices, bandwidth="8Mbps", latency="10ms", memory=10**6, **network):
@@ -94,11 +95,11 @@ def test_deterministic_service_queues_as_theory_says():
 
 def test_exchange_by_hand():
     done = simulate(*two_servers(), requests((0, 0, 100, 3)), NO_TIME)
-    # 1,000 bytes a token at 1 MB/s: 0.1 s there and 0.1 s back, and a round trip of 0.02 s; 0.022 s per decoded token.
-    assert np.allclose(done.first_token, 0.22)
-    assert np.allclose(done.latency, 0.22 + 2 * 0.022)
-    assert np.allclose(done.link_bytes, [[0, 102_000], [102_000, 0]])
-    assert np.allclose(done.port_utilisation, 0.102 / done.seconds)
+    # 1 MB/s: of 100 tokens 0.1006 s there and 0.2 s back, and a round trip of 0.02 s; 0.023 s per decoded token.
+    assert np.allclose(done.first_token, 0.3206)
+    assert np.allclose(done.latency, 0.3206 + 2 * 0.023006)
+    assert np.allclose(done.link_bytes, [[0, 102 * ROW], [102 * SUM, 0]])
+    assert np.allclose(done.port_utilisation, np.array([[ROW, SUM], [SUM, ROW]]) * 102e-6 / done.seconds)
 
 
 def test_all_local_needs_no_network():
@@ -114,10 +115,10 @@ def test_a_shared_link_is_shared():
     resident = np.array([[[0, 1]], [[0, 1]], [[1, 1]]], bool)
     alone = simulate(problem, resident, requests((0, 0, 1000, 1)), NO_TIME)
     both = simulate(problem, resident, requests((0, 0, 1000, 1), (0, 1, 1000, 1)), NO_TIME)
-    assert np.allclose(alone.latency, 2.0)
-    # Each is on the port in (or out) half of its time, so it finds the other there in half of its own.
-    assert np.allclose(both.latency, 3.0, rtol=0.01)
-    assert np.isclose(both.port_utilisation[1, 2], 1000 * 1000 * 2 / 1e6 / both.seconds)
+    assert np.allclose(alone.latency, 1.006 + 2.0)
+    # Each is on the port in for a third of its time and out for two thirds, and finds the other there as often.
+    assert np.allclose(both.latency, 1.006 * (4 / 3) + 2.0 * (5 / 3), rtol=0.02)
+    assert np.isclose(both.port_utilisation[1, 2], 1000 * ROW * 2 / 1e6 / both.seconds)
 
 
 def test_a_slow_link_counts_where_it_is_used():
@@ -125,7 +126,7 @@ def test_a_slow_link_counts_where_it_is_used():
     problem = problem_of([[[9, 0]], [[0, 9]], [[9, 9]]], cluster_of([1, 1, 1], latency="0ms", link=[slow]))
     resident = np.array([[[0, 1]], [[1, 0]], [[0, 0]]], bool)
     done = simulate(problem, resident, requests((0, 0, 100, 1)), NO_TIME)
-    assert np.allclose(done.latency, 1.0 + 0.1)  # 0.1 MB/s there, 1 MB/s back
+    assert np.allclose(done.latency, 1.006 + 0.2)  # 0.1 MB/s there, 1 MB/s back
 
 
 def random_instance(seed, bandwidth="40Mbps"):
@@ -198,10 +199,10 @@ def test_unit_costs_by_counting(seed):
         per_token = np.mean(
             [[sum(m in layer for layer in token) for m in range(len(problem.names))] for token in met], 0
         )
-        sent = np.add.outer(np.eye(len(problem.names))[n], 0 * per_token) * per_token * 4000
+        rows = np.add.outer(np.eye(len(problem.names))[n], 0 * per_token) * per_token
         one = np.zeros((len(problem.names), 2))
         one[n] = 1, 3  # a prompt token and three decoded ones
-        assert np.allclose(steps.link_bytes(one), 4 * (sent + sent.T))
+        assert np.allclose(steps.link_bytes(one), 4 * (rows * 4012 + rows.T * 8000))
         waits = [
             sum(max((problem.exchange_seconds[n, m] for m in layer), default=0) for layer in token) for token in met
         ]

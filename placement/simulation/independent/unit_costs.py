@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from placement.costs.computing import longest_alone
-from placement.costs.hosting import Hops, at_home, seen_from_hosts
+from placement.costs.hosting import Hops, at_home, moved_bytes, moved_seconds, seen_from_hosts
 from placement.costs.network_use import NetworkUse, network_use
 from placement.costs.routing import serving_server
 from placement.costs.token_sets import token_sets
-from placement.data.problem import VALUE_BYTES, Problem
+from placement.data.problem import Problem
 
 DENSE, OUT, EXPERTS, BACK = range(4)  # the groups of a step, one after the other in every layer
 PROMPT, DECODED, STEP = range(3)  # the units of work: a prompt token, a decoded token, a decode step
@@ -128,12 +128,11 @@ class Steps:
         serving = seen_from_hosts(serving_server(problem, problem.held(resident)), host)
         use, hops = network_use(problem, serving, host), Hops.of(problem, host)
         calls = _device_calls(problem, resident, serving)
-        volume = use.pairs * (problem.hidden_size * VALUE_BYTES)
         where = at_home(problem) if host is None else host
         dense = _dense(problem, compute, where)
-        entries, base, resources = _entries(problem, volume, calls, compute, where, dense, hops)
-        base += _excess(problem, resident, serving, calls, compute, volume if len(hops.source) else None)
-        sent, sent_bytes = _sends(problem, volume, where, hops)
+        entries, base, resources = _entries(problem, use.pairs, calls, compute, where, dense, hops)
+        base += _excess(problem, resident, serving, calls, compute, use.pairs if len(hops.source) else None)
+        sent, sent_bytes = _sends(problem, use.pairs, where, hops)
         return cls(
             unit=np.array([entry[2:] for entry in entries]).T,
             resource=np.array([entry[1] for entry in entries], np.int64),
@@ -196,11 +195,11 @@ def _excess(
     serving: np.ndarray,
     calls: np.ndarray,
     compute: Compute,
-    volume: np.ndarray | None,
+    pairs: np.ndarray | None,
 ) -> np.ndarray:
     """What a decode step's experts take beyond the mean of the busiest device, float64 [3, 4 N], waiting for the longest.
 
-    A token alone waits for the device with most of its experts; each further token of a step adds the mean. `volume` is given
+    A token alone waits for the device with most of its experts; each further token of a step adds the mean. `pairs` is given
     where layers have hosts: those that send nothing belong to what the hosts do one after the other.
     """
     seconds, _ = _layer_seconds(problem, compute)
@@ -208,25 +207,26 @@ def _excess(
     active = np.bincount(token_sets(problem).source, minlength=len(problem.names)) > 0
     more = np.where(active[:, None], np.maximum(longest_alone(problem, resident, serving) - mean, 0.0), 0.0)
     more = more * seconds[DECODED]
-    apart = np.zeros(more.shape, bool) if volume is None else volume.sum(-1) == 0
+    apart = np.zeros(more.shape, bool) if pairs is None else pairs.sum(-1) == 0
     base = np.zeros((3, len(more), 4))
     base[STEP, :, EXPERTS], base[STEP, :, DENSE] = (more * ~apart).sum(-1), (more * apart).sum(-1)
     return base.reshape(3, -1)
 
 
-def _sends(problem: Problem, volume: np.ndarray, host: np.ndarray, hops: Hops) -> tuple[np.ndarray, np.ndarray]:
+def _sends(problem: Problem, pairs: np.ndarray, host: np.ndarray, hops: Hops) -> tuple[np.ndarray, np.ndarray]:
     """What a token of each source sends where, as `Steps.sent` and `Steps.sent_bytes`."""
-    source, layer, partner = np.nonzero(volume)
-    at, size = host[source, layer], volume[source, layer, partner]
-    row = np.stack([~hops.home, np.ones(len(hops.home))]) * (problem.hidden_size * VALUE_BYTES)
+    source, layer, partner = np.nonzero(pairs)
+    at, number = host[source, layer], pairs[source, layer, partner]
+    size = np.concatenate([number * problem.row_bytes, number * problem.sum_bytes])
+    row = np.stack([~hops.home, np.ones(len(hops.home))]) * moved_bytes(problem)
     ways = ((source, at, partner), (source, partner, at), (hops.source, hops.start, hops.end))
     sent = np.concatenate([np.array(way, np.int64).reshape(3, -1) for way in ways], axis=1)
-    return sent, np.concatenate([np.broadcast_to([*size, *size], (2, 2 * len(size))), row], axis=1)
+    return sent, np.concatenate([np.broadcast_to(size, (2, len(size))), row], axis=1)
 
 
 def _entries(
     problem: Problem,
-    volume: np.ndarray,
+    pairs: np.ndarray,
     calls: np.ndarray,
     compute: Compute,
     host: np.ndarray,
@@ -241,7 +241,7 @@ def _entries(
     busiest = np.maximum.reduceat(calls / problem.speed, problem.first_device, axis=2)
     moving = _hop_entries(problem, hops, port_out, port_in, slow)
     if len(hops.source):  # a hosted layer that needs nobody else is part of what the hosts do one after the other
-        alone = volume.sum(-1) == 0
+        alone = pairs.sum(-1) == 0
         dense, busiest = (
             dense + np.einsum("ul,nlm->unm", seconds, busiest * alone[..., None]),
             busiest * ~alone[..., None],
@@ -250,8 +250,12 @@ def _entries(
     base[..., DENSE] = dense.sum(-1)
     base[..., DENSE] += np.array([sum(own.values(), np.zeros(3)) for own in moving]).T
     base[..., EXPERTS] = np.einsum("ul,nl->un", seconds, busiest.max(-1))
-    for group, rate, port in ((OUT, problem.bandwidth, port_out), (BACK, problem.bandwidth.T, port_in)):
-        slowest = np.maximum((volume / rate[host]).max(-1), volume.sum(-1) / port[host])
+    row, back = problem.row_bytes, problem.sum_bytes
+    for group, size, rate, port in (
+        (OUT, row, problem.bandwidth, port_out),
+        (BACK, back, problem.bandwidth.T, port_in),
+    ):
+        slowest = size * np.maximum((pairs / rate[host]).max(-1), pairs.sum(-1) / port[host])
         base[:2, :, group] = slowest.sum(-1)
     expert = np.einsum("ul,nlm->unm", seconds, busiest)
     entries: list[tuple[float, ...]] = []
@@ -259,12 +263,12 @@ def _entries(
         entries += [(4 * n + DENSE, int(m), *dense[:, n, m].tolist()) for m in np.unique(host[n])]
         entries += [(4 * n + DENSE, r, *s.tolist()) for r, s in moving[n].items()]
         sent = np.zeros((servers, servers))
-        np.add.at(sent, host[n], volume[n])  # of the source's tokens, from host to partner
+        np.add.at(sent, host[n], pairs[n])  # rows of the source's tokens, from host to partner
         for group in (OUT, BACK):
             if group == BACK:
                 for m in sorted({n, *np.flatnonzero(expert[0, n] + expert[1, n])}):
                     entries.append((4 * n + EXPERTS, int(m), *expert[:, n, m].tolist()))
-            used = _port_seconds(problem, sent if group == OUT else sent.T, port_out, port_in, slow)
+            used = _port_seconds(problem, row * sent if group == OUT else back * sent.T, port_out, port_in, slow)
             own = (servers if group == OUT else 2 * servers) + n
             entries.extend((4 * n + group, r, s, s, 0.0) for r, s in (used or {own: 0.0}).items())
     return entries, base.reshape(3, -1), 3 * servers + len(slow)
@@ -294,7 +298,7 @@ def _hop_entries(
     found: list[dict[int, np.ndarray]] = [{} for _ in range(servers)]
     every = (hops.source, hops.start, hops.end, hops.home)
     for source, start, end, home in zip(*(values.tolist() for values in every), strict=True):
-        seconds = problem.row_seconds[start, end] * np.array([not home, 1.0, 0.0])
+        seconds = moved_seconds(problem)[start, end] * np.array([not home, 1.0, 0.0])
         # What leaves home meets others at the first host's port, what comes later at its host's own.
         resource = slow.get((start, end), 2 * servers + end if start == source else servers + start)
         found[source][resource] = found[source].get(resource, 0.0) + seconds

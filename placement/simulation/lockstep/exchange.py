@@ -16,12 +16,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from placement.costs.hosting import moved_bytes
 from placement.costs.network_use import likely_links
 from placement.costs.routing import serving_server
-from placement.data.problem import VALUE_BYTES, Problem
+from placement.data.problem import Problem
 
 RADIX = 8  # of the number of rows, one message a digit
-COUNT_BYTES, WEIGHT_BYTES, CODE_BYTES = 4, 4, 2
+COUNT_BYTES = 4
 Rounds = tuple[tuple[tuple[int, int], ...], ...]
 
 
@@ -36,7 +37,7 @@ class Exchange:
         needs: whether a pair may carry rows of a device's tokens, bool [L, D, D, D]: source, target, device.
         eager: pairs whose first row goes with the count, bool [L, D, D].
         latency: seconds of a message on its way, float64 [D, D], 0 within a server; byte_seconds: of a byte, alike.
-        row_bytes, sum_bytes: of a row on its way out and back.
+        row_bytes, sum_bytes, moved_bytes: of a row on its way out and back, and to another host of its next layer.
         message_seconds: of a sender, for each message; row_seconds: of a row each way, half at either end: packed, copied,
             added up.
         contention: by how much longer these take for each device beyond two that takes part in a layer, as a share.
@@ -53,6 +54,7 @@ class Exchange:
     byte_seconds: np.ndarray
     row_bytes: int
     sum_bytes: int
+    moved_bytes: int
     message_seconds: float = 0.0
     row_seconds: float = 0.0
     contention: float = 0.0
@@ -90,7 +92,6 @@ class Exchange:
         across, within = rounds(server.tolist())
         eager = (server[:, None] == server) | likely[server][:, :, server].transpose(1, 0, 2)
         latency = np.where(server[:, None] == server, 0.0, problem.latency[np.ix_(server, server)])
-        header = problem.top_k * (WEIGHT_BYTES + CODE_BYTES)
         return cls(
             server=server,
             device=device,
@@ -100,8 +101,9 @@ class Exchange:
             eager=eager,
             latency=latency,
             byte_seconds=(1.0 / problem.bandwidth)[np.ix_(server, server)],
-            row_bytes=VALUE_BYTES * problem.hidden_size + header,
-            sum_bytes=VALUE_BYTES * problem.hidden_size,
+            row_bytes=problem.row_bytes,
+            sum_bytes=problem.sum_bytes,
+            moved_bytes=moved_bytes(problem),
             message_seconds=message_seconds,
             row_seconds=row_seconds,
             contention=contention,
@@ -161,7 +163,7 @@ class Exchange:
         """Rows go on to the device that hosts the next layer, int [D] each: one message a device, whose number is known."""
         for device, (source, target) in enumerate(zip(before.tolist(), after.tolist(), strict=True)):
             if source != target and rows[device]:
-                self._message(source, target, rows[device] * self.sum_bytes, rows[device], 1.0, clock, ports)
+                self._message(source, target, rows[device] * self.moved_bytes, rows[device], 1.0, clock, ports)
 
     def _layer(
         self,

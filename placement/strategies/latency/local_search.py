@@ -104,7 +104,7 @@ def _prices(problem: Problem) -> _Prices:
     """What a token's exchange, rows and computing weigh in a chunk and its decode steps."""
     work = problem.workload
     tokens = work.prefill_tokens + work.decode_steps * work.active
-    rows = problem.row_seconds + problem.row_seconds.T
+    rows = problem.row_seconds + problem.sum_seconds
     speed = np.bincount(problem.device_server, problem.speed)
     in_prompt, decoded = problem.assignment_seconds
     computing = (work.prefill_tokens * in_prompt, work.decode_steps * decoded)
@@ -201,10 +201,15 @@ def _follow(problem: Problem, sets: TokenSets, prices: _Prices, held: np.ndarray
     token = np.arange(len(ids))[:, None] * servers
     count = np.bincount((token + target).ravel(), minlength=len(ids) * servers).reshape(-1, servers)
     longest = float(sets.weight @ prices.longest[np.arange(servers), count].max(-1))
-    together = work.active * float(spent.max())
-    alone = float(prices.decoded[layer]) if longest > together else 0.0
-    shared = prices.in_prompt[layer] + (0.0 if alone else work.active * prices.decoded[layer])
-    busiest = prices.in_prompt[layer] * float(spent.max()) + prices.decoded[layer] * max(longest, together)
+    alone, shared = 0.0, float(prices.in_prompt[layer])
+    busiest = shared * float(spent.max())
+    for number in (work.active, work.most):  # as often idle as busy
+        seconds, together = float(prices.decoded[layer]) / 2, number * float(spent.max())
+        busiest += seconds * max(longest, together)
+        if longest > together:
+            alone += seconds
+        else:
+            shared += number * seconds
     computing = np.where(spent >= _BUSY * spent.max(), shared / prices.speed, 0.0)
     slowest = waits.max(-1)
     # Of a sequences at once the slowest counts: a token's exchange matters as far as the others need none.

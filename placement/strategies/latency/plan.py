@@ -10,17 +10,18 @@ import numpy as np
 
 from placement.costs.network_use import network_use
 from placement.costs.routing import serving_server
-from placement.costs.step_time import predict
 from placement.costs.token_sets import TokenSets, chains, token_sets
 from placement.data.problem import Problem
+from placement.strategies.baselines import redundance
 from placement.strategies.dance import dance
 from placement.strategies.device_assignment import repair, spread
+from placement.strategies.eplb import eplb_nodup
 from placement.strategies.exact.optimum import exact
+from placement.strategies.latency.choice import Known
 from placement.strategies.latency.groups import choose_groups, part
 from placement.strategies.latency.local_search import WORK, local_search
 from placement.strategies.latency.whole_layers import Hull, host_layers, layer_worth, room_left
 
-_EQUAL = 1e-9  # relative difference of seconds below which plans are equally fast
 _GROUPS = 8  # groups that are searched as long as one alone; more share that time
 _RARE = 1e-6  # chance that a layer outside the shared ones is worth keeping free of exchanges
 
@@ -65,27 +66,19 @@ def _plan(problem: Problem, previous: np.ndarray | None, seed: int, work: int) -
     plans = [dance(problem, previous=previous)]
     if (problem.expert_bytes == problem.expert_bytes[0]).all():  # with unequal sizes the optimum takes a solver
         plans.append(exact(problem, previous=previous))
+        # These two may have an expert on several devices of a server.
+        held = (problem.held(strategy(problem, seed=seed)) for strategy in (redundance, eplb_nodup))
+        plans += [_to_devices(problem, own, previous) for own in held]
     if previous is not None and _fits(problem, previous):
         plans.append(previous)
-    plans += [_to_devices(problem, held, previous) for held in _whole_layers(problem, sets)]
-    best = _fastest(problem, plans, previous)
-    held = problem.held(best)
-    improved = local_search(problem, sets, held, previous, work=work)
-    if (improved == held).all():
-        return best
-    return _fastest(problem, [best, _to_devices(problem, improved, previous)], previous)
-
-
-def _fastest(problem: Problem, plans: list[np.ndarray], previous: np.ndarray | None) -> np.ndarray:
-    """The plan of least predicted `step_seconds`; of equal ones the one with fewest bytes to move, then the first."""
-    size = problem.expert_bytes[:, None]
-    best, choice = (np.inf, np.inf), plans[0]
-    for plan in plans:
-        seconds = predict(problem, plan)["step_seconds"]
-        moved = 0 if previous is None else int(((plan & ~previous) * size).sum())
-        if seconds < best[0] * (1 - _EQUAL) or (seconds <= best[0] * (1 + _EQUAL) and moved < best[1]):
-            best, choice = (seconds, moved), plan
-    return choice.copy()
+    known = Known(problem, previous, plans)
+    known.add([_to_devices(problem, held, previous) for held in _whole_layers(problem, sets)])
+    for start in known.starts():
+        held = problem.held(start)
+        improved = local_search(problem, sets, held, previous, work=work)
+        if (improved != held).any():
+            known.add([_to_devices(problem, improved, previous)])
+    return known.best().copy()
 
 
 def _to_devices(problem: Problem, held: np.ndarray, previous: np.ndarray | None) -> np.ndarray:
