@@ -9,13 +9,13 @@ import json
 import math
 import time
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from launch.bench.requests_picture import check_picture, draw_requests
+from launch.bench.sent_request import Sent
 from placement import InputError
 from placement.data.arrivals import Arrivals
 from placement.files import parse_json
@@ -42,31 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of arrivals and prompts (0)")
     add("--json", action="store_true", help="print one JSON object")
     add("--picture", type=Path, metavar="FILE", help="draw the times of all requests: .png or .svg")
-
-
-@dataclass
-class Sent:
-    """A request, times in seconds since it was due.
-
-    Attributes:
-        due: when it was, in seconds since the load began.
-        first, last: when its first and last token came; tokens: how many; status: HTTP's, or 0 for no answer.
-    """
-
-    first: float = math.nan
-    last: float = math.nan
-    tokens: int = 0
-    status: int = 0
-    error: str = ""
-    due: float = 0.0
-
-    @property
-    def good(self) -> bool:
-        return self.status == 200 and self.tokens > 0 and not self.error
-
-    @property
-    def each(self) -> float:
-        return (self.last - self.first) / (self.tokens - 1) if self.tokens > 1 else math.nan
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,15 +3,13 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from launch.bench.sent_request import Sent
 from placement import InputError
 from placement.files import write_bytes
-
-if TYPE_CHECKING:
-    from launch.bench.requests import Sent
 
 _SUFFIXES = (".png", ".svg")
 _WHOLE, _FIRST, _REFUSED, _SOFT = "#0072B2", "#E69F00", "#D55E00", "#5d6771"
@@ -25,7 +23,7 @@ def check_picture(path: Path) -> None:
         raise InputError(f"--picture {path}: there is no folder {path.parent}; make it first")
 
 
-def draw_requests(sent: "Sequence[Sent]", title: str, path: Path) -> None:
+def draw_requests(sent: Sequence[Sent], title: str, path: Path) -> None:
     """Write the picture, whole or not at all. Raises InputError where it cannot be written."""
     import matplotlib
 

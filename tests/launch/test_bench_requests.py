@@ -6,8 +6,9 @@ import math
 import pytest
 
 from launch.__main__ import main
-from launch.bench.requests import Sent, summary
+from launch.bench.requests import summary
 from launch.bench.requests_picture import draw_requests
+from launch.bench.sent_request import Sent
 
 
 def test_the_summary_counts_what_was_answered_and_what_was_good():

@@ -36,7 +36,7 @@ def held(pid: int) -> tuple[int, int]:
 
 @pytest.mark.slow
 def test_arrivals_and_then_ten_times_as_many(tmp_path, capsys):
-    with front_door(tmp_path, "--sequences", "4", "--context", "256", "--queue", "6") as door:
+    with front_door(tmp_path, "--sequences", "4", "--context", "256", "--queue", "10") as door:
         # What it can answer: more arrive than that, and the rest is refused.
         most = load(door, capsys, "--rate", "60", "--duration", "10")
         capacity = most["answered"] / most["seconds"]
