@@ -4,8 +4,10 @@ Layers do not depend on each other, so moves that touch different layers add up 
 together. Within a layer the effect of one more or one less copy is counted on the tokens that it concerns.
 """
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 
@@ -16,6 +18,7 @@ from placement.data.problem import Problem
 from placement.strategies.latency.moves import Effects, Move, Offer, across_layers, within_one_layer
 
 WORK = 5 * 10**8  # comparisons spent in all, whatever the size
+_FIXED = 10**5  # comparisons that take as long as what a layer's measurement needs whatever its size
 _ALL_PARTNERS = 8  # up to so many servers, the use that others make of a new copy is counted too
 _BUSY = 0.9  # of the busiest server's load: what goes to such a server makes the layer longer
 _LEAST = 1e-7  # of the time at the start: smaller improvements are not worth a move
@@ -62,7 +65,7 @@ def local_search(
     held = held.copy()
     partners = servers if servers <= _ALL_PARTNERS else 1
     cost = sets.ids[0].size * max(sets.ids.shape[2], 2 * servers) * len(sets.ids) * (partners + 1)
-    cost += servers * held.size  # of finding each source's copies
+    cost += servers * held.size + _FIXED * layers  # of finding each source's copies, and of any work at all
     effects = Effects(*(np.zeros(shape) for shape in (layers, problem.shape, problem.shape, problem.shape)))
     if partners == 1:
         effects.shift = None
@@ -258,20 +261,22 @@ def _choose(problem: Problem, effects: Effects, offers: list[Offer], least: floa
     _, layers, _ = problem.shape
     every = np.concatenate([value.ravel() for value, _ in offers])
     good = np.flatnonzero(every < -least)
-    starts = np.cumsum([0, *(value.size for value, _ in offers)])
-    moves, used, busy = [], np.zeros(layers, bool), np.zeros(len(problem.names), bool)
-    equal = (problem.expert_bytes == problem.expert_bytes[0]).all()
-    for index in good[np.argsort(every[good], kind="stable")]:
-        kind = int(np.searchsorted(starts, index, side="right")) - 1
+    starts = [0, *accumulate(value.size for value, _ in offers)]
+    moves: list[Move] = []
+    used, busy = set[int](), set[int]()  # layers, servers
+    equal = bool((problem.expert_bytes == problem.expert_bytes[0]).all())
+    for index in good[np.argsort(every[good], kind="stable")].tolist():
+        kind = bisect_right(starts, index) - 1
         value, make = offers[kind]
         changes = make(*np.unravel_index(index - starts[kind], value.shape))
         move = tuple((int(n), int(layer), int(expert), added) for n, layer, expert, added in changes)
-        at, by = [layer for _, layer, _, _ in move], [n for n, _, _, _ in move]
+        at, by = {layer for _, layer, _, _ in move}, {n for n, _, _, _ in move}
         # With unequal sizes, or into free room, a second move of a server might not fit any more.
-        if used[at].any() or move in tried or ((not equal or len(move) == 1) and busy[by].any()):
+        if not used.isdisjoint(at) or move in tried or ((not equal or len(move) == 1) and not busy.isdisjoint(by)):
             continue
         moves.append(move)
-        used[at] = busy[by] = True
-        if used.all():
+        used |= at
+        busy |= by
+        if len(used) == layers:
             break
     return moves
