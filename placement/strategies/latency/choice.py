@@ -47,11 +47,9 @@ class Known:
         gained = keys[choice][1] < keys[given][1] * (1 - self._doubt) ** 2 or keys[choice][0] < keys[given][0]
         return self.plans[choice if gained else given]
 
-    def starts(self) -> list[np.ndarray]:
-        """Plans to search from: the one that is taken now, and the fastest on an idle cluster if that is another."""
-        idle = self._first([(seconds, seconds) for seconds, _ in self.seconds])
-        best = self._first([self._slowness(pair) for pair in self.seconds])
-        return [self.plans[i] for i in dict.fromkeys((best, idle))]
+    def fastest_when_idle(self) -> np.ndarray:
+        """The plan to search from first."""
+        return self.plans[self._first([(seconds, seconds) for seconds, _ in self.seconds])]
 
     def _slowness(self, seconds: tuple[float, float]) -> tuple[float, float]:
         over = float((np.array(seconds) / self._least).max())

@@ -27,7 +27,8 @@ _LEAST = 1e-7  # of the time at the start: smaller improvements are not worth a 
 @dataclass(frozen=True, eq=False)
 class _Prices:
     """Seconds in one layer: exchange [N, N] and rows [N, N] of a token per server met, and of an assignment at speed 1 in
-    the prompt and in the decode steps, [L] each; `longest` is `computing.longest_in_server`, speed [N] that of a server."""
+    the prompt and in the decode steps, [L] each; `longest` is `computing.longest_in_server`, speed [N] that of a server.
+    `crowd` is that of `local_search`."""
 
     exchange: np.ndarray
     rows: np.ndarray
@@ -35,6 +36,7 @@ class _Prices:
     decoded: np.ndarray
     longest: np.ndarray
     speed: np.ndarray
+    crowd: int
 
 
 def local_search(
@@ -43,6 +45,7 @@ def local_search(
     held: np.ndarray,
     previous: np.ndarray | None = None,
     *,
+    crowd: int = 1,
     within_layers: bool = False,
     work: int = WORK,
 ) -> np.ndarray:
@@ -56,6 +59,7 @@ def local_search(
         sets: token sets whose time counts.
         held: bool [N, L, E], every expert covered, within the memory of each server.
         previous: bool [D, L, E], the placement in force; equally good moves go back to it.
+        crowd: sequences that meet at the devices in half of the decode steps; at least the active ones do.
         within_layers: leave every server as many experts of each layer as it has.
         work: comparisons of sets spent at most.
     """
@@ -69,7 +73,7 @@ def local_search(
     effects = Effects(*(np.zeros(shape) for shape in (layers, problem.shape, problem.shape, problem.shape)))
     if partners == 1:
         effects.shift = None
-    prices = _prices(problem)
+    prices = _prices(problem, max(crowd, problem.workload.active))
     tie_break = 0.0 if previous is None else problem.held(previous) * 1e-12
     capacity = np.add.reduceat(problem.usable_bytes, problem.first_device)
     tried: set[Move] = set()
@@ -103,7 +107,7 @@ def _apply(held: np.ndarray, move: Move) -> None:
         held[server, layer, expert] = added
 
 
-def _prices(problem: Problem) -> _Prices:
+def _prices(problem: Problem, crowd: int) -> _Prices:
     """What a token's exchange, rows and computing weigh in a chunk and its decode steps."""
     work = problem.workload
     tokens = work.prefill_tokens + work.decode_steps * work.active
@@ -111,7 +115,7 @@ def _prices(problem: Problem) -> _Prices:
     speed = np.bincount(problem.device_server, problem.speed)
     in_prompt, decoded = problem.assignment_seconds
     computing = (work.prefill_tokens * in_prompt, work.decode_steps * decoded)
-    return _Prices(problem.exchange_seconds, tokens * rows, *computing, longest_in_server(problem), speed)
+    return _Prices(problem.exchange_seconds, tokens * rows, *computing, longest_in_server(problem), speed, crowd)
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,7 +210,7 @@ def _follow(problem: Problem, sets: TokenSets, prices: _Prices, held: np.ndarray
     longest = float(sets.weight @ prices.longest[np.arange(servers), count].max(-1))
     alone, shared = 0.0, float(prices.in_prompt[layer])
     busiest = shared * float(spent.max())
-    for number in (work.active, work.most):  # as often idle as busy
+    for number in (work.active, prices.crowd):  # as often idle as busy
         seconds, together = float(prices.decoded[layer]) / 2, number * float(spent.max())
         busiest += seconds * max(longest, together)
         if longest > together:

@@ -102,11 +102,16 @@ def _plan(problem: Problem, previous: np.ndarray | None, seed: int, work: int) -
         plans.append(previous)
     known = Known(problem, previous, plans)
     known.add([_to_devices(problem, held, previous) for held in _whole_layers(problem, sets)])
-    for start in known.starts():
-        held = problem.held(start)
-        improved = local_search(problem, sets, held, previous, work=work)
+    starts = [known.fastest_when_idle()]
+    for crowd in (problem.workload.active, problem.workload.most):
+        held = problem.held(starts[-1])
+        improved = local_search(problem, sets, held, previous, crowd=crowd, work=work)
         if (improved != held).any():
-            known.add([_to_devices(problem, improved, previous)])
+            starts.append(_to_devices(problem, improved, previous))
+            known.add(starts[-1:])
+        if any(known.best() is plan for plan in starts):
+            break
+        starts = [known.best()]  # good on an idle cluster alone: search again, from what is taken and for a busy one
     return known.best().copy()
 
 
