@@ -19,16 +19,8 @@ if TYPE_CHECKING:
     from dancemoe_jax.expert_parallel.tables import Tables, assign_slots, routing_tables
     from dancemoe_jax.inference.generate import generate
     from dancemoe_jax.inference.sampling_params import SamplingParams
-    from dancemoe_jax.inference.steps import (
-        State,
-        StepResult,
-        Weights,
-        decode_step,
-        init_state,
-        place_decoder,
-        place_tables,
-        prefill,
-    )
+    from dancemoe_jax.inference.state import State, init_state
+    from dancemoe_jax.inference.steps import StepResult, Weights, decode_step, place_decoder, place_tables, prefill
     from dancemoe_jax.mesh import make_mesh
     from dancemoe_jax.model.config import ModelConfig
     from dancemoe_jax.model.decoder import Decoder, Experts, forward
@@ -58,11 +50,11 @@ _HOMES = {
     "routing_tables": "dancemoe_jax.expert_parallel.tables",
     "generate": "dancemoe_jax.inference.generate",
     "SamplingParams": "dancemoe_jax.inference.sampling_params",
-    "State": "dancemoe_jax.inference.steps",
+    "State": "dancemoe_jax.inference.state",
     "StepResult": "dancemoe_jax.inference.steps",
     "Weights": "dancemoe_jax.inference.steps",
     "decode_step": "dancemoe_jax.inference.steps",
-    "init_state": "dancemoe_jax.inference.steps",
+    "init_state": "dancemoe_jax.inference.state",
     "place_decoder": "dancemoe_jax.inference.steps",
     "place_tables": "dancemoe_jax.inference.steps",
     "prefill": "dancemoe_jax.inference.steps",

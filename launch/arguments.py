@@ -82,7 +82,9 @@ def serve(parser: argparse.ArgumentParser) -> None:
     add("--drain", type=float, default=30.0, metavar="S", help="seconds for running requests when told to end (30)")
     add("--compile-cache", metavar="DIR|off", help="where compiled programs are kept (the user's cache folder)")
     add("--sequences", type=int, default=8, metavar="N", help="sequences a device serves at once (8)")
-    add("--chunk", type=int, default=64, metavar="N", help="prompt tokens of a step (64)")
+    text = "memory of a device for keys and values (room for 1,024 tokens a sequence, and for all that experts leave)"
+    add("--kv-cache", metavar="SIZE", help=text)
+    add("--max-step-tokens", type=int, default=64, metavar="N", help="prompt tokens that a device takes in a step (64)")
     text = "up to four times as many where nobody decodes: faster, but last bits then depend on what else is served"
     add("--wide-prefill", action="store_true", help=text)
     add("--dtype", choices=DTYPES, default="float32", help="of weights and activations (float32)")

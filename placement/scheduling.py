@@ -3,13 +3,12 @@
 Pure rules over small values. The serving engine, the replay of traces and the lock-step simulator all call them, so
 what is simulated is what serves. Holds no state; knows no clock, no costs and no model.
 
-All devices take every step together. A prefill step takes a chunk of a prompt on each device, or of a few short ones, a
-decode step one token of every sequence that has its prompt behind it. Which of the two comes next, and how wide it is, is
-agreed ahead: with every step each device also sends what it will want after it, as far as is known when the step begins.
-A request that arrives during a step is hence announced with the step after it.
+All devices take every step together. A prefill step takes chunks of a few prompts on each device, so many tokens in all, a
+decode step one token of every sequence that has its prompt behind it. Which of the two comes next, and how many tokens of
+prompts it takes, is agreed ahead: with every step each device also sends what it will want after it, as far as is known when
+the step begins. A request that arrives during a step is hence announced with the step after it.
 """
 
-import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -17,26 +16,20 @@ from typing import Literal, NamedTuple
 Kind = Literal["prefill", "decode"]
 
 _WIDER = 4  # times the smallest chunk
-TOGETHER = 4  # short prompts that a device takes in one step where nobody decodes
-
-
-class Width(NamedTuple):
-    """How wide a prefill step is on each device: few widths occur, as a step is compiled for each.
-
-    Attributes:
-        prompts: that it takes chunks of at most.
-        chunk: tokens that it takes of each at most.
-    """
-
-    prompts: int
-    chunk: int
+PROMPTS = 4  # that a device takes chunks of in one step, at most
+_OLDEST = 4  # the prompt that came first gets at least one token in so many
 
 
 class Turn(NamedTuple):
-    """A step that is to come: its kind, and the width that it has if it is a prefill step."""
+    """A step that is to come.
+
+    Attributes:
+        tokens: prompt tokens that a prefill step takes on each device at most; few numbers occur, as a step is compiled for
+            each.
+    """
 
     kind: Kind
-    width: Width
+    tokens: int
 
 
 class Progress(NamedTuple):
@@ -83,13 +76,11 @@ class Wish(NamedTuple):
     """What a device wants next.
 
     Attributes:
-        prefill: tokens that are left of the prompt that came first; 0: no prefill step.
-        prompts: how many prompts have tokens left.
+        prefill: tokens that are left of its prompts; 0: no prefill step.
         decode: whether some sequence has its prompt behind it.
     """
 
     prefill: int
-    prompts: int
     decode: bool
 
 
@@ -98,7 +89,7 @@ class Step:
     """What a step holds, and what the devices will want after it.
 
     Attributes:
-        rows: by device; then a decode step's by batch slot, a prefill step's by arrival.
+        rows: by device, then by batch slot.
         wishes: of each device after this step, [D].
     """
 
@@ -151,7 +142,7 @@ def next_kind(last: Kind | None, prefill: bool, decode: bool) -> Kind | None:
 
 
 def chunks_of(chunk: int, context: int) -> tuple[int, ...]:
-    """Tokens of a prompt that a step may take, smallest first, where one may be wide.
+    """Prompt tokens that a step may take on a device, smallest first, where one may be wide.
 
     Args:
         chunk: where somebody decodes; context: longest sequence, in tokens.
@@ -162,44 +153,29 @@ def chunks_of(chunk: int, context: int) -> tuple[int, ...]:
     return (chunk, _WIDER * chunk) if _WIDER * chunk <= context else (chunk,)
 
 
-def widths(chunks: Sequence[int]) -> tuple[Width, ...]:
-    """All widths that `next_turn` gives for these chunks.
-
-    >>> widths((64, 256))
-    (Width(prompts=1, chunk=64), Width(prompts=1, chunk=256), Width(prompts=4, chunk=64))
-    """
-    several = [Width(TOGETHER, chunks[-1] // TOGETHER)] if len(chunks) > 1 else []
-    return (*(Width(1, chunk) for chunk in chunks), *several)
-
-
 def next_turn(last: Kind | None, wishes: Sequence[Wish], chunks: Sequence[int]) -> Turn | None:
     """The step after one of kind `last`.
 
-    Where somebody decodes, a prefill step is short, so that nobody waits long for a token; where nobody does, it is as wide
-    as the prompt that came first, or takes a few prompts together where that one is short.
+    Where somebody decodes, a prefill step is short, so that nobody waits long for a token; where nobody does, it takes as
+    much as there is.
 
     Args:
         last: as in `next_kind`.
         wishes: of the devices; of those whose wishes are the largest will do.
-        chunks: tokens of a prompt that a step may take, smallest first; the smallest where somebody decodes.
+        chunks: prompt tokens that a step may take on a device, smallest first; the smallest where somebody decodes.
 
-    >>> next_turn(None, [Wish(100, 1, False), Wish(0, 0, False)], (64, 256)).width
-    Width(prompts=1, chunk=256)
-    >>> next_turn("decode", [Wish(100, 1, False), Wish(0, 0, True)], (64, 256)).width
-    Width(prompts=1, chunk=64)
-    >>> next_turn(None, [Wish(50, 3, False)], (64, 256)).width
-    Width(prompts=4, chunk=64)
+    >>> next_turn(None, [Wish(100, False), Wish(0, False)], (64, 256))
+    Turn(kind='prefill', tokens=256)
+    >>> next_turn("decode", [Wish(100, False), Wish(0, True)], (64, 256))
+    Turn(kind='prefill', tokens=64)
     """
     decode = any(wish.decode for wish in wishes)
     tokens = max((wish.prefill for wish in wishes), default=0)
     kind = next_kind(last, tokens > 0, decode)
     if kind is None:
         return None
-    if decode or len(chunks) == 1:
-        return Turn(kind, Width(1, chunks[0]))
-    if max(wish.prompts for wish in wishes) > 1 and tokens <= chunks[-1] // TOGETHER:
-        return Turn(kind, Width(TOGETHER, chunks[-1] // TOGETHER))
-    return Turn(kind, Width(1, next((chunk for chunk in chunks if chunk >= tokens), chunks[-1])))
+    wide = next((chunk for chunk in chunks if chunk >= tokens), chunks[-1])
+    return Turn(kind, chunks[0] if decode else wide)
 
 
 def plan_step(turn: Turn, slots: Slots, waiting: Sequence[Sequence[int]]) -> Step:
@@ -209,7 +185,7 @@ def plan_step(turn: Turn, slots: Slots, waiting: Sequence[Sequence[int]]) -> Ste
         slots: of the devices that the caller knows; others may be given as empty.
         waiting: tokens of the prompts that wait for a batch slot at the server of each device, first ones first, [D][…].
     """
-    rows = tuple(_prefill_rows(slots, turn.width) if turn.kind == "prefill" else _decode_rows(slots))
+    rows = tuple(_prefill_rows(slots, turn.tokens) if turn.kind == "prefill" else _decode_rows(slots))
     taken = {(own.device, own.slot): own.count for own in rows}
     after = []
     for device, own in enumerate(slots):
@@ -222,21 +198,40 @@ def wishes(slots: Slots, waiting: Sequence[Sequence[int]]) -> tuple[Wish, ...]:
     """What each device wants, [D]; arguments as in `plan_step`."""
     found = []
     for own, coming in zip(slots, waiting, strict=True):
-        due = sorted((p.arrival, slot, p.prompt - p.cached) for slot, p in enumerate(own) if p and not p.prefilled)
         room = sum(progress is None for progress in own)
-        left = [*(tokens for *_, tokens in due), *itertools.islice(coming, room)]
-        found.append(Wish(left[0] if left else 0, len(left), any(p is not None and p.prefilled for p in own)))
+        left = [p.prompt - p.cached for p in own if p is not None and not p.prefilled]
+        found.append(Wish(sum(left) + sum(coming[:room]), any(p is not None and p.prefilled for p in own)))
     return tuple(found)
 
 
-def _prefill_rows(slots: Slots, width: Width) -> Iterable[SlotRows]:
-    """On each device the next chunks of the prompts that came first, of several such those in the first slots."""
+def _prefill_rows(slots: Slots, tokens: int) -> Iterable[SlotRows]:
     for device, own in enumerate(slots):
-        due = sorted((p.arrival, slot) for slot, p in enumerate(own) if p is not None and not p.prefilled)
-        for _, slot in due[: width.prompts]:
-            progress = own[slot]
-            assert progress is not None
-            yield SlotRows(device, slot, progress.cached, min(width.chunk, progress.prompt - progress.cached))
+        due = {slot: p for slot, p in enumerate(own) if p is not None and not p.prefilled}
+        for slot, count in sorted(_shares(due, tokens).items()):
+            yield SlotRows(device, slot, due[slot].cached, count)
+
+
+def _shares(due: dict[int, Progress], tokens: int) -> dict[int, int]:
+    """How many tokens of each prompt a device takes: of what is nearest to its end first, so that short prompts do not wait
+    for long ones; but always some of the one that came first, so that it does not wait for ever.
+
+    >>> _shares({0: Progress(0.0, 2000, 64, 1), 1: Progress(1.0, 20, 0, 1)}, 64)
+    {0: 44, 1: 20}
+    >>> _shares({0: Progress(0.0, 2000, 64, 1), 1: Progress(1.0, 90, 0, 1)}, 64)
+    {0: 16, 1: 48}
+    """
+    if not due:
+        return {}
+    left = {slot: p.prompt - p.cached for slot, p in due.items()}
+    oldest = min(due, key=lambda slot: (due[slot].arrival, slot))
+    shares = {oldest: min(left[oldest], max(1, tokens // _OLDEST))}
+    room = tokens - shares[oldest]
+    for slot in sorted(due, key=lambda slot: (left[slot], due[slot].arrival, slot)):
+        more = min(left[slot] - shares.get(slot, 0), room)
+        if more and (slot in shares or len(shares) < PROMPTS):
+            shares[slot] = shares.get(slot, 0) + more
+            room -= more
+    return shares
 
 
 def _decode_rows(slots: Slots) -> Iterable[SlotRows]:

@@ -1,54 +1,72 @@
-"""The cache of keys and values: how it is stored, how a step's rows go into it, and how they attend to what is there."""
+"""The paged cache of keys and values: what a sequence's tokens leave there, and how a step's rows attend to it.
+
+A page holds one layer's keys (or values) of PAGE positions of one sequence; all layers and sequences of a device share its
+pages. Which page holds what is a table that the caller writes, between two steps.
+"""
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 from dancemoe_jax.expert_parallel.pool import BFLOAT16_BITS
 from dancemoe_jax.inference.finite import finite_tokens
-from dancemoe_jax.kernels.attention import cached_attention_native
+from dancemoe_jax.inference.step_rows import StepRows
+from dancemoe_jax.kernels.attention import cached_attention_native, cached_attention_xla
 from dancemoe_jax.kernels.gpu_attention import cached_attention_gpu
 from dancemoe_jax.kernels.gpu_call import GpuKernels
 from dancemoe_jax.mesh import sharded
-from dancemoe_jax.model.present import where_present
+
+PAGE = 32  # positions
+
+
+def blocks_of(positions: int) -> int:
+    """How many pages so many positions of one layer take.
+
+    >>> blocks_of(32), blocks_of(33)
+    (1, 2)
+    """
+    return -(-positions // PAGE)
+
+
+def own_pages(layers: int, sequences: int, max_position: int) -> np.ndarray:
+    """A table in which every sequence has all of its pages for itself, int32 [layers, sequences, blocks]."""
+    blocks = blocks_of(max_position)
+    return np.arange(layers * sequences * blocks, dtype=np.int32).reshape(layers, sequences, blocks)
 
 
 def empty_cache(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Keys or values [layers, devices * sequences, max_position, heads, width] of no tokens yet.
+    """Keys or values [devices * pages, PAGE, heads, width] of no tokens yet.
 
     On CPUs bfloat16 is kept as its bits, as in the pool: XLA would turn all of a cache into float32 to change a row of it.
     """
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return jnp.zeros(shape, BFLOAT16_BITS if on_cpu and dtype == jnp.bfloat16 else dtype, device=sharded(mesh, 1))
+    return jnp.zeros(shape, BFLOAT16_BITS if on_cpu and dtype == jnp.bfloat16 else dtype, device=sharded(mesh))
 
 
-class CacheRows(NamedTuple):
-    """Where a step's rows of one device are in its cache.
+class Cache(NamedTuple):
+    """One device's cache, as a step uses it.
 
     Attributes:
-        sequences: of each row; None: row after row, all that the cache has room for.
-        positions: of each token; max_position for one that does not count.
-        valid: which tokens count.
+        pages: which page holds each block of a sequence's positions.
         native: whether native calls attend.
         gpu: kernels that attend on a GPU.
-        present: whether any does; None where that is not asked.
+        on_cpu: whether the step may look how many positions are used.
     """
 
-    sequences: Int[Array, " rows"] | None
-    positions: Int[Array, "rows chunk"]
-    valid: Bool[Array, "rows chunk"]
+    pages: Int[Array, "layers sequences blocks"]
     native: bool
-    gpu: GpuKernels = None
-    present: Bool[Array, ""] | None = None
+    gpu: GpuKernels
+    on_cpu: bool
 
 
-def attend_cached(rows: CacheRows, layer, caches, how, q, *new):
+def attend_cached(cache: Cache, rows: StepRows, layer, caches, how, q, *new):
     """Put new keys and values of one layer into the caches; what the queries make of all up to their own positions.
 
-    A token whose keys or values are not finite gets NaN, and leaves zeros in the caches: the sequence that has the place
+    A token whose keys or values are not finite gets NaN, and leaves zeros in the caches: the sequence that has the page
     next weighs what lies behind its own tokens with zero, and zero times NaN is NaN.
 
     Args:
@@ -59,41 +77,28 @@ def attend_cached(rows: CacheRows, layer, caches, how, q, *new):
     Returns:
         The heads' outputs, and the caches.
     """
-    sequence = jnp.arange(len(rows.positions)) if rows.sequences is None else rows.sequences
     finite = finite_tokens(*new)
+    page = cache.pages[layer, rows.owners, rows.positions // PAGE]
+    page, offset = jnp.where(rows.valid, page, len(caches[0])), rows.positions % PAGE
 
-    def cached(cache, part):
-        if cache is None:
+    def with_new(kept, part):
+        if kept is None:
             return None
-        stored = _as_stored(jnp.where(finite, part, 0), cache.dtype)
-        return cache.at[layer, sequence[:, None], rows.positions].set(stored, mode="drop")
+        stored = _as_stored(jnp.where(finite, part, 0), kept.dtype)
+        return kept.at[page, offset].set(stored, mode="drop")
 
-    caches = [cached(cache, part) for cache, part in zip(caches, new, strict=True)]
-    keys: Any = caches[0]
-    values = caches[1]
-    start, length = rows.positions[:, 0], rows.valid.sum(1)
-    if rows.gpu:
-        where = (layer, sequence, start, length)
-        heads = cached_attention_gpu(q, keys, values, *where, **how._asdict(), how=rows.gpu)
-        return jnp.where(finite, heads, jnp.nan), caches
-    if rows.native:
-        heads = cached_attention_native(q, keys, values, layer, sequence, start, length, **how._asdict())
-        return jnp.where(finite, heads, jnp.nan), caches
-    own = (layer,) if rows.sequences is None else (layer, sequence)
-
-    def attended(q):
-        k, v = _as_computed(keys[own]), None if values is None else _as_computed(values[own])
-        every = jnp.broadcast_to(jnp.arange(k.shape[1])[None], k.shape[:2])
-        return how(q, k, v, jnp.where(rows.valid, rows.positions, 0), every)
-
-    return jnp.where(finite, where_present(rows.present, attended, q), jnp.nan), caches
+    keys, values = (with_new(kept, part) for kept, part in zip(caches, new, strict=True))
+    where = (cache.pages, layer, rows.slots, rows.starts, rows.lengths)
+    if cache.gpu:
+        heads = cached_attention_gpu(rows.to_grid(q), keys, values, *where, **how._asdict(), how=cache.gpu)
+    elif cache.native:
+        heads = cached_attention_native(rows.to_grid(q), keys, values, *where, **how._asdict())
+    else:
+        heads = cached_attention_xla(rows.to_grid(q), keys, values, *where, **how._asdict(), used=cache.on_cpu)
+    return jnp.where(finite, rows.from_grid(heads), jnp.nan), [keys, values]
 
 
 def _as_stored(part, dtype):
     if dtype != BFLOAT16_BITS:
         return part.astype(dtype)
     return jax.lax.bitcast_convert_type(part.astype(jnp.bfloat16), BFLOAT16_BITS)
-
-
-def _as_computed(part):
-    return jax.lax.bitcast_convert_type(part, jnp.bfloat16) if part.dtype == BFLOAT16_BITS else part

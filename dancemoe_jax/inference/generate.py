@@ -13,7 +13,8 @@ from dancemoe_jax.expert_parallel.dispatch import Transport
 from dancemoe_jax.expert_parallel.pool import PoolLayout, local_devices
 from dancemoe_jax.inference.finite import all_finite, not_finite
 from dancemoe_jax.inference.prompts import check_prompt
-from dancemoe_jax.inference.steps import State, StepResult, Weights, decode_step, init_state, prefill
+from dancemoe_jax.inference.state import State, init_state
+from dancemoe_jax.inference.steps import StepResult, Weights, decode_step, prefill
 from dancemoe_jax.mesh import own_rows, shard_rows
 from dancemoe_jax.model.config import ModelConfig
 

@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 from dancemoe_jax.arguments import check_array, check_mesh
 from dancemoe_jax.errors import ArgumentError
 from dancemoe_jax.expert_parallel.pool import PoolLayout, check_pool
+from dancemoe_jax.inference.cache import PAGE, blocks_of
 from dancemoe_jax.model.config import ModelConfig
 
 
@@ -18,19 +19,13 @@ def check_model(weights: Any, state: Any, config: ModelConfig, layout: PoolLayou
     check_array("weights.tables.device", weights.tables.device, "integers", grid)
     check_array("weights.tables.slot", weights.tables.slot, "integers", grid)
     check_array("state.counts", state.counts, "integers", grid)
-    cache = {
-        "layers": config.num_layers,
-        "sequences": None,
-        "positions": config.max_position,
-        "heads": None,
-        "width": None,
-    }
-    check_array("state.k", state.k, "numbers", cache)
-    if state.k.shape[1] % mesh.size:
-        raise ArgumentError(
-            f"state.k: {state.k.shape[1]} sequences, must be shared evenly by the {mesh.size} devices of mesh"
-        )
-    return state.k.shape[1] // mesh.size
+    check_array("state.k", state.k, "numbers", {"pages": None, "page": PAGE, "heads": None, "width": None})
+    if len(state.k) % mesh.size:
+        raise ArgumentError(f"state.k: {len(state.k)} pages, must be shared evenly by the {mesh.size} devices of mesh")
+    blocks = blocks_of(config.max_position)
+    table = {"devices": mesh.size, "layers": config.num_layers, "sequences": None, "blocks": blocks}
+    check_array("state.pages", state.pages, "integers", table)
+    return state.pages.shape[2]
 
 
 def check_rest(control: Any, routing: Any, config: ModelConfig, mesh: Mesh, tokens: int) -> None:

@@ -22,12 +22,14 @@ from dancemoe_jax.expert_parallel.dispatch import Traffic, Transport, default_tr
 from dancemoe_jax.expert_parallel.pool import ExpertPool, PoolLayout
 from dancemoe_jax.expert_parallel.slot_experts import slot_experts
 from dancemoe_jax.expert_parallel.tables import Tables
-from dancemoe_jax.inference.cache import CacheRows, attend_cached, empty_cache
+from dancemoe_jax.inference.cache import Cache, attend_cached
 from dancemoe_jax.inference.control import share_control
 from dancemoe_jax.inference.finite import finite_rows
 from dancemoe_jax.inference.next_tokens import next_tokens
 from dancemoe_jax.inference.routed_experts import routed_experts
+from dancemoe_jax.inference.state import State
 from dancemoe_jax.inference.step_arguments import check_model, check_rest
+from dancemoe_jax.inference.step_rows import StepRows, step_rows
 from dancemoe_jax.kernels.gpu_call import GpuKernels, gpu_kernels
 from dancemoe_jax.kernels.library import Kernels, use_native
 from dancemoe_jax.mesh import AXIS, on_cpu, put, replicated, sharded
@@ -49,20 +51,6 @@ class Weights(NamedTuple):
     decoder: Decoder
     pool: ExpertPool
     tables: Tables
-
-
-class State(NamedTuple):
-    """What steps carry on. S: sequences a device has room for.
-
-    Attributes:
-        k, v: cache [layers, devices * S, max_position, kv_heads, head_dim], sharded over devices. With latent attention k is
-            the narrow vector and the shared key, [layers, devices * S, max_position, 1, kv_rank + rope_dim], v is None.
-        counts: int32 [devices, MoE layers, experts], assignments of the tokens that entered at each device, since the start.
-    """
-
-    k: jax.Array
-    v: jax.Array | None
-    counts: jax.Array
 
 
 class StepResult(NamedTuple):
@@ -97,23 +85,6 @@ class GivenRouting(NamedTuple):
 
     ids: jax.Array
     weights: jax.Array
-
-
-def init_state(config: ModelConfig, mesh: Mesh, sequences: int, dtype=jnp.float32) -> State:
-    """Empty caches for `sequences` sequences on each device, and zero counts.
-
-    Raises:
-        ArgumentError: `sequences` is not at least one.
-    """
-    if sequences < 1:
-        raise ArgumentError(f"sequences: {sequences}, must be at least 1 on each device")
-    heads = config.num_kv_heads if config.latent is None else 1
-    shape = (config.num_layers, mesh.size * sequences, config.max_position, heads)
-    counts = jnp.zeros((mesh.size, config.num_moe_layers, config.num_experts), jnp.int32, device=sharded(mesh))
-    key_width, value_width = config.cache_widths
-    keys = empty_cache(mesh, (*shape, key_width // heads), dtype)
-    values = empty_cache(mesh, (*shape, value_width // heads), dtype) if value_width else None
-    return State(keys, values, counts)
 
 
 def place_decoder(decoder: Decoder, mesh: Mesh) -> Decoder:
@@ -177,15 +148,15 @@ def decode_step(
     native, gpu = _native(kernels, mesh, weights), gpu_kernels(kernels, mesh.devices.flat)
 
     def local(weights, state, tokens, positions, active, *rest):
-        rows = jnp.where(active[0], positions[0], config.max_position)[:, None]
         how = transport or default_transport(mesh), wire_dtype, on_cpu(mesh), native, gpu
         step = _Step(config, layout, *how, DECODE_TILE, *rest)
-        return _run(step, weights, state, tokens[0][:, None], rows, None)
+        rows = step_rows(tokens[0][:, None], jnp.arange(sequences), positions[0], active[0].astype(jnp.int32))
+        return _run(step, weights, state, rows)
 
     return _over_devices(local, mesh)(weights, state, tokens, positions, active, control, routing)
 
 
-@functools.partial(jax.jit, static_argnames=(*_SHAPES, "all_logits"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=(*_SHAPES, "all_logits", "most_tokens"), donate_argnames=("state",))
 def prefill(
     weights: Weights,
     state: State,
@@ -203,6 +174,7 @@ def prefill(
     wire_dtype: Any = None,
     kernels: Kernels = "auto",
     all_logits: bool = False,
+    most_tokens: int | None = None,
 ) -> tuple[State, StepResult]:
     """A chunk of prompt for `rows` sequences of each device.
 
@@ -214,6 +186,8 @@ def prefill(
         lengths: tokens of the chunk that count; 0 for a row without work.
         control, routing, config, layout, mesh, transport, wire_dtype, kernels: as in `decode_step`.
         all_logits: give the logits at every position of the chunk, not only at its last token.
+        most_tokens: that count on a device, of all rows together; the step computes only so many. `routing`, and the
+            result's `routed`, then hold those that count, one row's after another's. Not with `all_logits`.
 
     Returns:
         The new state, and of each row the token that follows the chunk's last one.
@@ -226,15 +200,16 @@ def prefill(
     _, rows, chunk = np.shape(tokens)
     for name, array in (("sequences", sequences), ("starts", starts), ("lengths", lengths)):
         check_array(name, array, "integers", {"devices": mesh.size, "rows": rows})
-    check_rest(control, routing, config, mesh, rows * chunk)
+    if most_tokens is not None and (all_logits or not 0 < most_tokens <= rows * chunk):
+        raise ArgumentError(f"most_tokens: {most_tokens}, must be from 1 to {rows * chunk}, and without all_logits")
+    check_rest(control, routing, config, mesh, most_tokens or rows * chunk)
     native, gpu = _native(kernels, mesh, weights), gpu_kernels(kernels, mesh.devices.flat)
 
     def local(weights, state, tokens, sequences, starts, lengths, *rest):
-        index = jnp.arange(tokens.shape[2])[None]
-        positions = jnp.where(index < lengths[0][:, None], starts[0][:, None] + index, config.max_position)
         how = transport or default_transport(mesh), wire_dtype, on_cpu(mesh), native, gpu
         step = _Step(config, layout, *how, PREFILL_TILE, *rest)
-        return _run(step, weights, state, tokens[0], positions, sequences[0], all_logits)
+        rows = step_rows(tokens[0], sequences[0], starts[0], lengths[0], most_tokens)
+        return _run(step, weights, state, rows, all_logits)
 
     return _over_devices(local, mesh)(weights, state, tokens, sequences, starts, lengths, control, routing)
 
@@ -246,10 +221,9 @@ def _native(kernels: Kernels, mesh: Mesh, weights: Weights) -> bool:
 def _over_devices(local, mesh):
     """Run `local` on every device: sharded state and rows, replicated decoder, results with a device axis in front."""
     own: Any = P(AXIS)
-    cache: Any = P(None, AXIS)
     everywhere: Any = P()
     weights = Weights(everywhere, own, Tables(own, own, everywhere, everywhere))
-    state = State(cache, cache, own)
+    state = State(own, own, own, own)
     result = StepResult(own, own, Traffic(own, own, own, own), everywhere, own, own)
 
     def run(*arguments):
@@ -281,12 +255,12 @@ class _Step(NamedTuple):
         return None if self.gpu == "loop" else self.gpu
 
 
-def _run(step, weights, state, tokens, positions, sequences, all_logits=False):
-    """One step of one device. tokens, positions [rows, chunk]; a position of max_position marks a row as empty."""
-    config, valid = step.config, positions < step.config.max_position
+def _run(step, weights, state, rows: StepRows, all_logits=False):
+    """One step of one device."""
+    config, valid = step.config, rows.valid
     # On a GPU a condition would wait for the host.
     present = valid.any() if step.on_cpu else None
-    rows = CacheRows(sequences, positions, valid, step.native, step.kernels, present)
+    cache = Cache(state.pages[0], step.native, step.kernels, step.on_cpu)
     tables = weights.tables._replace(device=weights.tables.device[0], slot=weights.tables.slot[0])
     busy, control = share_control(valid.any(), step.control)
     compute = functools.partial(
@@ -304,20 +278,21 @@ def _run(step, weights, state, tokens, positions, sequences, all_logits=False):
         x, finite, *caches = carry
         layer, index, window, own = layer_inputs
 
-        attention = functools.partial(attend_cached, rows, index, caches)
+        attention = functools.partial(attend_cached, cache, rows, index, caches)
         x, caches, aux = decoder_layer(
-            config, layer, x, positions, attention, functools.partial(moe, own), window, present
+            config, layer, x, rows.positions, attention, functools.partial(moe, own), window, present
         )
         return (x, finite + finite_rows(x, valid), *caches), aux
 
     per_layer = (tables, jax.tree.map(lambda a: jnp.swapaxes(a[0], 0, 1), step.routing))
-    none = jax.lax.pcast(jnp.zeros(len(tokens), jnp.int32), AXIS, to="varying")
-    carry = (weights.decoder.embedding[...][tokens], none, state.k, state.v)
+    none = jax.lax.pcast(jnp.zeros(len(valid), jnp.int32), AXIS, to="varying")
+    carry = (weights.decoder.embedding[...][rows.tokens], none, state.k, state.v)
     (x, finite, k, v), (traffic, counts, routed) = scan_layers(
         config, weights.decoder, body, carry, per_layer, native=step.native, active=valid.reshape(-1), gpu=step.kernels
     )
-    logits, final, likeliest = next_tokens(step, weights.decoder, x, valid, present, all_logits)
-    head = finite_rows(logits, valid) if all_logits else finite_rows(final[:, None], valid[:, :1])
+    logits, final, likeliest = next_tokens(step, weights.decoder, x, rows, present, all_logits)
+    finite = rows.least(finite, config.num_layers)
+    head = finite_rows(logits, valid) if all_logits else finite_rows(final[:, None], rows.lengths[:, None] > 0)
     result = StepResult(
         likeliest[None],
         logits[None],
@@ -326,4 +301,4 @@ def _run(step, weights, state, tokens, positions, sequences, all_logits=False):
         jnp.swapaxes(routed, 0, 1).astype(jnp.int32)[None],
         jnp.where(finite == config.num_layers, finite + head, finite)[None],
     )
-    return State(k, v, state.counts + counts[None]), result
+    return State(k, v, state.pages, state.counts + counts[None]), result

@@ -1,4 +1,4 @@
-// Attention over used positions, in the cache of all layers and sequences where it lies.
+// Attention over used positions, in the pages of all layers and sequences where they lie.
 //
 // Its meaning is attention.py's `cached_attention_xla`. Positions are worked off in chunks of kChunk, counted from the start
 // of the sequence. A chunk gives its maximum, its sum of exponentials and its mix of values; chunks are joined one after
@@ -35,18 +35,33 @@ struct Cache {
   const void* keys;
   const void* values;
   Type type;
-  size_t slots, positions, heads, key_width, value_width, value_stride;
-  size_t layer;
+  size_t pages, page, heads, key_width, value_width, value_stride;
+  const int32_t* table;  // pages of one layer, [slots][blocks]
+  size_t slots, blocks;
 
-  // Keys (or values) of a chunk of one sequence's positions. A table of pages would be looked up here.
-  Matrix chunk(const void* data, size_t width, size_t stride, size_t slot, size_t head, size_t begin, size_t end) const {
-    const size_t first = ((layer * slots + slot) * positions + begin) * heads * stride + head * stride;
-    return {static_cast<const char*>(data) + first * size_of(type), type, heads * stride, end - begin, width};
+  // Calls each(positions before them, Matrix) with the keys (or values) of positions `begin` to `end` of a sequence, page
+  // by page; `begin` is the first of a page.
+  template <class Each>
+  void each_page(const void* data, size_t width, size_t stride, size_t slot, size_t head, size_t begin, size_t end,
+                 Each each) const {
+    for (size_t at = begin; at < end; at += page) {
+      const size_t first = ((size_t)table[slot * blocks + at / page] * page * heads + head) * stride;
+      const char* from = static_cast<const char*>(data) + first * size_of(type);
+      each(at - begin, Matrix{from, type, heads * stride, std::min(page, end - at), width});
+    }
+  }
+
+  // Whether positions `begin` to `end` of a sequence have pages.
+  bool holds(size_t slot, size_t begin, size_t end) const {
+    if (slot >= slots || end > blocks * page) return false;
+    for (size_t block = begin / page; block * page < end; block++)
+      if (table[slot * blocks + block] < 0 || (size_t)table[slot * blocks + block] >= pages) return false;
+    return true;
   }
 };
 
 ffi::Error Attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys, ffi::AnyBuffer values,
-                     ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> slot, ffi::Buffer<ffi::S32> start,
+                     ffi::Buffer<ffi::S32> table, ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> slot, ffi::Buffer<ffi::S32> start,
                      ffi::Buffer<ffi::S32> length, ffi::Buffer<ffi::S32> window, ffi::RemainingArgs sinks,
                      ffi::Result<ffi::AnyBuffer> out, float scale) {
   const VectorCode& code = vector_code();
@@ -57,13 +72,16 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys
   if (!type_of(q.element_type(), &activations) || !type_of(keys.element_type(), &cache.type) ||
       !type_of(out->element_type(), &result) || values.element_type() != keys.element_type())
     return invalid("a type that attention does not take");
-  const auto shape = keys.dimensions();
-  cache.slots = shape[1], cache.positions = shape[2], cache.heads = shape[3], cache.key_width = shape[4];
-  cache.value_width = out->dimensions()[3], cache.value_stride = values.dimensions()[4];
-  cache.layer = layer.typed_data()[0];
-  if (cache.layer >= (size_t)shape[0]) return invalid("no such layer");
+  const auto shape = keys.dimensions(), tables = table.dimensions();
+  cache.pages = shape[0], cache.page = shape[1], cache.heads = shape[2], cache.key_width = shape[3];
+  cache.value_width = out->dimensions()[3], cache.value_stride = values.dimensions()[3];
+  cache.slots = tables[1], cache.blocks = tables[2];
+  const size_t own_layer = layer.typed_data()[0];
+  if (own_layer >= (size_t)tables[0]) return invalid("no such layer");
+  if (kChunk % cache.page != 0) return invalid("pages whose size does not divide attention's chunk");
+  cache.table = table.typed_data() + own_layer * cache.slots * cache.blocks;
   const size_t group = heads / cache.heads, value_width = cache.value_width, value_padded = padded(value_width);
-  const size_t reach = window.typed_data()[0] > 0 ? window.typed_data()[0] : cache.positions;
+  const size_t reach = window.typed_data()[0] > 0 ? window.typed_data()[0] : cache.blocks * cache.page;
   const ffi::AnyBuffer* sink = nullptr;
   std::vector<ffi::AnyBuffer> sink_buffer;
   if (sinks.size() > 0) sink_buffer.push_back(sinks.get<ffi::AnyBuffer>(0).value()), sink = &sink_buffer[0];
@@ -82,7 +100,8 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys
   for (size_t row = 0; row < batch; row++) {
     const size_t own = std::max(0, length.typed_data()[row]), at = start.typed_data()[row];
     if (own == 0) continue;
-    if (own > tokens || at + own > cache.positions || (size_t)slot.typed_data()[row] >= cache.slots)
+    const size_t oldest = at + 1 > reach ? at + 1 - reach : 0;
+    if (own > tokens || !cache.holds(slot.typed_data()[row], oldest, at + own))
       return invalid("a row lies outside the cache");
     for (size_t first = 0; first < own; first += together) {
       const size_t count = std::min(together, own - first), last = at + first + count - 1;
@@ -100,8 +119,12 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys
     std::vector<const float*> rows(count);
     for (size_t i = 0; i < count; i++)
       rows[i] = queries[(task.row * tokens + task.first + i / group) * heads + task.head * group + i % group];
-    const Matrix k = cache.chunk(cache.keys, cache.key_width, cache.key_width, own_slot, task.head, begin, end);
-    code.products(k, rows.data(), count, p, kChunk);
+    // Pages that no query of the task sees any more may be gone.
+    const size_t oldest = at + 1 > reach ? at + 1 - reach : 0;
+    const size_t seen = std::max(begin, oldest / cache.page * cache.page);
+    float* from_seen = p + seen - begin;
+    cache.each_page(cache.keys, cache.key_width, cache.key_width, own_slot, task.head, seen, end,
+                    [&](size_t before, const Matrix& k) { code.products(k, rows.data(), count, from_seen + before, kChunk); });
     for (size_t i = 0; i < count; i++) {
       float* own = p + i * kChunk;
       const size_t position = at + i / group;
@@ -115,8 +138,11 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys
       for (size_t s = visible_begin - begin; s < visible_end - begin; s++) own[s] *= scale;
       parts[i].sum = code.exponentials(own, visible_begin - begin, visible_end - begin, padded(end - begin), &parts[i].maximum);
     }
-    const Matrix v = cache.chunk(cache.values, value_width, cache.value_stride, own_slot, task.head, begin, end);
-    code.mix(v, p, kChunk, count, part_values, value_padded);
+    std::memset(part_values, 0, count * value_padded * sizeof(float));
+    cache.each_page(cache.values, value_width, cache.value_stride, own_slot, task.head, seen, end,
+                    [&](size_t before, const Matrix& v) {
+                      code.mix(v, from_seen + before, kChunk, count, part_values, value_padded);
+                    });
   };
 
   auto finish = [&](const Task& task, Partial* totals, float* totals_values) {
@@ -193,6 +219,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dancemoe_attention, Attention,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()

@@ -1,4 +1,4 @@
-"""Attention over the used positions of a cache: the native call (attention.cc) and its twin in XLA."""
+"""Attention over the used positions of a paged cache: the native call (attention.cc) and its twin in XLA."""
 
 from typing import Any
 
@@ -7,13 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dancemoe_jax.kernels.call import native_call
+from dancemoe_jax.kernels.call import native_call, varying_together
+
+CHUNK = 256  # positions that are looked at together, counted from a sequence's first; whole pages
+_LOW = float(np.finfo(np.float32).min)
 
 
 def cached_attention_native(
     q: Float[Array, "rows tokens heads width"],
     keys: Array,
     values: Array | None,
+    pages: Int[Array, "layers slots blocks"],
     layer: Int[Array, ""] | int,
     slot: Int[Array, " rows"],
     start: Int[Array, " rows"],
@@ -26,10 +30,10 @@ def cached_attention_native(
 ) -> Float[Array, "rows tokens heads value"]:
     """As `cached_attention_xla`, at the cost of the positions that are used.
 
-    A query's bits are the same whatever other rows and tokens there are, and however many threads.
+    A query's bits are the same whatever other rows and tokens there are, however many threads, and wherever its pages lie.
     """
     extra = () if sinks is None else (sinks,)
-    integers = (layer, slot, start, length, 0 if window is None else window)
+    integers = (pages, layer, slot, start, length, 0 if window is None else window)
     width: Any = value_width if values is None else values.shape[-1]
     return native_call(
         "dancemoe_attention",
@@ -48,6 +52,7 @@ def cached_attention_xla(
     q: Float[Array, "rows tokens heads width"],
     keys: Array,
     values: Array | None,
+    pages: Int[Array, "layers slots blocks"],
     layer: Int[Array, ""] | int,
     slot: Int[Array, " rows"],
     start: Int[Array, " rows"],
@@ -57,40 +62,69 @@ def cached_attention_xla(
     window: Int[Array, ""] | int | None = None,
     sinks: Float[Array, " heads"] | None = None,
     value_width: int | None = None,
+    used: bool = True,
 ) -> Float[Array, "rows tokens heads value"]:
     """Softmax attention of new tokens, whose keys are in the cache already, over their sequence's positions up to their own.
 
+    Chunks of positions are worked off one after another; one that a row sees nothing of changes none of its bits.
+
     Args:
-        keys: [layers, slots, max_position, kv_heads, width], float32 or bfloat16 (or its bits as uint16).
-        values: [layers, slots, max_position, kv_heads, value], or None: the first `value_width` entries of the keys.
-        slot: the sequence in the cache of each row.
+        keys: [pages, page, kv_heads, width], float32 or bfloat16 (or its bits as uint16).
+        values: [pages, page, kv_heads, value], or None: the first `value_width` entries of the keys.
+        pages: which page holds each block of positions of a sequence; what lies outside the cache is not there.
+        slot: the sequence in `pages` of each row.
         start: position of each row's first token.
         length: how many tokens of a row count; the others, all of them in a row that rests, give zeros.
         window: how many positions a query sees at most, its own included; 0 = all.
         sinks: a logit per head that joins the softmax and carries no value.
+        used: stop after the last position that is used, which a GPU would have to ask the host for; else after the last
+            that there can be.
     """
     rows, tokens, heads, width = q.shape
-
-    def of_rows(cache):
-        own = jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)[slot]
-        own = jax.lax.bitcast_convert_type(own, jnp.bfloat16) if own.dtype == np.uint16 else own
-        return own.astype(q.dtype)
-
-    k = of_rows(keys)
-    v = k[..., :value_width] if values is None else of_rows(values)
-    kv_heads = k.shape[2]
-    grouped = q.reshape(rows, tokens, kv_heads, heads // kv_heads, width)
-    scores = jnp.einsum("btgqd,bsgd->bgqts", grouped, k, preferred_element_type=jnp.float32) * scale
-    position = start[:, None] + jnp.arange(tokens)[None]
-    distance = position[:, :, None] - jnp.arange(k.shape[1])[None, None]
-    visible = distance >= 0
-    if window is not None:
-        visible &= (jnp.asarray(window) == 0) | (distance < window)
-    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    if sinks is not None:
-        sink = sinks.astype(jnp.float32).reshape(1, kv_heads, heads // kv_heads, 1, 1)
-        scores = jnp.concatenate([scores, jnp.broadcast_to(sink, (*scores.shape[:-1], 1))], axis=-1)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)[..., : k.shape[1]]
-    out = jnp.einsum("bgqts,bsgd->btgqd", weights, v).reshape(rows, tokens, heads, v.shape[-1])
+    _, page, kv_heads, _ = keys.shape
+    value = value_width if values is None else values.shape[-1]
+    assert value is not None
+    table = jax.lax.dynamic_index_in_dim(pages, layer, keepdims=False)[slot]  # [rows, blocks]
+    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % (blocks := CHUNK // page))), constant_values=len(keys))
+    reach = jnp.asarray(0 if window is None else window, jnp.int32)
+    own = start[:, None] + jnp.arange(tokens)[None]
     counts = jnp.arange(tokens)[None] < length[:, None]
-    return jnp.where(counts[:, :, None, None], out, 0).astype(q.dtype)
+    grouped = q.reshape(rows, tokens, kv_heads, heads // kv_heads, width)
+
+    def of_chunk(number):
+        here = jax.lax.dynamic_slice_in_dim(table, number * blocks, blocks, axis=1)
+        k = _of_pages(keys, here, q.dtype)
+        scores = jnp.einsum("btgqd,bsgd->bgqts", grouped, k, preferred_element_type=jnp.float32) * scale
+        distance = own[:, :, None] - (number * CHUNK + jnp.arange(CHUNK))[None, None]
+        visible = (distance >= 0) & counts[:, :, None] & ((reach == 0) | (distance < reach))
+        return scores, visible[:, None, None], k[..., :value] if values is None else _of_pages(values, here, q.dtype)
+
+    lead = (rows, kv_heads, heads // kv_heads, tokens)
+    begin = (jnp.zeros((*lead, value), jnp.float32), jnp.full(lead, _LOW, jnp.float32), jnp.zeros(lead, jnp.float32))
+    *carry, _ = varying_together([*begin, q])
+    chunks = -(-jnp.where(length > 0, start + length, 0).max() // CHUNK) if used else table.shape[1] // blocks
+    out, most, total = jax.lax.fori_loop(0, chunks, lambda n, c: _joined(*c, *of_chunk(n)), tuple(carry))
+    if sinks is not None:
+        out, total = _with_sinks(out, most, total, sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1))
+    out = jnp.where(counts[:, None, None, :, None], out / jnp.where(total == 0, 1, total)[..., None], 0)
+    return out.transpose(0, 3, 1, 2, 4).reshape(rows, tokens, heads, value).astype(q.dtype)
+
+
+def _joined(out, most, total, scores, visible, v):
+    """Sums of values, maxima and sums of weights, with those of one more chunk."""
+    higher = jnp.maximum(most, jnp.where(visible, scores, _LOW).max(-1))
+    weights, fade = jnp.where(visible, jnp.exp(scores - higher[..., None]), 0), jnp.exp(most - higher)
+    mixed = jnp.einsum("bgqts,bsgd->bgqtd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return out * fade[..., None] + mixed, higher, total * fade + weights.sum(-1)
+
+
+def _of_pages(cache, pages, dtype):
+    """What pages [rows, blocks] hold, one after another: [rows, positions, heads, width]."""
+    found = cache.at[pages].get(mode="fill", fill_value=0).reshape(len(pages), -1, *cache.shape[2:])
+    return (jax.lax.bitcast_convert_type(found, jnp.bfloat16) if found.dtype == np.uint16 else found).astype(dtype)
+
+
+def _with_sinks(out, most, total, sink):
+    both = jnp.maximum(most, sink)
+    fade = jnp.exp(most - both)
+    return out * fade[..., None], total * fade + jnp.exp(sink - both)

@@ -40,6 +40,7 @@ def cached_attention_gpu(
     q: Float[Array, "rows tokens heads width"],
     keys: Array,
     values: Array | None,
+    pages: Int[Array, "layers slots blocks"],
     layer: Int[Array, ""] | int,
     slot: Int[Array, " rows"],
     start: Int[Array, " rows"],
@@ -53,7 +54,7 @@ def cached_attention_gpu(
 ) -> Float[Array, "rows tokens heads value"]:
     """As `cached_attention_xla`. Weights are rounded to the type of the values for the second product."""
     rows, tokens, heads, width = q.shape
-    positions, kv_heads = keys.shape[2], keys.shape[3]
+    positions, kv_heads = pages.shape[2] * keys.shape[1], keys.shape[2]
     value = int(value_width or width) if values is None else values.shape[-1]
     group = heads // kv_heads
     block = min(power_of_two(tokens * group), 64 if width <= 128 else 16)
@@ -69,7 +70,7 @@ def cached_attention_gpu(
     grouped = grouped.reshape(rows, kv_heads, tokens * group, width)
     lead = (parts, rows, kv_heads, blocks * block)
     results = [jax.ShapeDtypeStruct((*lead, value), jnp.float32), *[jax.ShapeDtypeStruct(lead, jnp.float32)] * 2]
-    where = [scalars, slot.astype(jnp.int32), start.astype(jnp.int32), length.astype(jnp.int32)]
+    where = [scalars, pages, slot.astype(jnp.int32), start.astype(jnp.int32), length.astype(jnp.int32)]
     sums, most, total = kernel_call(
         functools.partial(_attend, shape),
         (rows * kv_heads, blocks, parts),
@@ -101,8 +102,8 @@ def _together(sums, most, total, sinks):
 def _attend(shape: _Shape, q_ref, keys_ref, *refs):
     *refs, out_ref, most_ref, total_ref = refs
     values_ref = None if shape.shared else refs.pop(0)
-    scalars_ref, slot_ref, start_ref, length_ref = refs
-    kv_heads = keys_ref.shape[3]
+    scalars_ref, pages_ref, slot_ref, start_ref, length_ref = refs
+    page_size, kv_heads = keys_ref.shape[1:3]
     row, head = pl.program_id(0) // kv_heads, pl.program_id(0) % kv_heads
     lane = pl.program_id(1) * shape.block + jnp.arange(shape.block)
     token = lane // shape.group
@@ -122,7 +123,8 @@ def _attend(shape: _Shape, q_ref, keys_ref, *refs):
         acc, most, total = carry
         position = begin + i * shape.keys + jnp.arange(shape.keys)
         exists = position < end
-        index = (layer, slot_ref[row], position[:, None], head)
+        page = triton.load(pages_ref.at[layer, slot_ref[row], position // page_size], mask=exists, other=0)
+        index = (page[:, None], (position % page_size)[:, None], head)
         k = [_load(keys_ref.at[*index, at[None]], exists[:, None] & ok[None]) for at, ok in columns]
         v = k[0]
         if values_ref is not None:

@@ -51,6 +51,7 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi:
     const float* const* own_rows = by_head.data() + head * count;
     if (transposed) {
       const size_t between = count > 1 ? own_rows[1] - own_rows[0] : 0;
+      for (size_t r = 0; r < count; r++) std::memset(to + r * stride, 0, (end - begin) * sizeof(float));
       code.mix(own.columns(begin, end), own_rows[0], between, count, to, stride);
     } else {
       code.products(own.slice(begin, end), own_rows, count, to, stride);

@@ -229,7 +229,7 @@ INLINE void mix_block(const T* v, const Matrix& m, const float* p, size_t p_stri
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-    for (int n = 0; n < N; n++) sums[r][n] = all(0.0f);
+    for (int n = 0; n < N; n++) sums[r][n] = load(out + r * out_stride + n * kLanes);
   for (size_t s = 0; s < m.rows; s++) {
     if (ahead)
       for (size_t i = 0; i < N * kLanes; i += kLine) __builtin_prefetch(v + (s + kAhead) * m.stride + i, 0, 3);
@@ -258,7 +258,7 @@ void mix_rows(const Matrix& m, const float* p, size_t p_stride, bool ahead, floa
   for (; j + kLanes <= m.width; j += kLanes) mix_block<T, R, 1>(v + j, m, p, p_stride, ahead, out + j, out_stride);
   if (j == m.width) return;
   for (int r = 0; r < R; r++) {
-    Lanes total = all(0.0f);
+    Lanes total = load_some(out + r * out_stride + j, m.width - j);
     for (size_t s = 0; s < m.rows; s++)
       total = fused(all(p[r * p_stride + s]), load_some(v + s * m.stride + j, m.width - j), total);
     float rest[kLanes];

@@ -63,7 +63,7 @@ struct VectorCode {
   // e^x of one number, as `exponentials` computes it: the C library's differs between machines.
   float (*exponential)(float x);
 
-  // out[r * out_stride + j] = sum over s of p[r * p_stride + s] * v row s [j], for r < count.
+  // out[r * out_stride + j] += p[r * p_stride + s] * v row s [j], for s in order, for r < count.
   void (*mix)(const Matrix& v, const float* p, size_t p_stride, size_t count, float* out, size_t out_stride);
 
   // Index of the largest number, of several such the first one; numbers that are none count as smallest.

@@ -205,6 +205,11 @@ class ModelConfig:
         return tuple(zip(starts, [*starts[1:], self.num_layers], strict=True))
 
     @property
+    def layer_windows(self) -> tuple[int, ...]:
+        """How many positions a token of each layer sees at most, its own included; 0 = all."""
+        return self.windows or (0,) * self.num_layers
+
+    @property
     def rope_dim(self) -> int:
         """How many entries of a head's query and key rotate with the position."""
         return self.head_dim if self.latent is None else self.latent.rope_dim
@@ -250,10 +255,6 @@ class ModelConfig:
         norms = {"": 0, "head": 2, "all": heads + self.num_kv_heads}[self.qk_norm] * self.head_dim
         biases = (both * self.head_dim if self.qkv_bias else 0) + (h if self.o_bias else 0)
         return h * self.head_dim * (both + heads) + norms + biases + (heads if self.sinks else 0)
-
-    def cache_bytes(self, sequences: int, itemsize: int = 4) -> int:
-        """Bytes of the key-value cache of so many sequences of `max_position` tokens."""
-        return self.num_layers * sequences * self.max_position * sum(self.cache_widths) * itemsize
 
 
 def _check_fields(part: Any, optional: tuple[str, ...] = ()) -> None:

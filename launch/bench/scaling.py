@@ -21,7 +21,8 @@ from dancemoe_jax import fill_pool, make_mesh, place_decoder, place_tables, pool
 from dancemoe_jax.expert_parallel.dispatch import dispatch
 from dancemoe_jax.expert_parallel.slot_experts import slot_experts
 from dancemoe_jax.expert_parallel.tables import Tables, assign_slots, routing_tables
-from dancemoe_jax.inference.steps import Weights, decode_step, init_state
+from dancemoe_jax.inference.state import init_state
+from dancemoe_jax.inference.steps import Weights, decode_step
 from dancemoe_jax.kernels.library import use_native
 from dancemoe_jax.mesh import AXIS
 from dancemoe_jax.model.config import ModelConfig

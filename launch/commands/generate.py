@@ -18,7 +18,8 @@ from dancemoe_jax.inference.finite import all_finite, not_finite
 from dancemoe_jax.inference.prompts import check_prompt
 from dancemoe_jax.inference.sampling import SamplingRows, choose, stack_params
 from dancemoe_jax.inference.sampling_params import SamplingParams
-from dancemoe_jax.inference.steps import decode_step, init_state, prefill
+from dancemoe_jax.inference.state import init_state
+from dancemoe_jax.inference.steps import decode_step, prefill
 from dancemoe_jax.mesh import sharded
 from dancemoe_jax.text.detokenizer import IncrementalDetokenizer
 from dancemoe_jax.text.tokenizer import TokenizerBundle, load_tokenizer_bundle

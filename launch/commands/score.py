@@ -10,7 +10,8 @@ import numpy as np
 from dancemoe_jax.checkpoint.bundled import bundled_model
 from dancemoe_jax.errors import ModelError
 from dancemoe_jax.inference.finite import all_finite, not_finite
-from dancemoe_jax.inference.steps import init_state, prefill
+from dancemoe_jax.inference.state import init_state
+from dancemoe_jax.inference.steps import prefill
 from dancemoe_jax.model.config import ModelConfig
 from launch.engine.single_process import Local, load
 from launch.model_flags import read_shape

@@ -34,14 +34,16 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         InputError, ModelError: the cluster file, the model, the placement or a flag cannot be used.
     """
-    for flag in ("sequences", "chunk", "timeout", "drain"):
-        if not 0 < getattr(args, flag) <= _LARGEST_FLAG:
-            raise InputError(f"--{flag} {getattr(args, flag)}: must be greater than 0, and at most {_LARGEST_FLAG:g}")
+    for flag in ("sequences", "max-step-tokens", "timeout", "drain"):
+        given = getattr(args, flag.replace("-", "_"))
+        if not 0 < given <= _LARGEST_FLAG:
+            raise InputError(f"--{flag} {given}: must be greater than 0, and at most {_LARGEST_FLAG:g}")
     if args.join and not (args.server and args.state):
         raise InputError("--join: give --server, and --state as the others were given it")
     if not args.cluster and (args.server or args.join):
         raise InputError("--server, --join: give --cluster too; without it this machine serves alone")
     policy = policy_of(args)
+    args.kv_cache = parse_bytes(args.kv_cache, "--kv-cache") if args.kv_cache else None
     cluster = Cluster.from_toml(args.cluster) if args.cluster else None
     path = args.model or bundled_model()
     args.devices = 1

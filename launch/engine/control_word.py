@@ -11,7 +11,7 @@ class ControlWord(NamedTuple):
     """The control words of all devices, one int32 array [devices] a column.
 
     Attributes:
-        prefill, prompts, decode: what the device wants after this step (placement.scheduling.Wish).
+        prefill, decode: what the device wants after this step (placement.scheduling.Wish).
         done: its process has no more requests to come and none in flight; stop: it wants all to end now.
         reform: its process is ready to leave for another program.
         command, stage: the migration command that its process carries out, and how far it has come.
@@ -19,7 +19,6 @@ class ControlWord(NamedTuple):
     """
 
     prefill: np.ndarray
-    prompts: np.ndarray
     decode: np.ndarray
     done: np.ndarray
     stop: np.ndarray
@@ -36,7 +35,7 @@ class ControlWord(NamedTuple):
     @property
     def wish(self) -> Wish:
         """The largest wishes of all devices together."""
-        return Wish(int(self.prefill.max()), int(self.prompts.max()), bool(self.decode.any()))
+        return Wish(int(self.prefill.max()), bool(self.decode.any()))
 
 
 WIDTH = len(ControlWord._fields)

@@ -14,20 +14,22 @@ from jax.sharding import Mesh
 
 from dancemoe_jax.expert_parallel.pool import PoolLayout, local_devices
 from dancemoe_jax.inference.finite import all_finite, not_finite
-from dancemoe_jax.inference.steps import GivenRouting, StepResult, Weights, decode_step, init_state, prefill
+from dancemoe_jax.inference.state import init_state
+from dancemoe_jax.inference.steps import GivenRouting, StepResult, Weights, decode_step, prefill
 from dancemoe_jax.mesh import own_rows, shard_rows
 from dancemoe_jax.model.config import ModelConfig
 from launch.engine.batch import Batch, Member
 from launch.engine.control_word import ControlWord, MigrationProgress, blank
 from launch.engine.logprobs import note_logprobs
+from launch.engine.pages import Pages, least_pages
 from launch.engine.request import Request
 from launch.engine.step_counters import StepCounters
-from launch.engine.step_inputs import decode_inputs, given_routing, prefill_inputs, row_numbers
+from launch.engine.step_inputs import decode_inputs, given_routing, prefill_inputs, row_numbers, token_places
 from launch.engine.token_choice import TokenChoice
 from launch.engine.token_sample import Sampler
-from placement.scheduling import Kind, Step, Turn, Width, Wish, chunks_of, next_turn, widths
+from placement.scheduling import Kind, Step, Turn, Wish, chunks_of, next_turn
 
-_A_PROMPT = Wish(1, 1, False)
+_A_PROMPT = Wish(1, False)
 
 
 class Engine:
@@ -39,10 +41,11 @@ class Engine:
 
     Args:
         device_server: int [devices], the server of each device.
-        sequences: batch slots of a device; chunk: prompt tokens that a step takes of a sequence where somebody decodes.
+        sequences: batch slots of a device; chunk: prompt tokens that a step takes on a device where somebody decodes.
+        pages: of a device's cache (inference.cache), at least `least_pages`; default: so many that none has to wait for one.
         replays: all requests bring the experts of their tokens (`Request.routed`), and the router's choice is not used.
-        wide: prefill steps are wider where nobody decodes, and take several short prompts. XLA sums in another order in
-            steps of another width, so the last bits of a request's numbers then depend on what else is served.
+        wide: prefill steps take more where nobody decodes. XLA sums in another order in steps of another width, so the last
+            bits of a request's numbers then depend on what else is served.
         steps: what else the steps take: `transport`, `wire_dtype` (dancemoe_jax.inference.steps).
 
     Attributes:
@@ -68,14 +71,20 @@ class Engine:
         chunk: int = 64,
         replays: bool = False,
         wide: bool = False,
+        pages: int | None = None,
         **steps: Any,
     ):
         self.shapes: dict[str, Any] = {"config": config, "layout": layout, "mesh": mesh, **steps}
         self.replays = replays
         self.config, self.weights, self.device_server, self.chunk = config, weights, np.asarray(device_server), chunk
         self.mesh, self.own = mesh, local_devices(mesh)
-        self.batch = Batch(self.device_server.tolist(), self.own, sequences, config.max_position)
         self._sequences = sequences
+        self._chunks = chunks_of(chunk, config.max_position) if wide else (chunk,)
+        least = least_pages(config.layer_windows, config.max_position, self._chunks[-1])
+        self.pages = sequences * least if pages is None else pages
+        if self.pages < least:
+            raise ValueError(f"pages: {pages}, one sequence of {config.max_position} tokens takes {least}")
+        self.batch = Batch(self.device_server.tolist(), self.own, sequences, config.max_position, not replays)
         self.forget()
         self.epoch = 0
         self.done = self.stop = self.reform = False
@@ -83,14 +92,15 @@ class Engine:
         self.received = ControlWord.of(blank(mesh.size))
         self.sampler: Sampler | None = None
         self.on_routed: Callable[[list[tuple[Request, np.ndarray]]], None] | None = None
-        self._chunks = chunks_of(chunk, config.max_position) if wide else (chunk,)
         self.taking: list[Request] = []
         self._next: Turn | None = None
 
     def forget(self) -> None:
         """Begin with empty caches and counts, as if nothing had been served. No request may be in a batch slot."""
-        config = self.config
-        self.state = init_state(config, self.mesh, self._sequences, self.weights.decoder.embedding[...].dtype)
+        config, dtype = self.config, self.weights.decoder.embedding[...].dtype
+        self.state = init_state(config, self.mesh, self._sequences, dtype, self.pages)
+        shape = (self.pages, config.layer_windows, self._sequences, config.max_position, self._chunks[-1])
+        self.batch.pages = {device: Pages(*shape) for device in self.own}
         self.steps, self.tokens_processed = {"prefill": 0, "decode": 0}, {"prefill": 0, "decode": 0}
         self._choice = TokenChoice(self.mesh, self._sequences, config.vocab_size)
         self._counters = StepCounters.zero(self.mesh.size, config.num_moe_layers)
@@ -126,12 +136,12 @@ class Engine:
         return bool(self.received.stop.any() or self.received.done.all())
 
     @property
-    def widths(self) -> tuple[Width, ...]:
-        """All that prefill steps may have."""
-        return widths(self._chunks)
+    def chunks(self) -> tuple[int, ...]:
+        """How many prompt tokens steps may take on a device, smallest first."""
+        return self._chunks
 
     def wake(self, wish: Wish = _A_PROMPT) -> None:
-        """Have a next step after all, a prefill step of the width that is wished; all processes wish for the same."""
+        """Have a next step after all, a prefill step as wide as is wished; all processes wish for the same."""
         self._next = next_turn(None, [wish], self._chunks)
 
     def adopt(self, weights: Weights) -> None:
@@ -164,7 +174,7 @@ class Engine:
             return []
         finished = self.batch.drop_cancelled()
         self.batch.admit()
-        turn = self._next or next_turn(None, self.batch.wishes(), self._chunks) or Turn("prefill", self.widths[0])
+        turn = self._next or next_turn(None, self.batch.wishes(), self._chunks) or Turn("prefill", self._chunks[0])
         for request in self.in_flight:
             request.epochs.add(self.epoch)
         step, members = self.batch.plan(turn)
@@ -178,8 +188,9 @@ class Engine:
 
     def _take(self, turn: Turn, members: Sequence[Member], control: np.ndarray) -> StepResult:
         """Run a step on the devices."""
-        take, inputs = self._inputs(turn, members, control)
-        self.state, result = take(self.weights, self.state, *inputs, **self.shapes)
+        take, inputs, how = self._inputs(turn, members, control)
+        self._place_pages()
+        self.state, result = take(self.weights, self.state, *inputs, **how)
         # All of it is on its way to the host before any of it is waited for.
         wanted = (
             result.tokens,
@@ -191,22 +202,34 @@ class Engine:
             part.copy_to_host_async()
         return result
 
-    def _inputs(self, turn: Turn, members: Sequence[Member], control: np.ndarray) -> tuple[Any, list[Any]]:
-        """The function that takes a step, and what it takes beside weights and state."""
+    def _place_pages(self) -> None:
+        """Tell the devices who has which pages, where that has changed."""
+        own = self.batch.pages
+        if any(pages.changed for pages in own.values()):
+            table = np.zeros(self.state.pages.shape, np.int32)
+            for device, pages in own.items():
+                table[device], pages.changed = pages.table, False
+            self.state = self.state._replace(pages=shard_rows(self.mesh, table))
+
+    def _inputs(
+        self, turn: Turn, members: Sequence[Member], control: np.ndarray
+    ) -> tuple[Any, list[Any], dict[str, Any]]:
+        """The function that takes a step, and what it takes beside weights and state, by place and by name."""
         if turn.kind == "prefill":
-            take, inputs = prefill, prefill_inputs(members, self.mesh.size, turn.width)
+            take, inputs = prefill, prefill_inputs(members, self.mesh.size, turn.tokens)
+            how = {**self.shapes, "most_tokens": turn.tokens}
         else:
-            take, inputs = decode_step, decode_inputs(members, self.mesh.size, self._sequences)
+            take, inputs, how = decode_step, decode_inputs(members, self.mesh.size, self._sequences), self.shapes
         on_devices = [shard_rows(self.mesh, part) for part in (*inputs, control)]
-        return take, [*on_devices, self._routing(turn, members)]
+        return take, [*on_devices, self._routing(turn, members)], how
 
     def compiled(self) -> dict[str, Any]:
         """Both kinds of step as compiled for this engine's devices, prefill at its widest. Nothing runs."""
         kinds: tuple[Kind, ...] = ("prefill", "decode")
         found = {}
         for kind in kinds:
-            take, inputs = self._inputs(Turn(kind, self.widths[-1]), [], blank(self.mesh.size))
-            found[kind] = take.lower(self.weights, self.state, *inputs, **self.shapes).compile()
+            take, inputs, how = self._inputs(Turn(kind, self._chunks[-1]), [], blank(self.mesh.size))
+            found[kind] = take.lower(self.weights, self.state, *inputs, **how).compile()
         return found
 
     @property
@@ -218,7 +241,7 @@ class Engine:
         """What this process's devices send with a step, as control words."""
         words = blank(self.mesh.size)
         control = ControlWord.of(words)
-        control.prefill[:], control.prompts[:], control.decode[:] = zip(*step.wishes, strict=True)
+        control.prefill[:], control.decode[:] = zip(*step.wishes, strict=True)
         control.done[:], control.stop[:], control.reform[:] = self.done and self.idle, self.stop, self.reform
         control.command[:], control.stage[:], control.given_up[:] = self.migration_progress
         return words
@@ -226,9 +249,9 @@ class Engine:
     def _routing(self, turn: Turn, members: Sequence[Member]) -> GivenRouting | None:
         if not self.replays:
             return None
-        rows, tokens = (self._sequences, 1) if turn.kind == "decode" else turn.width
-        shape = (self.mesh.size, rows * tokens, self.config.num_moe_layers, self.config.top_k)
-        return GivenRouting(*(shard_rows(self.mesh, part) for part in given_routing(turn.kind, members, shape, tokens)))
+        tokens = self._sequences if turn.kind == "decode" else turn.tokens
+        shape = (self.mesh.size, tokens, self.config.num_moe_layers, self.config.top_k)
+        return GivenRouting(*(shard_rows(self.mesh, part) for part in given_routing(turn.kind, members, shape)))
 
     def _count(self, turn: Turn, members: Sequence[Member], result: StepResult) -> None:
         """Count a step, and sample its tokens."""
@@ -236,10 +259,9 @@ class Engine:
         self.tokens_processed[turn.kind] += sum(rows.count for rows, _ in members)
         self._counters.add(result.traffic)
         if (self.sampler or self.on_routed) and members:
-            step = []
-            routed, width = own_rows(result.routed), 1 if turn.kind == "decode" else turn.width.chunk
-            for (rows, request), number in zip(members, row_numbers(turn.kind, members), strict=True):
-                step.append((request, routed[rows.device][number * width : number * width + rows.count]))
+            step, routed = [], own_rows(result.routed)
+            for (rows, request), first in zip(members, token_places(turn.kind, members), strict=True):
+                step.append((request, routed[rows.device][first : first + rows.count]))
                 if self.sampler is not None:
                     self.sampler.add(int(self.device_server[rows.device]), step[-1][1])
             if self.on_routed is not None:
@@ -249,7 +271,8 @@ class Engine:
         """Give the step's tokens to requests that have their whole prompt behind them; those that ended with it."""
         numbers = row_numbers(turn.kind, members)
         failed, members, numbers = self._take_out_broken(members, numbers, result)
-        width = 1 if turn.kind == "decode" else turn.width.chunk
+        width = 1 if turn.kind == "decode" else turn.tokens
+        self.batch.note(members)
         tokens = self._choice.next_tokens(members, numbers, self.batch.running, result, width)
         ready, ready_rows, given = [], [], []
         for (rows, request), number, token in zip(members, numbers, tokens, strict=True):

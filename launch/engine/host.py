@@ -153,7 +153,7 @@ class Host:
         if jax.process_index() == 0:
             self.channel.drop(f"sleep/{self._sleep_number - 2}")
         self._sleep_number += 1
-        self.engine.wake(Wish(int(woken), 1, False))
+        self.engine.wake(Wish(int(woken), False))
 
     def _wanted(self) -> bool:
         """Whether there is something to do, or something that the others do not know yet."""
@@ -173,8 +173,8 @@ class Host:
                 self._wake_all()
 
     def _wake_all(self) -> None:
-        """What ends the sleep says how long a prompt waits, so that all give the first step the same width."""
-        self.channel.offer(f"sleep/{self._sleep_number}", b"%d" % max(1, self.engine.batch.first_prompt))
+        """What ends the sleep says how many tokens wait, so that all give the first step the same size."""
+        self.channel.offer(f"sleep/{self._sleep_number}", b"%d" % max(1, self.engine.batch.tokens_waiting))
 
     def _forget(self, request: Request) -> None:
         with self._lock:

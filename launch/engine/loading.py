@@ -18,12 +18,13 @@ from dancemoe_jax.mesh import make_mesh
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.model.experts import ExpertWeights
 from launch.engine.engine import Engine
-from launch.engine.memory import sizes, slots_per_device
+from launch.engine.memory import cache_pages, sizes, slots_per_device
 from placement import Cluster, Placement, Profile
 from placement.costs.network_use import likely_links
 from placement.costs.routing import serving_server
 from placement.data.problem import Problem
 from placement.migration.adapt import fitted
+from placement.scheduling import chunks_of
 
 
 @dataclasses.dataclass
@@ -78,6 +79,7 @@ def load(
     dtype: str = "float32",
     int8: bool = False,
     sequences: int = 8,
+    kv_cache: int | None = None,
     chunk: int = 64,
     wide: bool = False,
     kernels: Kernels = "auto",
@@ -91,8 +93,8 @@ def load(
 
     Args:
         devices: all devices of the cluster in mesh order.
-        dtype, int8: of the weights; sequences, chunk, wide: see `Engine`; kernels: how steps compute on CPUs
-            (dancemoe_jax.kernels.library).
+        dtype, int8: of the weights; sequences, chunk, wide: see `Engine`; kv_cache: see `sizes`; kernels: how steps compute
+            on CPUs (dancemoe_jax.kernels.library).
         placed: what is where; default: planned for users who are all alike.
         profile: what `sizes` gives for these arguments, where the caller has it.
         fits: `placed` was made from that profile (`plan`, `fitted`), so that it is not fitted again.
@@ -104,7 +106,7 @@ def load(
         ModelError: the checkpoint cannot be used.
     """
     file = ExpertFile(path, jnp.dtype(dtype), int8, fingerprint)
-    profile = profile or sizes(path, config, cluster, dtype=dtype, int8=int8, sequences=sequences)
+    profile = profile or sizes(path, config, cluster, dtype=dtype, int8=int8, sequences=sequences, kv_cache=kv_cache)
     reserved, expert_bytes = int(np.max(profile.reserved_bytes)), int(np.max(profile.expert_bytes))
     layout = pool_layout(slots_per_device(cluster, reserved, expert_bytes), cluster.device_server)
     if placed is None:
@@ -115,7 +117,11 @@ def load(
     slots = assign_slots(layout, placed.resident)
     pool = fill_pool(mesh, layout, slots, read or file.read)
     weights = Weights(place_decoder(file.decoder(), mesh), pool, None)  # pyright: ignore[reportArgumentType]
-    engine = Engine(config, layout, mesh, weights, cluster.device_server, sequences, chunk, wide=wide, kernels=kernels)
+    itemsize, held = jnp.dtype(dtype).itemsize, np.array(layout.capacity) * expert_bytes
+    widest = chunks_of(chunk, config.max_position)[-1] if wide else chunk
+    pages = cache_pages(config, cluster.memory, held, sequences, itemsize, widest)
+    how: dict[str, Any] = {"wide": wide, "kernels": kernels, "pages": pages}
+    engine = Engine(config, layout, mesh, weights, cluster.device_server, sequences, chunk, **how)
     loaded = Loaded(engine, cluster, placed, slots, profile, file.read, file.check)
     engine.weights = weights._replace(tables=loaded.tables(slots, loaded.likely(placed.resident, profile)))
     return loaded

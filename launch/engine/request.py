@@ -26,6 +26,8 @@ class Request:
         params: how its tokens are chosen.
         stop_token_ids: tokens that end it beside the model's own.
         on_token: called with every token of the answer, the last one too; true ends it.
+        done: tokens of its prompt that are in the cache; found: those that were there when it began.
+        kept: tokens of its answer that count as prompt, as the cache that held them is gone.
         routed: experts of its tokens and their weights, [tokens, MoE layers, k] each, prompt then answer without its last
             token: a replay (`Engine(replays=True)`), which no end-of-text ends.
         reason: why it ended: "stop", "length", "cancelled" or "error".
@@ -47,8 +49,9 @@ class Request:
     on_token: Callable[[int], bool] | None = None
     routed: tuple[np.ndarray, np.ndarray] | None = None
     output: list[int] = dataclasses.field(default_factory=list)
-    done: int = 0  # prompt tokens in the cache
-    kept: int = 0  # tokens of the answer that count as prompt, as the cache that held them is gone
+    done: int = 0
+    found: int = 0
+    kept: int = 0
     finished_s: float | None = None
     reason: str = ""
     cancelled: bool = False
@@ -105,7 +108,7 @@ class Request:
 
     def restart(self) -> None:
         """Begin anew in an engine that knows nothing of it, with what has been answered so far."""
-        self.done, self.kept = 0, len(self.output)
+        self.done, self.found, self.kept = 0, 0, len(self.output)
 
     def check(self, config: ModelConfig, replays: bool) -> None:
         """Whether an engine can serve it.

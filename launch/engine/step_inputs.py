@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from launch.engine.batch import Member
-from placement.scheduling import Kind, Width
+from placement.scheduling import PROMPTS, Kind
 
 
 class SampledInputs(NamedTuple):
@@ -37,10 +37,10 @@ def row_numbers(kind: Kind, members: Sequence[Member]) -> list[int]:
     return numbers
 
 
-def prefill_inputs(members: Sequence[Member], devices: int, width: Width) -> tuple[np.ndarray, ...]:
-    """`prefill`'s tokens int32 [D, prompts, chunk], and sequences, starts and lengths, int32 [D, prompts] each."""
-    tokens = np.zeros((devices, width.prompts, width.chunk), np.int32)
-    sequence, start, length = np.zeros((3, devices, width.prompts), np.int32)
+def prefill_inputs(members: Sequence[Member], devices: int, chunk: int) -> tuple[np.ndarray, ...]:
+    """`prefill`'s tokens int32 [D, PROMPTS, chunk], and sequences, starts and lengths, int32 [D, PROMPTS] each."""
+    tokens = np.zeros((devices, PROMPTS, chunk), np.int32)
+    sequence, start, length = np.zeros((3, devices, PROMPTS), np.int32)
     for (rows, request), number in zip(members, row_numbers("prefill", members), strict=True):
         own = rows.device, number
         tokens[(*own, slice(rows.count))] = request.tokens(rows.start, rows.count)
@@ -58,14 +58,24 @@ def decode_inputs(members: Sequence[Member], devices: int, sequences: int) -> tu
     return tokens, positions, active
 
 
-def given_routing(
-    kind: Kind, members: Sequence[Member], shape: tuple[int, int, int, int], width: int
-) -> tuple[np.ndarray, ...]:
-    """Experts int32 and weights float32 [D, tokens, MoE layers, k] of requests that bring them; width: tokens of a row."""
+def token_places(kind: Kind, members: Sequence[Member]) -> list[int]:
+    """Where each member's tokens begin among those that its device computes: in a prefill step one's after another's."""
+    if kind == "decode":
+        return row_numbers(kind, members)
+    taken: collections.Counter[int] = collections.Counter()
+    places = []
+    for rows, _ in members:
+        places.append(taken[rows.device])
+        taken[rows.device] += rows.count
+    return places
+
+
+def given_routing(kind: Kind, members: Sequence[Member], shape: tuple[int, int, int, int]) -> tuple[np.ndarray, ...]:
+    """Experts int32 and weights float32 [D, tokens, MoE layers, k] of requests that bring them."""
     ids, weights = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-    for (rows, request), number in zip(members, row_numbers(kind, members), strict=True):
+    for (rows, request), first in zip(members, token_places(kind, members), strict=True):
         assert request.routed is not None
-        first, tokens = number * width, slice(rows.start, rows.start + rows.count)
+        tokens = slice(rows.start, rows.start + rows.count)
         own = (rows.device, slice(first, first + rows.count))
         ids[own], weights[own] = request.routed[0][tokens], request.routed[1][tokens]
     return ids, weights
@@ -80,5 +90,5 @@ def sampled_inputs(
     for (rows, request), number in zip(members, numbers, strict=True):
         own = (rows.device, rows.slot, slice(0, rows.count))
         tokens[own], valid[own] = request.tokens(rows.start, rows.count), True
-        fresh[own[:2]], row[own[:2]] = rows.start == 0, number
+        fresh[own[:2]], row[own[:2]] = rows.start == request.found, number
     return SampledInputs(tokens, valid, fresh, row)

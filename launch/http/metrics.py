@@ -115,6 +115,15 @@ class _State(Collector):
         yield _by(
             "dancemoe_resident_bytes", "Bytes of experts on devices here", ["device"], resident, GaugeMetricFamily
         )
+        cache = stats["cache"]
+        pages = {"used": cache["used"], "free": cache["pages"] - cache["used"]}
+        yield _by("dancemoe_cache_pages", "Pages for keys and values here", ["state"], pages, GaugeMetricFamily)
+        yield CounterMetricFamily(
+            "dancemoe_cache_found_tokens", "Prompt tokens that were in the cache already", cache["found"]
+        )
+        yield CounterMetricFamily(
+            "dancemoe_preemptions", "Requests that had to give their pages back and begin anew", cache["preempted"]
+        )
         done = stats["migrations"]
         outcomes = {"done": sum(not m["failed"] for m in done), "failed": sum(bool(m["failed"]) for m in done)}
         yield _by("dancemoe_migrations", "Migrations here", ["outcome"], outcomes, CounterMetricFamily)

@@ -44,8 +44,9 @@ def serve(
         lines: requests; None where they come from a front door (`args.front_door`).
     """
     use_compile_cache(args.compile_cache)
+    sizes = {"int8": args.int8, "kv_cache": args.kv_cache}
     if cluster is None:
-        cluster = alone(config, args.sequences, itemsize=jnp.dtype(args.dtype).itemsize, int8=args.int8)
+        cluster = alone(config, args.sequences, itemsize=jnp.dtype(args.dtype).itemsize, **sizes)
         args.server = cluster.names[0]
     source = _source(args, path, config, lines)
     facts = facts_of(args, path, config, policy)
@@ -56,8 +57,8 @@ def serve(
         args.server,
         path,
         config,
-        {"dtype": args.dtype, "int8": args.int8, "sequences": args.sequences},
-        args.chunk,
+        {"dtype": args.dtype, "sequences": args.sequences, **sizes},
+        args.max_step_tokens,
         args.wide_prefill,
         args.kernels,
         facts,
@@ -97,6 +98,6 @@ def _source(args: argparse.Namespace, path: Path, config: ModelConfig, lines: Bi
 
 def facts_of(args: argparse.Namespace, path: Path, config: ModelConfig, policy: Policy) -> dict[str, str]:
     """What every server has to serve with too, fingerprints by what they are of."""
-    how = args.sequences, args.chunk, args.wide_prefill, args.dtype, args.int8, args.kernels
+    how = args.sequences, args.kv_cache, args.max_step_tokens, args.wide_prefill, args.dtype, args.int8, args.kernels
     flags = (*how, config, policy, bool(args.state))
     return {"model": folder_fingerprint(path), "flags": repr(flags)}

@@ -127,6 +127,7 @@ class Stats:
             "covered": float(resident.any(0).mean()),
             "copies": {name: resident[self._devices(i)].sum((0, 1, 2)).item() for i, name in enumerate(names)},
             "resident_bytes": self._resident_bytes(),
+            "cache": self._cache(),
             "migrations": self._migrations(),
             "controller": None if self._controller is None else self._controller.is_alive(),
         }
@@ -139,6 +140,16 @@ class Stats:
         found = resident_bytes(engine.weights.pool, engine.mesh)
         own = [int(found[device]) for device in engine.own]
         return {str(number): size for number, size in enumerate(own)}
+
+    def _cache(self) -> dict[str, int]:
+        batch = self._host.engine.batch
+        pages = list(batch.pages.values())
+        return {
+            "pages": sum(own.count for own in pages),
+            "used": sum(own.used for own in pages),
+            "found": sum(own.found for own in pages),
+            "preempted": batch.preempted,
+        }
 
     def _migrations(self) -> list[dict[str, Any]]:
         results = self._worker.results if self._worker is not None else []

@@ -22,7 +22,7 @@ _KINDS = (("greedy", SamplingParams()), ("sampling", SamplingParams(temperature=
 
 
 def warm_up(engine: Engine, server: str) -> None:
-    """Serve small requests on each device's server for each width of a prefill step, one with the likeliest tokens and one
+    """Serve small requests on each device's server for each size of a prefill step, one with the likeliest tokens and one
     that samples, and forget them. All processes call it together, before any request has come.
 
     Args:
@@ -59,9 +59,9 @@ def _saying_that_it_goes_on(server: str, begin: float) -> Iterator[None]:
 def _serve_small_requests(engine: Engine, server: str, begin: float) -> None:
     for kind, params in _KINDS:
         log.info("%s: compiling the steps (%s)", server, kind)
-        for width in engine.widths:
+        for chunk in engine.chunks:
             for own in sorted({int(engine.device_server[device]) for device in engine.own}):
                 engine.submit(Request(own, list(_PROMPT), _TOKENS, begin, params=params))
-            engine.wake(Wish(width.chunk, width.prompts, False))
+            engine.wake(Wish(chunk, False))
             while not engine.asleep:
                 engine.step()

@@ -78,7 +78,7 @@ def test_decode_step_with_another_config_mesh_or_layout(small, placed):
     state, weights = init_state(small.config, small.mesh, 2), placed[2]
     changes = [
         ({"config": dataclasses.replace(small.config, num_experts=16)}, "weights.tables.device"),
-        ({"config": dataclasses.replace(small.config, max_position=64)}, "state.k"),
+        ({"config": dataclasses.replace(small.config, max_position=640)}, "state.pages"),
         ({"mesh": make_mesh(jax.devices()[:3])}, "mesh: 3 devices, layout: 4"),
         ({"mesh": Mesh(np.array(jax.devices()[:4]), ("x",))}, "mesh: axes"),
         ({"layout": pool_layout((9, 9, 9, 9))}, "pool: banks"),
@@ -103,6 +103,9 @@ def test_prefill(small, placed):
     for rows, message in cases:
         with pytest.raises(ArgumentError, match=f"^{message}"):
             prefill(placed[2], state, *rows, **small.shapes)
+    for how in ({"most_tokens": 0}, {"most_tokens": 9}, {"most_tokens": 4, "all_logits": True}):
+        with pytest.raises(ArgumentError, match=f"^most_tokens: {how['most_tokens']}, must be from 1 to 8"):
+            prefill(placed[2], state, tokens, row, row, row, **small.shapes, **how)
 
 
 def test_generate(small, placed):
@@ -119,6 +122,8 @@ def test_generate(small, placed):
             generate(weights, *arguments, **small.shapes | change)
     with pytest.raises(ArgumentError, match=r"^sequences: 0"):
         init_state(small.config, small.mesh, 0)
+    with pytest.raises(ArgumentError, match=r"^pages: 0"):
+        init_state(small.config, small.mesh, 2, pages=0)
 
 
 def test_fill_pool_and_resident_bytes(small, placed):

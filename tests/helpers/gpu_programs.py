@@ -17,6 +17,8 @@ from launch.cluster.gpu import prepare_gpu
 
 CONFIG = ModelConfig(2048, 256, 6, 8, 2, 64, 16, 4, 128, max_position=1024, tie_embeddings=False)
 SEQUENCES, CHUNK = 8, 64
+# Keys of all sequences, in bfloat16.
+CACHE = CONFIG.num_layers * SEQUENCES * CONFIG.max_position * CONFIG.cache_widths[0] * 2
 # One layer of Mixtral's: the largest blocks of the kernels, in the type that takes most shared memory.
 WIDE = ModelConfig(2048, 4096, 1, 32, 8, 128, 8, 2, 14336, max_position=1024, tie_embeddings=False)
 
@@ -69,8 +71,8 @@ def main() -> None:
         "wide, sm_86": facts(lower_step(WIDE, ampere, sequences=1, chunk=256, dtype=jnp.float32)),
         "unknown card": facts(unknown_card(one, both)),
         "version": jax.__version__,
-        "cache_bytes": CONFIG.cache_bytes(SEQUENCES, 2) // 2,
-        "layer_cache_bytes": CONFIG.cache_bytes(SEQUENCES, 2) // 2 // CONFIG.num_layers,
+        "cache_bytes": CACHE,
+        "layer_cache_bytes": CACHE // CONFIG.num_layers,
         "layers": CONFIG.num_layers,
     }
     sharding = jax.sharding.SingleDeviceSharding(one.devices.flat[0])

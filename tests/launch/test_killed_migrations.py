@@ -118,7 +118,7 @@ class Runs:
         self.state.mkdir()
         file.write_text(CLUSTER)
         self.flags = ["--cluster", str(file), "--model", str(model), "--context", "64", "--sequences", "1"]
-        self.flags += ["--chunk", "8", "--staging-memory", f"{STAGING}B", "--state", str(self.state)]
+        self.flags += ["--max-step-tokens", "8", "--staging-memory", f"{STAGING}B", "--state", str(self.state)]
         self.cache = str(model.with_name("cache"))
         parser = argparse.ArgumentParser()
         arguments.serve(parser)

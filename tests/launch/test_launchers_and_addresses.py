@@ -160,7 +160,7 @@ def test_a_cluster_serves_over_ipv6(tmp_path):
     )
     cluster.write_text(servers)
     requests.write_text('{"id": 1, "server": "edge-b", "prompt": "import", "max_tokens": 2}\n')
-    flags = ["--requests", str(requests), "--context", "96", "--sequences", "2", "--chunk", "16"]
+    flags = ["--requests", str(requests), "--context", "96", "--sequences", "2", "--max-step-tokens", "16"]
     command = [sys.executable, "-m", "launch", "serve", "--cluster", str(cluster), *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -145,7 +145,7 @@ def test_one_request_takes_its_chunks_then_a_step_for_each_further_token():
     seen = []
 
     def step(rows):
-        seen.append((rows.prefill, rows.length.tolist(), rows.start.tolist()))
+        seen.append((rows.prefill, rows.active.sum(1).tolist(), rows.position[:, 0].tolist()))
         return Spent(0.5, 0.25)
 
     replay.run(step)
@@ -207,7 +207,7 @@ def test_requests_wait_for_a_place_and_prompts_take_turns_with_decoding():
     kinds = []
 
     def step(rows):
-        kinds.append(("prefill" if rows.prefill else "decode", int(rows.length[0])))
+        kinds.append(("prefill" if rows.prefill else "decode", int(rows.active[0].sum())))
         return Spent(1.0)
 
     replay.run(step)

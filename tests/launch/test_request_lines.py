@@ -283,7 +283,7 @@ def test_a_cluster_gives_a_thousand_answers_to_a_thousand_lines(tmp_path):
     small = [broken for broken in BROKEN if len(broken) < 3_000_000]
     lines = [line(id=f"good{i}") if i % 2 else small[i // 2 % len(small)] for i in range(1000)]
     requests.write_bytes(b"\n".join(lines) + b"\n")
-    flags = ["--requests", str(requests), "--context", "96", "--sequences", "2", "--chunk", "16"]
+    flags = ["--requests", str(requests), "--context", "96", "--sequences", "2", "--max-step-tokens", "16"]
     command = [sys.executable, "-m", "launch", "serve", "--cluster", str(cluster), *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-2000:]

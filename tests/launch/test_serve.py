@@ -64,7 +64,7 @@ def files(tmp_path):
 
 
 def command(cluster, *arguments):
-    shape = ["--context", "96", "--sequences", "2", "--chunk", "16"]
+    shape = ["--context", "96", "--sequences", "2", "--max-step-tokens", "16"]
     return [sys.executable, "-m", "launch", "serve", "--cluster", str(cluster), *shape, *map(str, arguments)]
 
 

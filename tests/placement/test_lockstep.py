@@ -183,7 +183,7 @@ def test_schedule_is_the_runtimes(seed):
         return (0.05 if prefill else 0.01) + 0.003 * sum(per_device), 0.002 * max(per_device)
 
     def replayed(rows):
-        theirs.append((rows.prefill, rows.length.tolist()))
+        theirs.append((rows.prefill, rows.active.sum(1).tolist()))
         return Spent(*cost(*theirs[-1]))
 
     def stepped(prefill, members):

@@ -13,7 +13,8 @@ from dancemoe_jax.expert_parallel.migrate import Staged, commit
 from dancemoe_jax.expert_parallel.pool import fill_pool, pool_layout
 from dancemoe_jax.expert_parallel.tables import assign_slots, routing_tables
 from dancemoe_jax.inference.generate import generate
-from dancemoe_jax.inference.steps import Weights, decode_step, init_state, place_decoder, place_tables, prefill
+from dancemoe_jax.inference.state import init_state
+from dancemoe_jax.inference.steps import Weights, decode_step, place_decoder, place_tables, prefill
 from dancemoe_jax.mesh import make_mesh
 
 # Of logits in float32, against the largest; what the fixtures are held to everywhere.

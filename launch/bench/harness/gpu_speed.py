@@ -14,7 +14,8 @@ from flax import nnx
 
 from dancemoe_jax.expert_parallel.pool import ExpertPool, pool_layout
 from dancemoe_jax.expert_parallel.tables import assign_slots, routing_tables
-from dancemoe_jax.inference.steps import State, Weights, decode_step, init_state, place_decoder, place_tables, prefill
+from dancemoe_jax.inference.state import State, init_state
+from dancemoe_jax.inference.steps import Weights, decode_step, place_decoder, place_tables, prefill
 from dancemoe_jax.kernels.library import Kernels
 from dancemoe_jax.mesh import make_mesh
 from dancemoe_jax.model.config import ModelConfig

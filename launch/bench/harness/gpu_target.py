@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from dancemoe_jax.expert_parallel.pool import ExpertPool, PoolLayout, pool_layout
 from dancemoe_jax.expert_parallel.tables import Tables
-from dancemoe_jax.inference.steps import State, Weights, decode_step, init_state, prefill
+from dancemoe_jax.inference.state import State, init_state
+from dancemoe_jax.inference.steps import Weights, decode_step, prefill
 from dancemoe_jax.mesh import make_mesh, replicated, sharded
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.model.decoder import Decoder
@@ -137,9 +138,8 @@ def lower_step(
     layout = pool_layout(capacity or [room] * devices, [0] * devices if one_server else range(devices))
     weights = abstract_weights(config, layout, mesh, dtype, int8)
     empty = jax.eval_shape(lambda: init_state(config, mesh, sequences, dtype))
-    cache: Any = sharded(mesh, 1)
     own: Any = sharded(mesh)
-    where = State(cache, cache if empty.v is not None else None, own)
+    where = State(own, own if empty.v is not None else None, own, own)
     state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), empty, where)
 
     def rows(*shape: int, of: Any = jnp.int32) -> jax.ShapeDtypeStruct:

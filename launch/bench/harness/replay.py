@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from launch.bench.harness.trace import ReplayRequest
-from placement.scheduling import Kind
+from placement.scheduling import PROMPTS, Kind
 from placement.simulation.lockstep.scheduler import Member, Scheduler
 
 
@@ -27,14 +27,15 @@ class Spent(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The tokens of one step, R rows on each of D devices: a chunk of one prompt each, or one token of each sequence.
+    """The tokens of one step, R rows on each of D devices: chunks of prompts, or one token of each sequence.
 
     Attributes:
-        prefill: whether it is a chunk of prompts (R = chunk) rather than a decode step (R = sequences).
+        prefill: whether it takes chunks of prompts (R = chunk) rather than a decode step (R = sequences).
         ids: experts, int32 [D, R, layers, k]; weights: float32 of the same shape. Zero in rows that are not active.
         sequence: the batch slot of the sequence that a row belongs to, int32 [D, R].
         position: of the token in its sequence, int32 [D, R].
-        active: rows that hold a token, bool [D, R]; the first ones of a chunk.
+        active: rows that hold a token, bool [D, R]; the first ones of a prefill step, those of a sequence together.
+        pieces: of a prefill step, int32 [D, PROMPTS, 3]: sequence, start and length of each chunk, in the rows' order.
     """
 
     prefill: bool
@@ -43,16 +44,7 @@ class Rows:
     sequence: np.ndarray
     position: np.ndarray
     active: np.ndarray
-
-    @property
-    def start(self) -> np.ndarray:
-        """Position of the first row of each device, int32 [D]."""
-        return self.position[:, 0]
-
-    @property
-    def length(self) -> np.ndarray:
-        """Active rows of each device, int32 [D]."""
-        return self.active.sum(1, dtype=np.int32)
+    pieces: np.ndarray
 
 
 class Replay:
@@ -64,7 +56,7 @@ class Replay:
     Args:
         requests: in order of arrival.
         device_server: the server of each device, [D].
-        sequences: batch slots of a device; chunk: prompt tokens a step takes from one sequence.
+        sequences: batch slots of a device; chunk: prompt tokens that a step takes on a device.
 
     Attributes:
         now_s: the clock. idle_s: how much of it was jumped over.
@@ -140,14 +132,18 @@ class Replay:
         ids = np.zeros((*shape, *routing), np.int32)
         weights = np.zeros(ids.shape, np.float32)
         sequence, position = np.zeros((2, *shape), np.int32)
-        active = np.zeros(shape, bool)
+        active, pieces = np.zeros(shape, bool), np.zeros((shape[0], PROMPTS, 3), np.int32)
+        taken, chunks = [0] * shape[0], [0] * shape[0]
         for device, slot, number, start, count in self._members:
-            rows = slice(0, count) if prefill else slice(slot, slot + 1)
+            rows = slice(taken[device], taken[device] + count) if prefill else slice(slot, slot + 1)
+            if prefill:
+                pieces[device, chunks[device]] = slot, start, count
+                taken[device], chunks[device] = taken[device] + count, chunks[device] + 1
             tokens, request = slice(start, start + count), self.requests[number]
             ids[device, rows], weights[device, rows] = request.ids[tokens], request.weights[tokens]
             sequence[device, rows], active[device, rows] = slot, True
             position[device, rows] = np.arange(start, start + count)
-        return Rows(prefill, ids, weights, sequence, position, active)
+        return Rows(prefill, ids, weights, sequence, position, active, pieces)
 
 
 def summary(requests: Sequence[ReplayRequest], names: Sequence[str]) -> dict[str, Any]:

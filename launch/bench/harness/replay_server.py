@@ -22,7 +22,8 @@ from jax.sharding import PartitionSpec as P
 from dancemoe_jax import fill_pool, make_mesh, migrate, place_decoder, place_tables
 from dancemoe_jax.expert_parallel.pool import pool_layout
 from dancemoe_jax.expert_parallel.tables import Tables, assign_slots, routing_tables
-from dancemoe_jax.inference.steps import GivenRouting, State, Weights, decode_step, init_state, prefill
+from dancemoe_jax.inference.state import State, init_state
+from dancemoe_jax.inference.steps import GivenRouting, Weights, decode_step, prefill
 from dancemoe_jax.mesh import AXIS, shard_rows
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.model.decoder import Decoder
@@ -34,6 +35,7 @@ from launch.cluster.measure import measure_links
 from placement import Cluster
 from placement.data.arrivals import Arrivals
 from placement.files import read_json, read_lines
+from placement.scheduling import PROMPTS
 
 INNER = 8  # inner size of the experts that stand in for the traced model's
 VOCABULARY = 64
@@ -172,9 +174,11 @@ class Server:
         tokens = (rows.position * 7 + rows.sequence) % VOCABULARY
         options = {**self.shapes, "transport": transport, "wire_dtype": WIRE}
         if rows.prefill:
-            one = (rows.sequence[:, :1], rows.start[:, None], rows.length[:, None])
-            inputs = [shard_rows(self.mesh, part) for part in (tokens[:, None], *one)]
-            take = prefill
+            sequence, start, length = np.moveaxis(rows.pieces, 2, 0)
+            position = start[:, :, None] + np.arange(self.chunk, dtype=np.int32)
+            tokens = (position * 7 + sequence[:, :, None]) % VOCABULARY
+            inputs = [shard_rows(self.mesh, part) for part in (tokens, sequence, start, length)]
+            take, options["most_tokens"] = prefill, self.chunk
         else:
             inputs = [shard_rows(self.mesh, part) for part in (tokens, rows.position, rows.active)]
             take = decode_step
@@ -229,7 +233,9 @@ class Server:
                 active[device, : run["rows"]] = True
             index = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
             sequence, position = (np.zeros_like(index), index) if run["prefill"] else (index, np.zeros_like(index))
-            rows = Rows(run["prefill"], ids, weights, sequence, position, active)
+            pieces = np.zeros((devices, PROMPTS, 3), np.int32)
+            pieces[:, 0, 2] = active.sum(1)
+            rows = Rows(run["prefill"], ids, weights, sequence, position, active, pieces)
             spent.append(Spent(self.at_home(rows)) if run.get("home") else self.step(rows, run["transport"]))
         kept = spent[run["warm"] :]
         return {

@@ -124,11 +124,13 @@ def lock_step(
 
     def step(prefill: bool, members: list[Member]) -> tuple[float, float]:
         rows: list[list[np.ndarray]] = [[] for _ in range(devices)]
+        prompts = [0] * devices
         for device, _, request, start, count in members:
             rows[device].append(routing[request][start : start + count])
+            prompts[device] += 1
         ids = [np.concatenate(own) if own else none for own in rows]
         compute = costs.seconds(prefill, [len(own) for own in ids])
-        ends = [min(len(own), 1) for own in ids] if prefill else None  # of a chunk one row gives a next token
+        ends = prompts if prefill else None  # of a prompt's rows one gives a next token
         return compute, exchange.seconds(ids, compute, costs.overhead(prefill), ends) - compute
 
     return serve(arrivals, problem.device_server.tolist(), step, sequences=sequences, chunks=chunks)

@@ -9,7 +9,6 @@ import pytest
 
 from dancemoe_jax import generate
 from dancemoe_jax.inference import steps
-from dancemoe_jax.kernels.attention import cached_attention_xla
 from dancemoe_jax.kernels.gpu_attention import cached_attention_gpu
 from dancemoe_jax.kernels.gpu_call import gpu_kernels
 from dancemoe_jax.kernels.gpu_experts import fits, make_plan, slot_experts_gpu
@@ -18,6 +17,7 @@ from dancemoe_jax.kernels.gpu_loop import slot_experts_loop
 from dancemoe_jax.kernels.swiglu import ExpertWeights
 from dancemoe_jax.model.experts import dequantize, quantize
 from tests.helpers.cluster_of_devices import PROMPTS, Small, random_resident
+from tests.helpers.pages import over_whole_context, paged
 
 HOW = "interpreted"
 
@@ -148,8 +148,8 @@ def test_attention_is_that_of_xla_over_the_whole_context(case, rng):
     start = jnp.where(length > 0, jnp.asarray(rng.integers(0, positions - tokens, rows), jnp.int32), positions)
     how = {"scale": 0.3, "window": window, "sinks": normal(heads) if sinks else None}
     how["value_width"] = value if latent else None
-    expected = cached_attention_xla(q, keys, values, 1, slot, start, length, **how)
-    got = cached_attention_gpu(q, keys, values, 1, slot, start, length, **how, how=HOW)
+    expected = over_whole_context(q, keys, values, 1, slot, start, length, **how)
+    got = cached_attention_gpu(q, *paged(rng, keys, values), 1, slot, start, length, **how, how=HOW)
     np.testing.assert_allclose(got, expected, atol=5e-6)
 
 

@@ -1,16 +1,20 @@
 """Native calls against their twins in XLA, and the order of their additions."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dancemoe_jax.inference.cache import PAGE
 from dancemoe_jax.kernels import library
 from dancemoe_jax.kernels.argmax import likeliest_native, likeliest_xla
 from dancemoe_jax.kernels.attention import cached_attention_native, cached_attention_xla
 from dancemoe_jax.kernels.experts import slot_experts_native, slot_experts_xla
 from dancemoe_jax.kernels.linear import stacked_linear_native, stacked_linear_xla
 from dancemoe_jax.model.experts import ExpertWeights
+from tests.helpers.pages import over_whole_context, paged
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="no C++ compiler")
 
@@ -124,18 +128,48 @@ def test_attention_equals_its_twin(kind, window, sinks, tokens, rng):
     slot, start = jnp.array([3, 0, 1, 4]), jnp.array([0, 255, 600, 17])
     length = jnp.array([tokens, tokens, max(1, tokens - 3), 0])
     sink = jnp.asarray(rng.normal(size=6), jnp.float32) if sinks else None
-    arguments = (q, keys, values, jnp.int32(1), slot, start, length)
-    got = jax.jit(cached_attention_native, static_argnames="scale")(*arguments, scale=0.2, window=window, sinks=sink)
-    expected = cached_attention_xla(*arguments, scale=0.2, window=window, sinks=sink)
-    np.testing.assert_allclose(got, expected, atol=3e-6)
+    at, how = (jnp.int32(1), slot, start, length), {"scale": 0.2, "window": window, "sinks": sink}
+    expected = over_whole_context(q, keys, values, *at, **how)
+    pages = paged(rng, keys, values)
+    for compute in (cached_attention_native, cached_attention_xla):
+        np.testing.assert_allclose(
+            jax.jit(functools.partial(compute, scale=0.2))(q, *pages, *at, window=window, sinks=sink),
+            expected,
+            atol=3e-6,
+        )
+    np.testing.assert_allclose(cached_attention_xla(q, *pages, *at, **how, used=False), expected, atol=3e-6)
 
 
 def test_latent_attention_equals_its_twin(rng):
     keys = cache_of(rng, "float32", 2, 3, 600, 1, 72)
     q = jnp.asarray(rng.normal(size=(3, 2, 16, 72)), jnp.float32)
-    arguments = (q, keys, None, 1, jnp.array([2, 0, 1]), jnp.array([500, 3, 256]), jnp.array([2, 2, 1]))
-    got = cached_attention_native(*arguments, scale=0.1, value_width=50)
-    np.testing.assert_allclose(got, cached_attention_xla(*arguments, scale=0.1, value_width=50), atol=3e-6)
+    at, how = (
+        (1, jnp.array([2, 0, 1]), jnp.array([500, 3, 256]), jnp.array([2, 2, 1])),
+        {"scale": 0.1, "value_width": 50},
+    )
+    expected, pages = over_whole_context(q, keys, None, *at, **how), paged(rng, keys, None)
+    for compute in (cached_attention_native, cached_attention_xla):
+        np.testing.assert_allclose(compute(q, *pages, *at, **how), expected, atol=3e-6)
+
+
+@pytest.mark.parametrize("compute", [cached_attention_native, cached_attention_xla])
+def test_attention_reads_no_page_outside_the_window(compute, rng):
+    keys, values, table = paged(
+        rng, cache_of(rng, "float32", 1, 1, 700, 2, 24), cache_of(rng, "float32", 1, 1, 700, 2, 40)
+    )
+    q = jnp.asarray(rng.normal(size=(1, 3, 6, 24)), jnp.float32)
+    at = (0, jnp.array([0]), jnp.array([600]), jnp.array([3]))
+    how = {"scale": 0.2, "window": 70}
+    expected = compute(q, keys, values, table, *at, **how)
+    kept = table.at[:, :, : (600 - 69) // PAGE].set(len(keys))  # the pages before are gone
+    np.testing.assert_array_equal(compute(q, keys, values, kept, *at, **how), expected)
+
+
+def test_attention_over_a_page_that_is_not_there_is_refused(rng):
+    keys, table = paged(rng, cache_of(rng, "float32", 1, 1, 100, 2, 24))
+    at = (0, jnp.array([0]), jnp.array([70]), jnp.array([1]))
+    with pytest.raises(Exception, match="outside the cache"):
+        cached_attention_native(jnp.zeros((1, 1, 2, 24)), keys, keys, table.at[0, 0, 1].set(len(keys)), *at, scale=1.0)
 
 
 # --- The order of additions.
@@ -186,24 +220,25 @@ def test_a_row_has_the_same_bits_in_every_batch(kind, rng):
 def test_a_query_has_the_same_bits_in_every_batch_and_chunk(kind, kv_heads, value_width, rng):
     keys = cache_of(rng, kind, 1, 16, 900, kv_heads, 56)
     values = None if value_width else cache_of(rng, kind, 1, 16, 900, kv_heads, 48)
+    cache, elsewhere = paged(rng, keys, values), paged(rng, keys, values)
     q = jnp.asarray(rng.normal(size=(8, 56)), kind)
     how = {"scale": 0.3, "value_width": value_width}
     for position in (0, 255, 256, 850):
         ours = (jnp.array([7]), jnp.array([position]), jnp.array([1]))
-        alone = cached_attention_native(q[None, None], keys, values, 0, *ours, **how)[0, 0]
+        alone = cached_attention_native(q[None, None], *cache, 0, *ours, **how)[0, 0]
         for rows in (2, 5, 16):
             place = int(rng.integers(rows))
             slot = jnp.asarray(rng.integers(0, 16, rows), jnp.int32).at[place].set(7)
             start = jnp.asarray(rng.integers(0, 800, rows), jnp.int32).at[place].set(position)
             batch = neighbours(rng, rows, q[None], place)
-            got = cached_attention_native(batch, keys, values, 0, slot, start, jnp.ones(rows, jnp.int32), **how)
+            got = cached_attention_native(batch, *elsewhere, 0, slot, start, jnp.ones(rows, jnp.int32), **how)
             np.testing.assert_array_equal(got[place, 0], alone)
         for before in (1, 4, 30):  # as a token of a chunk of prompt
             if position < before:
                 continue
             chunk = neighbours(rng, before + 3, q, before)[None]
             ours = (jnp.array([7]), jnp.array([position - before]), jnp.array([before + 3]))
-            got = cached_attention_native(chunk, keys, values, 0, *ours, **how)
+            got = cached_attention_native(chunk, *cache, 0, *ours, **how)
             np.testing.assert_array_equal(got[0, before], alone)
 
 
@@ -212,7 +247,7 @@ def test_instruction_sets_with_fused_products_agree_on_all_bits(rng):
     banks = banks_of(rng, "bfloat16", [4], 150, 70, False)
     x = jnp.asarray(rng.normal(size=(7, 150)), jnp.float32)
     slots, weights = jnp.asarray(rng.integers(-1, 4, (7, 2))), jnp.asarray(rng.random((7, 2)), jnp.float32)
-    keys = cache_of(rng, "float32", 1, 2, 600, 2, 40)
+    keys, table = paged(rng, cache_of(rng, "float32", 1, 2, 600, 2, 40))
     q = jnp.asarray(rng.normal(size=(2, 3, 8, 40)), jnp.float32)
     results = {}
     level = 0
@@ -220,7 +255,7 @@ def test_instruction_sets_with_fused_products_agree_on_all_bits(rng):
         while loaded.dancemoe_use_instruction_set(level):
             name = loaded.dancemoe_instruction_set().decode()
             at = (0, jnp.array([0, 1]), jnp.array([500, 3]), jnp.array([3, 2]))
-            attended = cached_attention_native(q, keys, keys, *at, scale=0.3)
+            attended = cached_attention_native(q, keys, keys, table, *at, scale=0.3)
             results[name] = np.asarray(slot_experts_native(banks, x, slots, weights)), np.asarray(attended)
             level += 1
     finally:

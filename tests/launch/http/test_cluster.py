@@ -27,7 +27,7 @@ class Cluster:
         file.write_text(CLUSTER)
         self.port, self.log_file = free_port(), folder / "log"
         given = [sys.executable, "-m", "launch", "serve", "--cluster", str(file), "--http", f"127.0.0.1:{self.port}"]
-        shape = ["--context", "128", "--sequences", "4", "--chunk", "16"]
+        shape = ["--context", "128", "--sequences", "4", "--max-step-tokens", "16"]
         with open(self.log_file, "wb") as log:
             self.process = subprocess.Popen(
                 [*given, *shape, *flags], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT
@@ -116,8 +116,8 @@ def test_traffic_by_pair_and_who_served_each_token(cluster):
         time.sleep(0.2)
     assert pairs.keys() == set(NAMES)
     assert float(pairs["edge-a"]) == 0 < float(pairs["edge-c"]) + float(pairs["edge-b"])
-    exchanges = re.findall(r'^dancemoe_pair_exchanges_total\{source="edge-a",target="edge-c"\} (.*)$', text, re.M)
-    assert float(exchanges[0]) > 0
+    exchanges = re.findall(r'^dancemoe_pair_exchanges_total\{source="edge-a",target="edge-[bc]"\} (.*)$', text, re.M)
+    assert sum(map(float, exchanges)) > 0
     assert (
         "served_by" not in httpx.post(f"{url}/v1/completions", json={"prompt": "a"}, timeout=300).json()["choices"][0]
     )

@@ -1,4 +1,4 @@
-"""Three servers in network namespaces, joined at 500 Mbit/s, with clients at each: as `generate`, whoever of them ends."""
+"""Three servers in network namespaces, joined at 500 Mbit/s, with clients at each: as `generate`, whichever of them ends."""
 
 import json
 import os
@@ -34,7 +34,18 @@ class Machines:
         file = folder / "cluster.toml"
         network = '[network]\nbandwidth = "500Mbps"\nlatency = "0.2ms"\n'
         file.write_text("".join(SERVER.format(name=n, host=bed.addresses[n]) for n in NAMES) + network)
-        shape = ["--context", "128", "--sequences", "4", "--chunk", "16", "--stuck", str(STUCK_S), "--hold", "500"]
+        shape = [
+            "--context",
+            "128",
+            "--sequences",
+            "4",
+            "--max-step-tokens",
+            "16",
+            "--stuck",
+            str(STUCK_S),
+            "--hold",
+            "500",
+        ]
         self.processes = {}
         for name in NAMES:
             given = [sys.executable, "-m", "launch", "serve", "--cluster", str(file), "--server", name]
