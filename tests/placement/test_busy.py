@@ -73,7 +73,13 @@ def test_a_small_gain_on_few_tokens_is_not_believed():
     problem = problem_of(10**6)
     given, other = everywhere(problem), everywhere(problem)
     other[0, 0, 0] = False
-    for counted, gain, taken in ((100, 0.04, given), (100, 0.06, other), (10**6, 0.04, other), (math.inf, 1e-6, other)):
+    for counted, gain, taken in (
+        (100, 0.04, given),
+        (100, 0.06, other),
+        (10**6, 0.04, other),
+        (math.inf, 1e-6, other),
+        (0, 1e-6, other),
+    ):
         known = Known(replace(problem, counted=counted), None, [given])
         known.plans.append(other)
         known.seconds.append((known.seconds[0][0] * (1 - gain), known.seconds[0][1] * (1 - gain)))

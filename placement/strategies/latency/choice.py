@@ -31,7 +31,7 @@ class Known:
         self.seconds: list[tuple[float, float]] = []
         self.add(plans)
         self._given, counted = len(plans), problem.counted
-        self._doubt = 1.0 / (2.0 * np.sqrt(counted)) if counted > 0 else 1.0
+        self._doubt = 1.0 / (2.0 * np.sqrt(counted)) if counted > 0 else 0.0  # nothing to fit
         self._least = np.maximum(np.min(self.seconds, axis=0), np.finfo(float).tiny)
 
     def add(self, plans: Sequence[np.ndarray]) -> None:
