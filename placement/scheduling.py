@@ -17,7 +17,7 @@ Kind = Literal["prefill", "decode"]
 
 _WIDER = 4  # times the smallest chunk
 PROMPTS = 4  # that a device takes chunks of in one step, at most
-_OLDEST = 4  # the prompt that came first gets at least one token in so many
+_OLDEST = 8  # the prompt that came first gets at least one token in so many
 
 
 class Turn(NamedTuple):
@@ -213,12 +213,13 @@ def _prefill_rows(slots: Slots, tokens: int) -> Iterable[SlotRows]:
 
 def _shares(due: dict[int, Progress], tokens: int) -> dict[int, int]:
     """How many tokens of each prompt a device takes: of what is nearest to its end first, so that short prompts do not wait
-    for long ones; but always some of the one that came first, so that it does not wait for ever.
+    for long ones; but always some of the one that came first, so that it does not wait for ever. A step that brings a
+    prompt to its end takes nothing beyond that: it is to be over soon.
 
     >>> _shares({0: Progress(0.0, 2000, 64, 1), 1: Progress(1.0, 20, 0, 1)}, 64)
-    {0: 44, 1: 20}
+    {0: 8, 1: 20}
     >>> _shares({0: Progress(0.0, 2000, 64, 1), 1: Progress(1.0, 90, 0, 1)}, 64)
-    {0: 16, 1: 48}
+    {0: 8, 1: 56}
     """
     if not due:
         return {}
@@ -227,11 +228,13 @@ def _shares(due: dict[int, Progress], tokens: int) -> dict[int, int]:
     shares = {oldest: min(left[oldest], max(1, tokens // _OLDEST))}
     room = tokens - shares[oldest]
     for slot in sorted(due, key=lambda slot: (left[slot], due[slot].arrival, slot)):
-        more = min(left[slot] - shares.get(slot, 0), room)
-        if more and (slot in shares or len(shares) < PROMPTS):
-            shares[slot] = shares.get(slot, 0) + more
-            room -= more
-    return shares
+        share = min(left[slot], shares.get(slot, 0) + room)
+        if share < left[slot] and any(shares[other] == left[other] for other in shares):
+            break
+        if slot in shares or len(shares) < PROMPTS:
+            room -= share - shares.get(slot, 0)
+            shares[slot] = share
+    return {slot: share for slot, share in shares.items() if share}
 
 
 def _decode_rows(slots: Slots) -> Iterable[SlotRows]:

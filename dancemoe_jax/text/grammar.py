@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
@@ -20,6 +21,7 @@ _MOST_REMAINDERS = 2000
 # Small models that may put in white space at will never come to an end.
 _FORM: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _KEPT = 32  # compiled schemas
+_SEARCH_S = 2.0  # for the place of an error
 
 _SINGLE = ("items", "additionalProperties")
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
@@ -83,7 +85,7 @@ class Grammars:
         schema = json.loads(text)
         _check_multiples(schema)
         if error := self._error(schema):
-            place, error = self._place(schema, error, schema, "")
+            place, error = self._place(schema, error, schema, "", time.monotonic() + _SEARCH_S)
             raise RequestError(f"at {place or 'its root'}: {error}")
         return LLMatcher(self._tokenizer, _grammar(schema), log_level=0)
 
@@ -100,12 +102,17 @@ class Grammars:
         error = _first_line(matcher.get_error())
         return "no JSON fits it" if error.startswith("NoExtension") else error
 
-    def _place(self, schema: dict[str, Any], error: str, root: dict[str, Any], place: str) -> tuple[str, str]:
-        """Where in a schema an error is, as a JSON pointer: in the innermost part that has it when taken alone."""
+    def _place(
+        self, schema: dict[str, Any], error: str, root: dict[str, Any], place: str, until: float
+    ) -> tuple[str, str]:
+        """Where in a schema an error is, as a JSON pointer: in the innermost part that has it when taken alone, as far
+        as that is found in time."""
         known = {name: root[name] for name in ("$defs", "definitions") if name in root}
         for step, part in _parts(schema):
+            if time.monotonic() > until:
+                break
             if isinstance(part, dict) and self._error({**known, **part}) == error:
-                return self._place(part, error, root, f"{place}/{step}")
+                return self._place(part, error, root, f"{place}/{step}", until)
         return place, error
 
 
@@ -135,7 +142,7 @@ def _check_multiples(schema: dict[str, Any]) -> None:
         place, part = found.pop()
         found += [(f"{place}/{step}", inner) for step, inner in _parts(part) if isinstance(inner, dict)]
         multiple = part.get("multipleOf")
-        if isinstance(multiple, int | float) and multiple > 0 and math.isfinite(multiple):
+        if isinstance(multiple, int | float) and multiple is not True and 0 < multiple < math.inf:
             exact = Fraction(str(multiple))
             remainders = math.lcm(remainders, exact.numerator * exact.denominator)
             if remainders > _MOST_REMAINDERS:

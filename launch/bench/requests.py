@@ -9,12 +9,13 @@ import json
 import math
 import time
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from launch.bench.requests_picture import check_picture, draw_requests
+from launch.bench.sent_request import Sent
 from placement import InputError
 from placement.data.arrivals import Arrivals
 from placement.files import parse_json
@@ -40,29 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--timeout", type=float, default=600.0, metavar="S", help="seconds for an answer (600)")
     add("--seed", type=int, default=0, help="of arrivals and prompts (0)")
     add("--json", action="store_true", help="print one JSON object")
-
-
-@dataclass
-class Sent:
-    """A request, times in seconds since it was due.
-
-    Attributes:
-        first, last: when its first and last token came; tokens: how many; status: HTTP's, or 0 for no answer.
-    """
-
-    first: float = math.nan
-    last: float = math.nan
-    tokens: int = 0
-    status: int = 0
-    error: str = ""
-
-    @property
-    def good(self) -> bool:
-        return self.status == 200 and self.tokens > 0 and not self.error
-
-    @property
-    def each(self) -> float:
-        return (self.last - self.first) / (self.tokens - 1) if self.tokens > 1 else math.nan
+    add("--picture", type=Path, metavar="FILE", help="draw the times of all requests: .png or .svg")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -74,9 +53,14 @@ def run(args: argparse.Namespace) -> int:
     for flag in ("rate", "stretch", "duration", "prompt", "output", "first", "each", "timeout"):
         if not getattr(args, flag) > 0:
             raise InputError(f"--{flag} {getattr(args, flag)}: must be greater than 0")
+    if args.picture:
+        check_picture(args.picture)
     arrivals = _from_file(args) if args.arrivals else _poisson(args)
     found, seconds = asyncio.run(_send_all(args, arrivals))
     result = summary(found, seconds, args.first, args.each)
+    if args.picture:
+        words = f"{args.url}: {result['answered']} of {result['requests']} requests answered"
+        draw_requests(found, f"{words}, {result['tokens_per_s']} tokens/s", args.picture)
     if args.json:
         print(json.dumps(result))
     else:
@@ -123,7 +107,7 @@ async def _send_all(args: argparse.Namespace, arrivals: Arrivals) -> tuple[list[
         rng, begin = np.random.default_rng(args.seed), time.monotonic()
 
         async def one(due: float, prompt: list[int], most: int) -> Sent:
-            sent = Sent()
+            sent = Sent(due=due)
             await asyncio.sleep(max(0.0, begin + due - time.monotonic()))
             body = {"model": model, "prompt": prompt, "max_tokens": most, "temperature": 0, "stream": True}
             body["stream_options"] = {"include_usage": True}

@@ -20,7 +20,8 @@ from launch.migration.control import ask
 from placement import InputError
 
 _POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'"
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'"
 )
 _MIGRATION_FIELDS = ("placement", "memory", "dry")
 

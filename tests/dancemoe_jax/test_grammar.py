@@ -65,6 +65,7 @@ def test_a_token_that_does_not_fit_is_told(grammars):
         ({"$ref": "#"}, "at its root: no JSON fits it"),
         ({"items": {"multipleOf": 1234567}}, "at /items: multipleOf 1234567 is too large"),
         ({"allOf": [{"multipleOf": 97}, {"multipleOf": 89}]}, "multipleOf"),
+        ({"properties": {"a": {"multipleOf": True}}}, "at /properties/a: "),
         ({"enum": ["x" * 70_000]}, "at most 65536"),
     ],
 )

@@ -6,7 +6,9 @@ import math
 import pytest
 
 from launch.__main__ import main
-from launch.bench.requests import Sent, summary
+from launch.bench.requests import summary
+from launch.bench.requests_picture import draw_requests
+from launch.bench.sent_request import Sent
 
 
 def test_the_summary_counts_what_was_answered_and_what_was_good():
@@ -37,6 +39,8 @@ def test_the_summary_counts_what_was_answered_and_what_was_good():
         (["nonsense://x"], "lists no models"),
         (["http://127.0.0.1:9", "--rate", "0"], "--rate 0.0: must be greater than 0"),
         (["http://127.0.0.1:9", "--arrivals", "absent.csv"], "absent.csv"),
+        (["http://127.0.0.1:9", "--picture", "x.jpg"], "--picture x.jpg: give a name that ends with .png or .svg"),
+        (["http://127.0.0.1:9", "--picture", "absent/x.png"], "there is no folder absent"),
     ],
 )
 def test_what_cannot_be_sent_is_refused_in_a_line(flags, words, capsys):
@@ -44,6 +48,20 @@ def test_what_cannot_be_sent_is_refused_in_a_line(flags, words, capsys):
     err = capsys.readouterr().err
     assert words in err
     assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_a_picture_is_drawn_whatever_came_of_the_load(tmp_path, suffix):
+    for number, sent in enumerate(
+        (
+            [Sent(0.1, 0.5, 5, 200, due=1.0), Sent(0.2, 2.2, 5, 200, due=2.0), Sent(status=429, due=3.0)],
+            [Sent(status=429, due=3.0)],
+            [Sent(0.1, 0.1, 1, 200)],
+        )
+    ):
+        file = tmp_path / f"{number}.{suffix}"
+        draw_requests(sent, "a load", file)
+        assert file.read_bytes()[:5] in (b"\x89PNG\r", b"<?xml")
 
 
 def test_a_server_that_refuses_all_is_status_1(capsys, monkeypatch):

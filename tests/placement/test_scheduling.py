@@ -49,10 +49,10 @@ def test_prefill_and_decode_take_turns_where_both_are_wanted():
 def test_a_step_takes_what_is_nearest_to_its_end_and_some_of_what_came_first():
     slots = [[Progress(2.0, 9, 4, 3), None, Progress(1.0, 99, 6, 3), Progress(1.5, 9, 7, 3)], [Progress(0.0, 2, 2, 1)]]
     step = plan_step(PREFILL, slots, [[], []])
-    assert step.rows == (SlotRows(0, 0, 4, 1), SlotRows(0, 2, 6, 1), SlotRows(0, 3, 7, 2))
-    assert step.wishes == (Wish(4 + 92, True), Wish(0, True))
+    assert step.rows == (SlotRows(0, 2, 6, 1), SlotRows(0, 3, 7, 2))
+    assert step.wishes == (Wish(5 + 92, True), Wish(0, True))
     wide = plan_step(Turn("prefill", 40), slots, [[], []])
-    assert wide.rows == (SlotRows(0, 0, 4, 5), SlotRows(0, 2, 6, 33), SlotRows(0, 3, 7, 2))
+    assert wide.rows == (SlotRows(0, 0, 4, 5), SlotRows(0, 2, 6, 5), SlotRows(0, 3, 7, 2))
     alone = plan_step(PREFILL, [[Progress(2.0, 9, 4, 3)]], [[]])
     assert alone.rows == (SlotRows(0, 0, 4, 4),)
     # Of many prompts a step takes PROMPTS at most.
@@ -77,8 +77,8 @@ def test_a_short_prompt_does_not_wait_for_long_ones_and_no_prompt_waits_for_ever
         for rows in plan_step(Turn("prefill", 64), [slots], [[]]).rows:
             slots[rows.slot] = slots[rows.slot].after(rows.count)
         steps += 1
-    assert steps <= 2000 / 16 + 1
-    assert short > 200
+    assert steps <= 2000 / 8 + 1
+    assert short > 150
 
 
 def test_a_step_tells_what_is_wanted_after_it():

@@ -65,9 +65,12 @@ class Ours:
 
         The tokens fed are random, as the peers': greedy text of random weights soon repeats itself.
         """
-        requests = [Request(0, self._tokens(used), steps, 0.0, done=used) for _ in range(batch)]
+        requests = [Request(0, self._tokens(used), steps, 0.0) for _ in range(batch)]
         for request in requests:
             self._engine.submit(request)
+        self._engine.batch.admit()
+        for request in requests:
+            request.done = used
         seconds = []
         while not self._engine.idle:
             begin = time.perf_counter()

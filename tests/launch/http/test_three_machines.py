@@ -97,8 +97,9 @@ class Machines:
 
 
 def answers(client: subprocess.Popen) -> list[list]:
-    lines = client.stdout.read().splitlines()
-    assert client.wait(30) == 0
+    with client:
+        lines = client.stdout.read().splitlines()
+    assert client.returncode == 0
     return json.loads(lines[-1])
 
 
