@@ -77,8 +77,7 @@ def local_search(
     tie_break = 0.0 if previous is None else problem.held(previous) * 1e-12
     capacity = np.add.reduceat(problem.usable_bytes, problem.first_device)
     tried: set[Move] = set()
-    stale, spent = np.arange(layers), 0
-    least = None
+    stale, spent, least = np.arange(layers), 0, None
     while True:
         for layer in stale:
             _measure(problem, sets, prices, held, int(layer), effects)
