@@ -35,6 +35,7 @@ def plan(
     groups: list[list[str]] | None = None,
     optimum: float | None = None,
     workload: Workload | None = None,
+    jobs: int = 1,
 ) -> Placement:
     """Choose which device holds which experts.
 
@@ -50,6 +51,7 @@ def plan(
         groups: names of the servers that `latency` plans together; None lets it choose (strategies/latency/groups.py).
         optimum: what `placement.optimum` found for these inputs and prior; `predicted["gap"]` is then the plan's.
         workload: what the servers do at once, for `latency` and for predicted seconds; None is the usual one.
+        jobs: processes that plan `latency`'s groups, from a script with `if __name__ == "__main__":`; the plan is the same.
 
     Returns:
         A placement that covers every expert within every device's memory, its costs on `profile` in `predicted`.
@@ -71,7 +73,7 @@ def plan(
     planning, in_force = with_prior(problem, prior), _in_force(previous, profile, cluster)
     slots = slots_per_device(problem) if equal_slots else 0
     together = _groups(planning, chosen, groups)
-    resident = _resident(planning, chosen, strategy, in_force, seed, slots, together)
+    resident = _resident(planning, chosen, strategy, in_force, seed, slots, together, jobs)
     placement = _placement(problem, profile, cluster, strategy, resident)
     predicted = _costs(problem, resident, placement.host)
     if len(together) > 1:
@@ -130,12 +132,13 @@ def _resident(
     seed: int,
     slots: int,
     groups: list[np.ndarray],
+    jobs: int,
 ) -> np.ndarray:
     """The plan, bool [D, L, E], with equal slots of each layer on every device where `slots` is not 0."""
     if chosen is latency:
         if slots:
             return equal_latency(problem, slots, previous, seed)
-        return latency(problem, previous=previous, seed=seed, groups=groups)
+        return latency(problem, previous=previous, seed=seed, groups=groups, jobs=jobs)
     if slots and name in HOSTED:
         raise InputError(f"strategy {name} places whole layers; it cannot plan equal slots: leave out --equal-slots")
     if slots:

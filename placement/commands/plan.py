@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import time
 
 from placement.commands.inputs import (
@@ -39,6 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--equal-slots", action="store_true", help="equally many experts on every device in each layer")
     add("--model", metavar="CONFIG", help="config.json for what the profile does not say")
     add("--groups", metavar="A+B,C+D", help="servers that latency plans together (default: it chooses)")
+    add(
+        "--jobs",
+        type=whole_number,
+        default=0,
+        metavar="N",
+        help="processes that plan many groups (default: one a core)",
+    )
     add_prior(parser)
     add_workload(parser)
     add_json(parser)
@@ -64,6 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
         "prior": arguments.prior,
         "optimum": best,
         "workload": workload,
+        "jobs": arguments.jobs or os.cpu_count() or 1,
     }
     placement = plan(profile, cluster, arguments.strategy, previous, arguments.seed, **options)
     seconds = time.perf_counter() - start

@@ -8,9 +8,7 @@ from placement.files import InputError, show
 # Of `launch bench exchange`, one decoded token whose every layer leaves its server: 1.58 ms a layer, of which 0.29 ms are its
 # bytes at 500 Mbit/s and 0.1 ms the links' latency (launch/bench/README.md). `launch calibrate` measures links, not this.
 EXCHANGE_SECONDS = 1.2e-3
-# Sequences that a busy server decodes at once. More make plans slower on an idle cluster: on DeepSeek-V2-Lite's tokens
-# planning for 4 costs 0.2 % of `step_seconds`, for 8 it costs 0.5 %.
-CROWD = 4
+CROWD = 4  # sequences
 
 
 @dataclass(frozen=True)

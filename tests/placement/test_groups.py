@@ -83,3 +83,11 @@ def test_groups_by_name():
             named_groups(problem, wrong)
     with pytest.raises(InputError, match="groups: only strategy latency"):
         plan(profile, cluster, "dance", groups=names)
+
+
+def test_groups_planned_by_several_processes_give_the_same_plan():
+    problem, profile, cluster = problem_of(49)
+    assert len(choose_groups(problem)) >= 16  # two processes are worth starting
+    placements = [plan(profile, cluster, "latency", jobs=jobs) for jobs in (1, 2)]
+    assert (placements[0].resident == placements[1].resident).all()
+    assert placements[0].predicted == placements[1].predicted

@@ -4,8 +4,10 @@ Layers do not depend on each other, so moves that touch different layers add up 
 together. Within a layer the effect of one more or one less copy is counted on the tokens that it concerns.
 """
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 
@@ -16,6 +18,7 @@ from placement.data.problem import Problem
 from placement.strategies.latency.moves import Effects, Move, Offer, across_layers, within_one_layer
 
 WORK = 5 * 10**8  # comparisons spent in all, whatever the size
+_FIXED = 10**5  # comparisons that take as long as what a layer's measurement needs whatever its size
 _ALL_PARTNERS = 8  # up to so many servers, the use that others make of a new copy is counted too
 _BUSY = 0.9  # of the busiest server's load: what goes to such a server makes the layer longer
 _LEAST = 1e-7  # of the time at the start: smaller improvements are not worth a move
@@ -24,7 +27,8 @@ _LEAST = 1e-7  # of the time at the start: smaller improvements are not worth a 
 @dataclass(frozen=True, eq=False)
 class _Prices:
     """Seconds in one layer: exchange [N, N] and rows [N, N] of a token per server met, and of an assignment at speed 1 in
-    the prompt and in the decode steps, [L] each; `longest` is `computing.longest_in_server`, speed [N] that of a server."""
+    the prompt and in the decode steps, [L] each; `longest` is `computing.longest_in_server`, speed [N] that of a server.
+    `crowd` is that of `local_search`."""
 
     exchange: np.ndarray
     rows: np.ndarray
@@ -32,6 +36,7 @@ class _Prices:
     decoded: np.ndarray
     longest: np.ndarray
     speed: np.ndarray
+    crowd: int
 
 
 def local_search(
@@ -40,6 +45,7 @@ def local_search(
     held: np.ndarray,
     previous: np.ndarray | None = None,
     *,
+    crowd: int = 1,
     within_layers: bool = False,
     work: int = WORK,
 ) -> np.ndarray:
@@ -53,6 +59,7 @@ def local_search(
         sets: token sets whose time counts.
         held: bool [N, L, E], every expert covered, within the memory of each server.
         previous: bool [D, L, E], the placement in force; equally good moves go back to it.
+        crowd: sequences that meet at the devices in half of the decode steps; at least the active ones do.
         within_layers: leave every server as many experts of each layer as it has.
         work: comparisons of sets spent at most.
     """
@@ -62,16 +69,15 @@ def local_search(
     held = held.copy()
     partners = servers if servers <= _ALL_PARTNERS else 1
     cost = sets.ids[0].size * max(sets.ids.shape[2], 2 * servers) * len(sets.ids) * (partners + 1)
-    cost += servers * held.size  # of finding each source's copies
+    cost += servers * held.size + _FIXED * layers  # of finding each source's copies, and of any work at all
     effects = Effects(*(np.zeros(shape) for shape in (layers, problem.shape, problem.shape, problem.shape)))
     if partners == 1:
         effects.shift = None
-    prices = _prices(problem)
+    prices = _prices(problem, max(crowd, problem.workload.active))
     tie_break = 0.0 if previous is None else problem.held(previous) * 1e-12
     capacity = np.add.reduceat(problem.usable_bytes, problem.first_device)
     tried: set[Move] = set()
-    stale, spent = np.arange(layers), 0
-    least = None
+    stale, spent, least = np.arange(layers), 0, None
     while True:
         for layer in stale:
             _measure(problem, sets, prices, held, int(layer), effects)
@@ -100,7 +106,7 @@ def _apply(held: np.ndarray, move: Move) -> None:
         held[server, layer, expert] = added
 
 
-def _prices(problem: Problem) -> _Prices:
+def _prices(problem: Problem, crowd: int) -> _Prices:
     """What a token's exchange, rows and computing weigh in a chunk and its decode steps."""
     work = problem.workload
     tokens = work.prefill_tokens + work.decode_steps * work.active
@@ -108,7 +114,7 @@ def _prices(problem: Problem) -> _Prices:
     speed = np.bincount(problem.device_server, problem.speed)
     in_prompt, decoded = problem.assignment_seconds
     computing = (work.prefill_tokens * in_prompt, work.decode_steps * decoded)
-    return _Prices(problem.exchange_seconds, tokens * rows, *computing, longest_in_server(problem), speed)
+    return _Prices(problem.exchange_seconds, tokens * rows, *computing, longest_in_server(problem), speed, crowd)
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,7 +209,7 @@ def _follow(problem: Problem, sets: TokenSets, prices: _Prices, held: np.ndarray
     longest = float(sets.weight @ prices.longest[np.arange(servers), count].max(-1))
     alone, shared = 0.0, float(prices.in_prompt[layer])
     busiest = shared * float(spent.max())
-    for number in (work.active, work.most):  # as often idle as busy
+    for number in (work.active, prices.crowd):  # as often idle as busy
         seconds, together = float(prices.decoded[layer]) / 2, number * float(spent.max())
         busiest += seconds * max(longest, together)
         if longest > together:
@@ -258,20 +264,22 @@ def _choose(problem: Problem, effects: Effects, offers: list[Offer], least: floa
     _, layers, _ = problem.shape
     every = np.concatenate([value.ravel() for value, _ in offers])
     good = np.flatnonzero(every < -least)
-    starts = np.cumsum([0, *(value.size for value, _ in offers)])
-    moves, used, busy = [], np.zeros(layers, bool), np.zeros(len(problem.names), bool)
-    equal = (problem.expert_bytes == problem.expert_bytes[0]).all()
-    for index in good[np.argsort(every[good], kind="stable")]:
-        kind = int(np.searchsorted(starts, index, side="right")) - 1
+    starts = [0, *accumulate(value.size for value, _ in offers)]
+    moves: list[Move] = []
+    used, busy = set[int](), set[int]()  # layers, servers
+    equal = bool((problem.expert_bytes == problem.expert_bytes[0]).all())
+    for index in good[np.argsort(every[good], kind="stable")].tolist():
+        kind = bisect_right(starts, index) - 1
         value, make = offers[kind]
         changes = make(*np.unravel_index(index - starts[kind], value.shape))
         move = tuple((int(n), int(layer), int(expert), added) for n, layer, expert, added in changes)
-        at, by = [layer for _, layer, _, _ in move], [n for n, _, _, _ in move]
+        at, by = {layer for _, layer, _, _ in move}, {n for n, _, _, _ in move}
         # With unequal sizes, or into free room, a second move of a server might not fit any more.
-        if used[at].any() or move in tried or ((not equal or len(move) == 1) and busy[by].any()):
+        if not used.isdisjoint(at) or move in tried or ((not equal or len(move) == 1) and not busy.isdisjoint(by)):
             continue
         moves.append(move)
-        used[at] = busy[by] = True
-        if used.all():
+        used |= at
+        busy |= by
+        if len(used) == layers:
             break
     return moves

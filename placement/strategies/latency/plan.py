@@ -6,6 +6,9 @@ costs least; then the memory left serves whole tokens of its own users; then sin
 the expected time falls.
 """
 
+from collections.abc import Iterable, Iterator
+from typing import Any
+
 import numpy as np
 
 from placement.costs.network_use import network_use
@@ -23,11 +26,17 @@ from placement.strategies.latency.local_search import WORK, local_search
 from placement.strategies.latency.whole_layers import Hull, host_layers, layer_worth, room_left
 
 _GROUPS = 8  # groups that are searched as long as one alone; more share that time
+_APART = 8  # groups for each process at least: it takes a second to start
 _RARE = 1e-6  # chance that a layer outside the shared ones is worth keeping free of exchanges
 
 
 def latency(
-    problem: Problem, *, previous: np.ndarray | None = None, seed: int = 0, groups: list[np.ndarray] | None = None
+    problem: Problem,
+    *,
+    previous: np.ndarray | None = None,
+    seed: int = 0,
+    groups: list[np.ndarray] | None = None,
+    jobs: int = 1,
 ) -> np.ndarray:
     """Least predicted `step_seconds` that whole layers, the fewest remote calls or the plan in force lead to.
 
@@ -40,6 +49,7 @@ def latency(
         previous: bool [D, L, E], the placement in force; among equally fast plans the one that moves fewest bytes wins.
         seed: for sets drawn where only counts are known.
         groups: indices of the servers of each group; None chooses them.
+        jobs: processes that plan many groups; the plan is the same for any number.
 
     Returns:
         bool [D, L, E], every expert covered, every device within its budget, no duplicate within a server.
@@ -54,10 +64,29 @@ def latency(
         return _plan(problem, previous, seed, WORK)
     resident = np.zeros((len(problem.budget), *problem.shape[1:]), bool)
     work = min(WORK, _GROUPS * WORK // len(groups))
-    for group in groups:
-        mine = np.isin(problem.device_server, group)
-        resident[mine] = _plan(part(problem, group), None if previous is None else previous[mine], seed, work)
+    devices = [np.isin(problem.device_server, group) for group in groups]
+    tasks = (
+        (part(problem, group), None if previous is None else previous[mine], seed, work)
+        for group, mine in zip(groups, devices, strict=True)
+    )
+    for mine, planned in zip(devices, _planned(tasks, len(groups), jobs), strict=True):
+        resident[mine] = planned
     return resident
+
+
+def _planned(tasks: Iterable[tuple[Any, ...]], number: int, jobs: int) -> Iterator[np.ndarray]:
+    """The plan of each group in turn, made in processes of their own where there are many."""
+    if min(jobs, number // _APART) < 2:
+        yield from (_plan(*task) for task in tasks)
+        return
+    import multiprocessing
+
+    with multiprocessing.get_context("spawn").Pool(min(jobs, number // _APART)) as pool:
+        yield from pool.imap(_group, tasks, chunksize=_APART)
+
+
+def _group(task: tuple[Any, ...]) -> np.ndarray:
+    return _plan(*task)
 
 
 def _plan(problem: Problem, previous: np.ndarray | None, seed: int, work: int) -> np.ndarray:
@@ -73,11 +102,16 @@ def _plan(problem: Problem, previous: np.ndarray | None, seed: int, work: int) -
         plans.append(previous)
     known = Known(problem, previous, plans)
     known.add([_to_devices(problem, held, previous) for held in _whole_layers(problem, sets)])
-    for start in known.starts():
-        held = problem.held(start)
-        improved = local_search(problem, sets, held, previous, work=work)
+    starts = [known.fastest_when_idle()]
+    for crowd in (problem.workload.active, problem.workload.most):
+        held = problem.held(starts[-1])
+        improved = local_search(problem, sets, held, previous, crowd=crowd, work=work)
         if (improved != held).any():
-            known.add([_to_devices(problem, improved, previous)])
+            starts.append(_to_devices(problem, improved, previous))
+            known.add(starts[-1:])
+        if any(known.best() is plan for plan in starts):
+            break
+        starts = [known.best()]  # good on an idle cluster alone: search again, from what is taken and for a busy one
     return known.best().copy()
 
 
