@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(highlight=False)
     if not arguments.server:
         how = ", one process for each server" if arguments.processes else ""
-        _say(console, f"DanceMoE demo: four phases and two live migrations{how}, about a minute and a half")
+        _say(console, f"DanceMoE demo: four phases and two live migrations{how}, about a minute")
         sys.stdout.flush()
     setting = _prepare(arguments)
     if arguments.processes and not arguments.server:
