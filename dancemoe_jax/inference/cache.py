@@ -92,7 +92,8 @@ def attend_cached(cache: Cache, rows: StepRows, layer, caches, how, q, *new):
         stored = _as_stored(jnp.where(finite, part, 0), kept.dtype)
         return kept.at[page, offset].set(stored, mode="drop")
 
-    keys, values = (with_new(kept, part) for kept, part in zip(caches, new, strict=True))
+    both: list[Any] = [with_new(kept, part) for kept, part in zip(caches, new, strict=True)]
+    keys, values = both
     where = (cache.pages, layer, rows.slots, rows.starts, rows.lengths)
     if cache.gpu:
         heads = cached_attention_gpu(rows.to_grid(q), keys, values, *where, **how._asdict(), how=cache.gpu)
@@ -100,7 +101,7 @@ def attend_cached(cache: Cache, rows: StepRows, layer, caches, how, q, *new):
         heads = cached_attention_native(rows.to_grid(q), keys, values, *where, **how._asdict())
     else:
         heads = cached_attention_xla(rows.to_grid(q), keys, values, *where, **how._asdict(), used=cache.on_cpu)
-    return jnp.where(finite, rows.from_grid(heads), jnp.nan), [keys, values]
+    return jnp.where(finite, rows.from_grid(heads), jnp.nan), both
 
 
 def _as_stored(part, dtype):

@@ -101,9 +101,9 @@ def cached_attention_xla(
 
     lead = (rows, kv_heads, heads // kv_heads, tokens)
     begin = (jnp.zeros((*lead, value), jnp.float32), jnp.full(lead, _LOW, jnp.float32), jnp.zeros(lead, jnp.float32))
-    *carry, _ = varying_together([*begin, q])
+    carry: Any = varying_together([*begin, q])[:3]
     chunks = -(-jnp.where(length > 0, start + length, 0).max() // CHUNK) if used else table.shape[1] // blocks
-    out, most, total = jax.lax.fori_loop(0, chunks, lambda n, c: _joined(*c, *of_chunk(n)), tuple(carry))
+    out, most, total = jax.lax.fori_loop(0, chunks, lambda n, c: _joined(*c, *of_chunk(n)), carry)
     if sinks is not None:
         out, total = _with_sinks(out, most, total, sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1))
     out = jnp.where(counts[:, None, None, :, None], out / jnp.where(total == 0, 1, total)[..., None], 0)

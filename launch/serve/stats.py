@@ -97,7 +97,8 @@ class Stats:
         groups = np.array_split(np.arange(len(self._calls)), min(_GROUPS, len(self._calls)))
         hottest = np.argsort(self._counts, axis=None)[::-1][:_HOTTEST]
         resident, own = self.placement.resident, self._host.server
-        itemsize = engine.weights.decoder.embedding[...].dtype.itemsize
+        # There in the activations' type, back as a float32 sum.
+        row = config.hidden_size * (engine.weights.decoder.embedding[...].dtype.itemsize + 4)
         return {
             "steps": self._kinds,
             "tokens": self._tokens,
@@ -111,9 +112,9 @@ class Stats:
                 for g in groups
             ],
             "rows_sent": self._rows,
-            "bytes_exchanged": 2 * self._rows * config.hidden_size * itemsize,
+            "bytes_exchanged": self._rows * row,
             "pairs": {
-                name: {"bytes": int(rows) * 2 * config.hidden_size * itemsize, "exchanges": int(exchanges)}
+                name: {"bytes": int(rows) * row, "exchanges": int(exchanges)}
                 for name, rows, exchanges in zip(names, self._pairs.rows, self._pairs.exchanges, strict=True)
             },
             "layer_steps": self._layer_steps,
