@@ -103,15 +103,16 @@ def cached_attention_xla(
     begin = (jnp.zeros((*lead, value), jnp.float32), jnp.full(lead, _LOW, jnp.float32), jnp.zeros(lead, jnp.float32))
     carry: Any = varying_together([*begin, q])[:3]
     chunks = -(-jnp.where(length > 0, start + length, 0).max() // CHUNK) if used else table.shape[1] // blocks
-    out, most, total = jax.lax.fori_loop(0, chunks, lambda n, c: _joined(*c, *of_chunk(n)), carry)
+    out, most, total = jax.lax.fori_loop(0, chunks, lambda n, c: _joined(c, *of_chunk(n)), carry)
     if sinks is not None:
         out, total = _with_sinks(out, most, total, sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1))
     out = jnp.where(counts[:, None, None, :, None], out / jnp.where(total == 0, 1, total)[..., None], 0)
     return out.transpose(0, 3, 1, 2, 4).reshape(rows, tokens, heads, value).astype(q.dtype)
 
 
-def _joined(out, most, total, scores, visible, v):
+def _joined(carry, scores, visible, v):
     """Sums of values, maxima and sums of weights, with those of one more chunk."""
+    out, most, total = carry
     higher = jnp.maximum(most, jnp.where(visible, scores, _LOW).max(-1))
     weights, fade = jnp.where(visible, jnp.exp(scores - higher[..., None]), 0), jnp.exp(most - higher)
     mixed = jnp.einsum("bgqts,bsgd->bgqtd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
