@@ -52,4 +52,6 @@ def shard_rows(mesh: Mesh, rows: Any) -> jax.Array:
 
 def own_rows(array: jax.Array) -> dict[int, np.ndarray]:
     """Of an array [devices, …], by device, the rows of this process's devices."""
+    if array.is_fully_addressable:  # at a tenth of what asking for shards costs
+        return dict(enumerate(np.asarray(array)))
     return {shard.index[0].start or 0: np.asarray(shard.data)[0] for shard in array.addressable_shards}

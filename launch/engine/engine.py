@@ -220,7 +220,9 @@ class Engine:
             how = {**self.shapes, "most_tokens": turn.tokens}
         else:
             take, inputs, how = decode_step, decode_inputs(members, self.mesh.size, self._sequences), self.shapes
-        on_devices = [shard_rows(self.mesh, part) for part in (*inputs, control)]
+        on_devices = [*inputs, control]
+        if self.mesh.size > 1:  # to a single device the step itself takes them, for less
+            on_devices = [shard_rows(self.mesh, part) for part in on_devices]
         return take, [*on_devices, self._routing(turn, members)], how
 
     def compiled(self) -> dict[str, Any]:
