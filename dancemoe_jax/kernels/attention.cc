@@ -39,14 +39,26 @@ struct Cache {
   const int32_t* table;  // pages of one layer, [slots][blocks]
   size_t slots, blocks;
 
+  // Where the page of a position begins.
+  const char* page_of(const void* data, size_t stride, size_t slot, size_t head, size_t position) const {
+    const size_t first = ((size_t)table[slot * blocks + position / page] * page * heads + head) * stride;
+    return static_cast<const char*>(data) + first * size_of(type);
+  }
+
   // Calls each(positions before them, Matrix) with the keys (or values) of positions `begin` to `end` of a sequence, page
   // by page; `begin` is the first of a page.
   template <class Each>
   void each_page(const void* data, size_t width, size_t stride, size_t slot, size_t head, size_t begin, size_t end,
                  Each each) const {
     for (size_t at = begin; at < end; at += page) {
-      const size_t first = ((size_t)table[slot * blocks + at / page] * page * heads + head) * stride;
-      const char* from = static_cast<const char*>(data) + first * size_of(type);
+      const char* from = page_of(data, stride, slot, head, at);
+      if (at + page < end) {
+        // The next page lies somewhere else, which the processor cannot foresee.
+        const char* next = page_of(data, stride, slot, head, at + page);
+        for (size_t row = 0; row < page; row++)
+          for (size_t byte = 0; byte < width * size_of(type); byte += 64)
+            __builtin_prefetch(next + row * heads * stride * size_of(type) + byte, 0, 2);
+      }
       each(at - begin, Matrix{from, type, heads * stride, std::min(page, end - at), width});
     }
   }

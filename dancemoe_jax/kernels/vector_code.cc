@@ -168,7 +168,7 @@ INLINE void mix_block(const T* v, const Matrix& m, const float* p, size_t p_stri
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++) sums[r][n] = load(out + r * out_stride + n * kLanes);
   for (size_t s = 0; s < m.rows; s++) {
-    if (ahead)
+    if (ahead && s + kAhead < m.rows)
       for (size_t i = 0; i < N * kLanes; i += kLine) __builtin_prefetch(v + (s + kAhead) * m.stride + i, 0, 3);
     Lanes values[N];
 #pragma GCC unroll 8

@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
             devices = stack.enter_context(join(cluster, args.server, coordinator=args.coordinator))
         else:
             index, devices = 0, list(cluster_devices(len(cluster.devices)))[: len(cluster.devices)]
-        loaded = load(path, config, cluster, devices, dtype=args.dtype, sequences=SEQUENCES, chunk=CHUNK)
+        loaded = load(path, config, cluster, devices, dtype=args.dtype, sequences=SEQUENCES, chunk=CHUNK, wide=False)
         result = _serve(args, loaded, index, staging, most, lambda: forget(path) if args.cold else None)
     if result is not None:
         print(json.dumps(result)) if args.json else _print(result)

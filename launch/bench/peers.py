@@ -210,7 +210,9 @@ def _loads(
 ) -> dict[str, dict[str, Any]]:
     """What each engine is asked to load."""
     sequences = max([case.number for case in cases if case.what == "decode"], default=1)
-    context = max(case.used or case.number for case in cases) + args.steps + _WARM_STEPS + 1
+    # Ours begin to decode one after another, so some have more steps.
+    most = max((case.number for case in cases if case.used), default=0)
+    context = max(case.used or case.number for case in cases) + args.steps + _WARM_STEPS + 1 + most
     loads: dict[str, dict[str, Any]] = {
         "ours": {
             "fields": config,

@@ -32,8 +32,8 @@ def run(args: argparse.Namespace) -> int:
     elif "waiting" in reply:
         for name in reply["waiting"]:
             print(f"waiting for {name}; start there, with the flags of the others:")
-            print(f"  python -m launch serve --cluster {args.add} --server {name} \\")
-            print(f"    --state DIR --join {reply['address']}")
+            file, address = args.add, reply["address"]
+            print(f"  python -m launch serve --cluster {file} --server {name} \\\n    --state DIR --join {address}")
     elif "verdict" in reply:
         word = "would be " if args.dry_run and reply["verdict"] == "adopted" else ""
         decision = Decision(**reply)

@@ -161,7 +161,9 @@ def _serve(arguments: argparse.Namespace, setting: _Setting, console: Console) -
     own = [index] if arguments.server else list(range(len(cluster.names)))
     with _devices(arguments, setting) as devices:
         planned = {"placed": setting.placed, "profile": setting.profile, "fits": True}
-        loaded = load(setting.path, setting.config, cluster, devices, sequences=SEQUENCES, chunk=CHUNK, **planned)
+        loaded = load(
+            setting.path, setting.config, cluster, devices, sequences=SEQUENCES, chunk=CHUNK, wide=False, **planned
+        )
         domains = [DOMAINS[i % len(DOMAINS)] for i in range(len(cluster.names))]
         workload = PoissonWorkload(setting.prompts, domains, arguments.rate or 0.0, OUTPUT_TOKENS, arguments.seed)
         host = Host(loaded.engine, index)
