@@ -244,7 +244,7 @@ def demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, metavar="DIR", help="model directory (default: the bundled model)")
     parser.add_argument("--seed", type=int, default=0, help="of arrivals, prompts and lengths (default: 0)")
     parser.add_argument(
-        "--phase-seconds", type=float, default=9.0, metavar="S", help="length of each phase (default: 9)"
+        "--phase-seconds", type=float, default=8.0, metavar="S", help="length of each phase (default: 8)"
     )
     text = "requests a second at each server (default: half of what this machine can answer, measured first)"
     parser.add_argument("--rate", type=float, metavar="R", help=text)
