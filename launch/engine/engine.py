@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from dancemoe_jax.expert_parallel.pool import PoolLayout, local_devices
 from dancemoe_jax.inference.finite import all_finite, not_finite
-from dancemoe_jax.inference.state import init_state
+from dancemoe_jax.inference.state import init_state, place_pages
 from dancemoe_jax.inference.steps import GivenRouting, StepResult, Weights, decode_step, prefill
 from dancemoe_jax.mesh import own_rows, shard_rows
 from dancemoe_jax.model.config import ModelConfig
@@ -209,7 +209,7 @@ class Engine:
             table = np.zeros(self.state.pages.shape, np.int32)
             for device, pages in own.items():
                 table[device], pages.changed = pages.table, False
-            self.state = self.state._replace(pages=shard_rows(self.mesh, table))
+            self.state = self.state._replace(pages=place_pages(self.mesh, table))
 
     def _inputs(
         self, turn: Turn, members: Sequence[Member], control: np.ndarray

@@ -18,11 +18,14 @@ WINDOWS = (0, 40, 0)
 
 
 def texts(rng):
-    """Sequences of tokens that begin alike now and then."""
+    """Sequences of tokens that begin alike now and then, or are alike but for how they begin."""
     seen = [rng.integers(0, 9, 400).tolist()]
     while True:
         begin = seen[int(rng.integers(len(seen)))][: int(rng.integers(0, 300))]
         seen.append(begin + rng.integers(0, 9, 400 - len(begin)).tolist())
+        if rng.random() < 0.3:
+            other = seen[int(rng.integers(len(seen)))]
+            seen.append([9 - other[0], *other[1:]])
         yield seen[-1]
 
 
