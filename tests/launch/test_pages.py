@@ -96,8 +96,9 @@ def drawn_requests(rng, count):
         params = SamplingParams(
             temperature=float(number % 2), seed=number, repetition_penalty=1.3 if number % 5 == 4 else 1.0
         )
-        prompt = next(source)[: int(rng.integers(1, 30 if number % 3 else 110))]
-        yield Request(int(rng.integers(3)), prompt, int(rng.integers(1, 90)), float(number), params=params)
+        prompt = next(source)[: int(rng.integers(1, 110 if number % 3 else 30))]
+        server = 0 if number % 8 else int(rng.integers(3))  # most meet in one cache
+        yield Request(server, prompt, int(rng.integers(1, 90)), float(number), params=params)
 
 
 def serve(engine, requests, rng, cancelled=frozenset()):
@@ -115,7 +116,7 @@ def serve(engine, requests, rng, cancelled=frozenset()):
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("count", [20, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
 def test_texts_are_the_same_however_requests_join_leave_share_and_begin_anew(model, count, rng):
     small = Small.make(max_position=200, **MODELS[model])
     _, weights = small.place(random_resident(rng))
