@@ -200,7 +200,9 @@ def wishes(slots: Slots, waiting: Sequence[Sequence[int]]) -> tuple[Wish, ...]:
     for own, coming in zip(slots, waiting, strict=True):
         room = sum(progress is None for progress in own)
         left = [p.prompt - p.cached for p in own if p is not None and not p.prefilled]
-        found.append(Wish(sum(left) + sum(coming[:room]), any(p is not None and p.prefilled for p in own)))
+        found.append(
+            Wish(sum(left) + sum(coming[:room]), any(p is not None and p.prefilled and not p.ended for p in own))
+        )
     return tuple(found)
 
 
@@ -240,5 +242,5 @@ def _shares(due: dict[int, Progress], tokens: int) -> dict[int, int]:
 def _decode_rows(slots: Slots) -> Iterable[SlotRows]:
     for device, own in enumerate(slots):
         for slot, progress in enumerate(own):
-            if progress is not None and progress.prefilled:
+            if progress is not None and progress.prefilled and not progress.ended:
                 yield SlotRows(device, slot, progress.cached, 1)

@@ -152,7 +152,7 @@ def permitted(logits: Float[Array, "rows vocab"], allowed: UInt32[Array, "rows w
 
 
 @functools.partial(jax.jit, static_argnames="mesh", donate_argnames="seen")
-def choose(seen, tokens, valid, fresh, logits, rules, index, row=None, allowed=None, *, mesh):
+def choose(seen, tokens, valid, fresh, logits, rules, index, row=None, allowed=None, last=None, *, mesh):
     """Next tokens int32 [devices, rows], and what their requests have seen, the step's own tokens included.
 
     Args:
@@ -161,15 +161,21 @@ def choose(seen, tokens, valid, fresh, logits, rules, index, row=None, allowed=N
         rules: SamplingRows of [devices, rows]; index: [devices, rows], tokens that the request has been given before.
         row: int [devices, rows], whose logits each row takes; None: its own.
         allowed: uint32 [devices, rows, words], tokens that may come (`permitted`); None: any.
+        last: int32 [devices, rows], what was chosen before this step: the token of a row where `tokens` has -1, and what
+            rows without a token in this step are given again.
     """
 
-    def local(seen, tokens, valid, fresh, logits, rules, index, row, allowed):
-        seen = mark_seen(seen[0], tokens[0], valid[0], fresh[0])
+    def local(seen, tokens, valid, fresh, logits, rules, index, row, allowed, last):
+        tokens = tokens[0] if last is None else jnp.where(tokens[0] < 0, last[0][:, None], tokens[0])
+        seen = mark_seen(seen[0], tokens, valid[0], fresh[0])
         logits = logits[0] if row is None else logits[0][row[0]]
         if allowed is not None:
             logits = permitted(logits, allowed[0])
-        return seen[None], sample(logits, jax.tree.map(lambda a: a[0], rules), index[0], seen)[None]
+        chosen = sample(logits, jax.tree.map(lambda a: a[0], rules), index[0], seen)
+        if last is not None:
+            chosen = jnp.where(valid[0].any(-1), chosen, last[0])
+        return seen[None], chosen[None]
 
     own: Any = P(AXIS)
     run = jax.shard_map(local, mesh=mesh, in_specs=own, out_specs=own)
-    return run(seen, tokens, valid, fresh, logits, rules, index, row, allowed)
+    return run(seen, tokens, valid, fresh, logits, rules, index, row, allowed, last)

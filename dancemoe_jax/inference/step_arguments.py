@@ -28,11 +28,15 @@ def check_model(weights: Any, state: Any, config: ModelConfig, layout: PoolLayou
     return state.pages.shape[2]
 
 
-def check_rest(control: Any, routing: Any, config: ModelConfig, mesh: Mesh, tokens: int) -> None:
-    """Raise ArgumentError unless the optional arguments of a step fit its mesh and its tokens of each device."""
+def check_rest(rest: tuple[Any, Any, Any], config: ModelConfig, mesh: Mesh, tokens: int, sequences: int) -> None:
+    """Raise ArgumentError unless the optional arguments of a step (control, routing, last) fit its mesh, its tokens of each
+    device and the sequences that there is room for."""
+    control, routing, last = rest
     if control is not None:
         check_array("control", control, "integers", {"devices": mesh.size, "words": None})
     if routing is not None:
         each = {"devices": mesh.size, "tokens": tokens, "MoE layers": config.num_moe_layers, "k": config.top_k}
         check_array("routing.ids", routing.ids, "integers", each)
         check_array("routing.weights", routing.weights, "numbers", each)
+    if last is not None:
+        check_array("last", last, "integers", {"devices": mesh.size, "sequences": sequences})

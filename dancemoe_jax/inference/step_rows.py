@@ -50,6 +50,10 @@ class StepRows(NamedTuple):
             return jnp.take_along_axis(x, last.reshape(-1, *[1] * (x.ndim - 1)), axis=1)[:, 0]
         return x[jnp.maximum(jnp.cumsum(self.lengths) - 1, 0), 0]
 
+    def put_last(self, last: Int[Array, " sequences"], tokens: Int[Array, " rows"]) -> Int[Array, " sequences"]:
+        """`last` with the token that follows each row in the place of its sequence."""
+        return last.at[jnp.where(self.lengths > 0, self.slots, len(last))].set(tokens, mode="drop")
+
     def least(self, numbers: Int[Array, " n"], most: int) -> Int[Array, " rows"]:
         """The least of the numbers of each row's tokens that count; `most` for a row without one."""
         if self.places is None:

@@ -74,6 +74,7 @@ class StepResult(NamedTuple):
     control: jax.Array | None
     routed: jax.Array
     finite_layers: jax.Array
+    last: jax.Array | None
 
 
 class GivenRouting(NamedTuple):
@@ -112,6 +113,7 @@ def decode_step(
     active: Bool[ArrayLike, "devices sequences"],
     control: Int[ArrayLike, "devices n"] | None = None,
     routing: GivenRouting | None = None,
+    last: Int[ArrayLike, "devices sequences"] | None = None,
     *,
     config: ModelConfig,
     layout: PoolLayout,
@@ -129,6 +131,8 @@ def decode_step(
         active: which of them take part; the others' rows are ignored.
         control: numbers of each device that all devices receive, at no cost beyond the step's own.
         routing: takes the place of the router's.
+        last: tokens that are on the devices: a row whose token is -1 is given its sequence's from here, so that a step can
+            begin before anybody has read what the one before it gave (StepResult.last).
         config, layout, mesh: what the model, pool and tables were made with; the step is compiled for them.
         transport: how rows travel; default: as fits the mesh (dispatch.default_transport).
         wire_dtype: what rows between servers are rounded to, for less traffic than the activations' own type makes.
@@ -145,16 +149,17 @@ def decode_step(
     check_array("tokens", tokens, "integers", rows)
     check_array("positions", positions, "integers", rows)
     check_array("active", active, "booleans", rows)
-    check_rest(control, routing, config, mesh, sequences)
+    check_rest((control, routing, last), config, mesh, sequences, sequences)
     native, gpu = _native(kernels, mesh, weights), gpu_kernels(kernels, mesh.devices.flat)
 
     def local(weights, state, tokens, positions, active, *rest):
         how = transport or default_transport(mesh), wire_dtype, on_cpu(mesh), native, gpu
         step = _Step(config, layout, *how, DECODE_TILE, *rest)
-        rows = step_rows(tokens[0][:, None], jnp.arange(sequences), positions[0], active[0].astype(jnp.int32))
+        fed = tokens[0] if step.last is None else jnp.where(tokens[0] < 0, step.last[0], tokens[0])
+        rows = step_rows(fed[:, None], jnp.arange(sequences), positions[0], active[0].astype(jnp.int32))
         return _run(step, weights, state, rows)
 
-    return _over_devices(local, mesh)(weights, state, tokens, positions, active, control, routing)
+    return _over_devices(local, mesh)(weights, state, tokens, positions, active, control, routing, last)
 
 
 @functools.partial(jax.jit, static_argnames=(*_SHAPES, "all_logits", "most_tokens"), donate_argnames=("state",))
@@ -167,6 +172,7 @@ def prefill(
     lengths: Int[ArrayLike, "devices rows"],
     control: Int[ArrayLike, "devices n"] | None = None,
     routing: GivenRouting | None = None,
+    last: Int[ArrayLike, "devices sequences"] | None = None,
     *,
     config: ModelConfig,
     layout: PoolLayout,
@@ -185,7 +191,8 @@ def prefill(
         sequences: which of the device's sequences each row belongs to; rows of one step belong to different ones.
         starts: position of each chunk's first token.
         lengths: tokens of the chunk that count; 0 for a row without work.
-        control, routing, config, layout, mesh, transport, wire_dtype, kernels: as in `decode_step`.
+        control, routing, last, config, layout, mesh, transport, wire_dtype, kernels: as in `decode_step`; nothing of `last`
+            is fed.
         all_logits: give the logits at every position of the chunk, not only at its last token.
         most_tokens: that count on a device, of all rows together; the step computes only so many. `routing`, and the
             result's `routed`, then hold those that count, one row's after another's. Not with `all_logits`.
@@ -196,14 +203,14 @@ def prefill(
     Raises:
         ArgumentError: an array has the wrong shape or type, or config, layout and mesh are not those of the weights.
     """
-    check_model(weights, state, config, layout, mesh)
+    room = check_model(weights, state, config, layout, mesh)
     check_array("tokens", tokens, "integers", {"devices": mesh.size, "rows": None, "chunk": None})
     _, rows, chunk = np.shape(tokens)
     for name, array in (("sequences", sequences), ("starts", starts), ("lengths", lengths)):
         check_array(name, array, "integers", {"devices": mesh.size, "rows": rows})
     if most_tokens is not None and (all_logits or not 0 < most_tokens <= rows * chunk):
         raise ArgumentError(f"most_tokens: {most_tokens}, must be from 1 to {rows * chunk}, and without all_logits")
-    check_rest(control, routing, config, mesh, most_tokens or rows * chunk)
+    check_rest((control, routing, last), config, mesh, most_tokens or rows * chunk, room)
     native, gpu = _native(kernels, mesh, weights), gpu_kernels(kernels, mesh.devices.flat)
 
     def local(weights, state, tokens, sequences, starts, lengths, *rest):
@@ -212,7 +219,7 @@ def prefill(
         rows = step_rows(tokens[0], sequences[0], starts[0], lengths[0], most_tokens)
         return _run(step, weights, state, rows, all_logits)
 
-    return _over_devices(local, mesh)(weights, state, tokens, sequences, starts, lengths, control, routing)
+    return _over_devices(local, mesh)(weights, state, tokens, sequences, starts, lengths, control, routing, last)
 
 
 def _native(kernels: Kernels, mesh: Mesh, weights: Weights) -> bool:
@@ -225,7 +232,7 @@ def _over_devices(local, mesh):
     everywhere: Any = P()
     weights = Weights(everywhere, own, Tables(own, own, everywhere, everywhere))
     state = State(own, own, own, own)
-    result = StepResult(own, own, Traffic(own, own, own, own), everywhere, own, own)
+    result = StepResult(own, own, Traffic(own, own, own, own), everywhere, own, own, own)
 
     def run(*arguments):
         specs = (weights, state, *(own for _ in arguments[2:]))
@@ -249,6 +256,7 @@ class _Step(NamedTuple):
     tile: int
     control: jax.Array | None
     routing: GivenRouting | None
+    last: jax.Array | None
 
     @property
     def kernels(self) -> GpuKernels:
@@ -301,5 +309,6 @@ def _run(step, weights, state, rows: StepRows, all_logits=False):
         control,
         jnp.swapaxes(routed, 0, 1).astype(jnp.int32)[None],
         jnp.where(finite == config.num_layers, finite + head, finite)[None],
+        None if step.last is None else rows.put_last(step.last[0], likeliest)[None],
     )
     return State(k, v, state.pages, state.counts + counts[None]), result

@@ -41,6 +41,7 @@ class Batch:
         self.preempted = 0
         self._devices = [[d for d in sorted(own) if device_server[d] == server] for server in range(len(self.waiting))]
         self._full = [False] * len(self.waiting)  # servers whose next request has to wait for pages
+        self._short = set[int]()  # devices whose pages were not enough for the last plan
         self._lock = threading.Lock()
 
     @property
@@ -58,8 +59,13 @@ class Batch:
         with self._lock:
             self.waiting[request.server].append(request)
 
-    def drop_cancelled(self) -> list[Request]:
-        """Take out all requests that have been cancelled; those requests."""
+    def let_in(self) -> list[Request]:
+        """Take out all requests that have been cancelled, and give free slots to those that wait; those that left."""
+        dropped = self._drop_cancelled()
+        self.admit()
+        return dropped
+
+    def _drop_cancelled(self) -> list[Request]:
         dropped = []
         for device, row in enumerate(self.running):
             for slot, request in enumerate(row):
@@ -102,15 +108,32 @@ class Batch:
         self.running[device][slot] = None
         self.pages[device].end(slot)
 
+    def foreseeable(self, turn: Turn) -> bool:
+        """Whether a step can be planned before the tokens of the step under way are known: whose rows it has, what they may
+        be, and that nobody gets a slot with them."""
+        with self._lock:
+            waiting = any(self.waiting)
+        slots = [p for row in self._slots() for p in row if p is not None]
+        return (
+            turn.kind == "decode"
+            and all(request.grammar is None for request in self.in_flight)
+            and not (waiting and any(progress.ended for progress in slots))
+            and any(progress.prefilled and not progress.ended for progress in slots)
+        )
+
     def plan(self, turn: Turn) -> tuple[Step, list[Member]]:
         """What a step holds of the requests here. Where pages run out, those that came last begin anew later."""
-        while True:
-            step = plan_step(turn, self._slots(), self._coming())
-            short = {r.device for r in step.rows if not self.pages[r.device].extend(r.slot, r.start, r.count)}
-            if not short:
-                break
-            for device in short:
+        while (planned := self.plan_ahead(turn)) is None:
+            for device in self._short:
                 self._preempt(device)
+        return planned
+
+    def plan_ahead(self, turn: Turn) -> tuple[Step, list[Member]] | None:
+        """As `plan` while a step is under way, so that nobody can begin anew: None where pages run out."""
+        step = plan_step(turn, self._slots(), self._coming())
+        self._short = {r.device for r in step.rows if not self.pages[r.device].extend(r.slot, r.start, r.count)}
+        if self._short:
+            return None
         members: list[Member] = []
         for rows in step.rows:
             request = self.running[rows.device][rows.slot]
@@ -157,6 +180,11 @@ class Batch:
         assert request is not None
         request.reason, request.error = "error", error
         self._leave(rows.device, rows.slot)
+
+    def holds(self, member: Member) -> bool:
+        """Whether a request still has the slot that it had when a step began."""
+        rows, request = member
+        return self.running[rows.device][rows.slot] is request
 
     def note(self, members: Sequence[Member]) -> None:
         """The rows of these members are in the cache now."""

@@ -16,6 +16,7 @@ class ControlWord(NamedTuple):
         reform: its process is ready to leave for another program.
         command, stage: the migration command that its process carries out, and how far it has come.
         given_up: the last migration command that its process gives up.
+        hold: its process may have something to do between this step and the next, which must not begin before.
     """
 
     prefill: np.ndarray
@@ -26,6 +27,7 @@ class ControlWord(NamedTuple):
     command: np.ndarray
     stage: np.ndarray
     given_up: np.ndarray
+    hold: np.ndarray
 
     @classmethod
     def of(cls, words: np.ndarray) -> "ControlWord":

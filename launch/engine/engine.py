@@ -9,22 +9,24 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from dancemoe_jax.expert_parallel.pool import PoolLayout, local_devices
 from dancemoe_jax.inference.finite import all_finite, not_finite
 from dancemoe_jax.inference.state import init_state, place_pages
-from dancemoe_jax.inference.steps import GivenRouting, StepResult, Weights, decode_step, prefill
-from dancemoe_jax.mesh import own_rows, shard_rows
+from dancemoe_jax.inference.steps import GivenRouting, Weights, decode_step, prefill
+from dancemoe_jax.mesh import on_cpu, own_rows, shard_rows, sharded
 from dancemoe_jax.model.config import ModelConfig
 from launch.engine.batch import Batch, Member
 from launch.engine.control_word import ControlWord, MigrationProgress, blank
+from launch.engine.flight import Flight
 from launch.engine.logprobs import note_logprobs
 from launch.engine.pages import Pages, least_pages
 from launch.engine.request import Request
 from launch.engine.step_counters import StepCounters
-from launch.engine.step_inputs import decode_inputs, given_routing, prefill_inputs, row_numbers, token_places
+from launch.engine.step_inputs import decode_inputs, given_routing, prefill_inputs, row_numbers
 from launch.engine.token_choice import TokenChoice
 from launch.engine.token_sample import Sampler
 from placement.scheduling import Kind, Step, Turn, Wish, chunks_of, next_turn
@@ -52,10 +54,14 @@ class Engine:
         batch: the requests of this process.
         done, stop: this process has no more requests to come, or wants all to end now; sent to all with the next step.
         reform: this process is ready to leave for another program, in which all requests go on; sent like those.
+        hold: between two steps there may be something to do on this process that all others do between the same two; sent
+            like those.
         migration_progress: of this process's migration worker (launch.migration.worker); sent like those.
         received: what all devices sent with the last step.
         steps: taken since the start, by kind; tokens_processed: of this process's requests in them.
-        taking: requests of this process in the last step that began.
+        taking: requests of this process in steps that have begun and that it has not been given.
+        last: int32 [devices, sequences] on the devices, the last token of each batch slot; what a decode step is fed where the
+            host has not read it yet.
         sampler: is given the experts of every token that entered here; None reads them from no step.
         on_routed: is called with every step's requests here and the experts of their tokens; None likewise.
     """
@@ -78,6 +84,7 @@ class Engine:
         self.replays = replays
         self.config, self.weights, self.device_server, self.chunk = config, weights, np.asarray(device_server), chunk
         self.mesh, self.own = mesh, local_devices(mesh)
+        self._alone = len(self.own) == mesh.size
         self._sequences = sequences
         self._chunks = chunks_of(chunk, config.max_position) if wide else (chunk,)
         least = least_pages(config.layer_windows, config.max_position, self._chunks[-1])
@@ -87,7 +94,7 @@ class Engine:
         self.batch = Batch(self.device_server.tolist(), self.own, sequences, config.max_position, not replays)
         self.forget()
         self.epoch = 0
-        self.done = self.stop = self.reform = False
+        self.done = self.stop = self.reform = self.hold = False
         self.migration_progress = MigrationProgress()
         self.received = ControlWord.of(blank(mesh.size))
         self.sampler: Sampler | None = None
@@ -104,6 +111,8 @@ class Engine:
         self.steps, self.tokens_processed = {"prefill": 0, "decode": 0}, {"prefill": 0, "decode": 0}
         self._choice = TokenChoice(self.mesh, self._sequences, config.vocab_size)
         self._counters = StepCounters.zero(self.mesh.size, config.num_moe_layers)
+        self.last = jnp.zeros((self.mesh.size, self._sequences), jnp.int32, device=sharded(self.mesh))
+        self._flight: Flight | None = None
 
     def submit(self, request: Request) -> None:
         """Queue a request at its server, from any thread. Raises RequestError where its prompt or routing does not fit."""
@@ -123,7 +132,7 @@ class Engine:
     @property
     def asleep(self) -> bool:
         """Whether no device wanted anything with the last step, so that there is no next one."""
-        return self._next is None
+        return self._next is None and self._flight is None
 
     @property
     def leaving(self) -> bool:
@@ -151,6 +160,7 @@ class Engine:
 
     def release(self) -> None:
         """Give up what is on the devices; no step may follow."""
+        jax.block_until_ready(self.state)
         del self.weights, self.state, self._choice
 
     def counts(self) -> np.ndarray:
@@ -168,39 +178,75 @@ class Engine:
         return counters
 
     def step(self) -> list[Request]:
-        """Take the next step, if there is one; the requests that it finished (their `finished_s` is the caller's)."""
-        alone = len(self.own) == self.mesh.size
-        if self._next is None and (not alone or self.idle):
-            return []
-        finished = self.batch.drop_cancelled()
-        self.batch.admit()
-        turn = self._next or next_turn(None, self.batch.wishes(), self._chunks) or Turn("prefill", self._chunks[0])
-        for request in self.in_flight:
-            request.epochs.add(self.epoch)
-        step, members = self.batch.plan(turn)
-        self.taking = [request for _, request in members]
-        result = self._take(turn, members, self._control(step))
-        self._count(turn, members, result)
-        finished += self._give(turn, members, result)
-        self.received = ControlWord.of(np.asarray(result.control))
-        self._next = next_turn(turn.kind, [self.received.wish], self._chunks)
+        """Wait for the next step, if there is one; the requests that it finished (their `finished_s` is the caller's).
+
+        Where it can be known what the step after it takes, that one begins before anybody reads what this one gives: tokens
+        go from one to the other on the devices.
+        """
+        finished: list[Request] = []
+        flight, self._flight = self._flight, None
+        if flight is None:
+            if self._next is None and (not self._alone or self.idle):
+                return []
+            finished += self.batch.let_in()
+            turn = self._next or next_turn(None, self.batch.wishes(), self._chunks) or Turn("prefill", self._chunks[0])
+            flight = self._begin(turn, self.batch.plan(turn))
+        # Others' words come with the step; a process that is alone knows what it has sent.
+        self.received = ControlWord.of(flight.control if self._alone else np.asarray(flight.result.control))
+        self._next = self._turn_after(flight)
+        finished += self._begin_ahead(flight)
+        self._count(flight)
+        finished += self._give(flight)
+        if self._alone and self._flight is None:
+            self._next = self._turn_after(flight)
+        if self._may_begin and self._flight is None and self._next is not None:
+            finished += self.batch.let_in()
+            self._flight = self._begin(self._next, self.batch.plan(self._next))
         return finished
 
-    def _take(self, turn: Turn, members: Sequence[Member], control: np.ndarray) -> StepResult:
-        """Run a step on the devices."""
+    def _turn_after(self, flight: Flight) -> Turn | None:
+        """The step that follows, in agreement with all processes."""
+        wishes = self.batch.wishes() if self._alone else [self.received.wish]
+        return next_turn(flight.turn.kind, wishes, self._chunks)
+
+    @property
+    def _may_begin(self) -> bool:
+        """Whether the step after the one whose words were received may begin before the caller has had its turn."""
+        return not (self.leaving or self.received.hold.any())
+
+    def _begin_ahead(self, flight: Flight) -> list[Request]:
+        """Begin the step after one that is under way, where nothing depends on what that one gives; those that left."""
+        left: list[Request] = []
+        if self._next is not None and self._may_begin and self.batch.foreseeable(self._next):
+            left = self.batch.let_in()
+            planned = self.batch.plan_ahead(self._next)
+            if planned is not None:
+                self._flight = self._begin(self._next, planned, flight)
+        return left
+
+    def _begin(self, turn: Turn, planned: tuple[Step, list[Member]], before: Flight | None = None) -> Flight:
+        """Begin a step on the devices; before: one that is under way."""
+        step, members = planned
+        for request in self.in_flight:
+            request.epochs.add(self.epoch)
+        self.taking = [request for _, request in [*members, *(before.members if before else ())]]
+        control, numbers = self._control(step), row_numbers(turn.kind, members)
         take, inputs, how = self._inputs(turn, members, control)
         self._place_pages()
         self.state, result = take(self.weights, self.state, *inputs, **how)
-        # All of it is on its way to the host before any of it is waited for.
-        wanted = (
-            result.tokens,
-            result.control,
-            result.traffic,
-            result.routed if self.sampler or self.on_routed else None,
-        )
-        for part in jax.tree.leaves(wanted):
-            part.copy_to_host_async()
-        return result
+        width = 1 if turn.kind == "decode" else turn.tokens
+        self.last = self._choice.next_tokens(members, numbers, self.batch.running, result, self.last, width)
+        ready = []
+        for rows, request in members:
+            if turn.kind == "prefill":
+                request.done = rows.start + rows.count
+            ready.append(request.prefilled)
+            request.coming += request.prefilled
+        routed = result.routed if self.sampler or self.on_routed else None
+        if not on_cpu(self.mesh):  # where results lie in the host's memory
+            for part in jax.tree.leaves((self.last, result.control, result.finite_layers, result.traffic, routed)):
+                part.copy_to_host_async()  # all of it is on its way before any of it is waited for
+        return Flight(turn, members, numbers, ready, control, result, self.last)
 
     def _place_pages(self) -> None:
         """Tell the devices who has which pages, where that has changed."""
@@ -223,7 +269,7 @@ class Engine:
         on_devices = [*inputs, control]
         if self.mesh.size > 1:  # to a single device the step itself takes them, for less
             on_devices = [shard_rows(self.mesh, part) for part in on_devices]
-        return take, [*on_devices, self._routing(turn, members)], how
+        return take, [*on_devices, self._routing(turn, members), self.last], how
 
     def compiled(self) -> dict[str, Any]:
         """Both kinds of step as compiled for this engine's devices, prefill at its widest. Nothing runs."""
@@ -246,6 +292,7 @@ class Engine:
         control.prefill[:], control.decode[:] = zip(*step.wishes, strict=True)
         control.done[:], control.stop[:], control.reform[:] = self.done and self.idle, self.stop, self.reform
         control.command[:], control.stage[:], control.given_up[:] = self.migration_progress
+        control.hold[:] = self.hold  # read last: it is set before any progress that needs it is reported
         return words
 
     def _routing(self, turn: Turn, members: Sequence[Member]) -> GivenRouting | None:
@@ -255,49 +302,49 @@ class Engine:
         shape = (self.mesh.size, tokens, self.config.num_moe_layers, self.config.top_k)
         return GivenRouting(*(shard_rows(self.mesh, part) for part in given_routing(turn.kind, members, shape)))
 
-    def _count(self, turn: Turn, members: Sequence[Member], result: StepResult) -> None:
+    def _count(self, flight: Flight) -> None:
         """Count a step, and sample its tokens."""
+        turn, members, result = flight.turn, flight.members, flight.result
         self.steps[turn.kind] += 1
-        self.tokens_processed[turn.kind] += sum(rows.count for rows, _ in members)
         self._counters.add(result.traffic)
-        if (self.sampler or self.on_routed) and members:
-            step, routed = [], own_rows(result.routed)
-            for (rows, request), first in zip(members, token_places(turn.kind, members), strict=True):
-                step.append((request, routed[rows.device][first : first + rows.count]))
+        held = [self.batch.holds(member) for member in members]
+        self.tokens_processed[turn.kind] += sum(
+            rows.count for (rows, _), here in zip(members, held, strict=True) if here
+        )
+        if self.sampler or self.on_routed:
+            step = flight.routed(held)
+            for rows, _, experts in step:
                 if self.sampler is not None:
-                    self.sampler.add(int(self.device_server[rows.device]), step[-1][1])
-            if self.on_routed is not None:
-                self.on_routed(step)
+                    self.sampler.add(int(self.device_server[rows.device]), experts)
+            if self.on_routed is not None and step:
+                self.on_routed([(request, experts) for _, request, experts in step])
 
-    def _give(self, turn: Turn, members: Sequence[Member], result: StepResult) -> list[Request]:
-        """Give the step's tokens to requests that have their whole prompt behind them; those that ended with it."""
-        numbers = row_numbers(turn.kind, members)
-        failed, members, numbers = self._take_out_broken(members, numbers, result)
-        width = 1 if turn.kind == "decode" else turn.tokens
-        self.batch.note(members)
-        tokens = self._choice.next_tokens(members, numbers, self.batch.running, result, width)
-        ready, ready_rows, given = [], [], []
-        for (rows, request), number, token in zip(members, numbers, tokens, strict=True):
-            if turn.kind == "prefill":
-                request.done = rows.start + rows.count
-            if request.prefilled:
-                ready.append((rows, request))
-                ready_rows.append(number)
-                given.append(token)
-        note_logprobs(ready, ready_rows, given, result.logits)
-        return failed + self.batch.give(ready, given, None if self.replays else self.config.eos_token)
+    def _give(self, flight: Flight) -> list[Request]:
+        """Give the step's tokens to those that have their whole prompt behind them and have not left since it began; those
+        that ended with it."""
+        failed, good = self._take_out_broken(flight)
+        self.batch.note([flight.members[i] for i in good])
+        ready = [i for i in good if flight.ready[i]]
+        tokens, members, given = own_rows(flight.tokens), [], []
+        for i in ready:
+            rows, request = flight.members[i]
+            members.append((rows, request))
+            given.append(int(tokens[rows.device][rows.slot]))
+            request.coming -= 1
+        note_logprobs(members, [flight.numbers[i] for i in ready], given, flight.result.logits)
+        return failed + self.batch.give(members, given, None if self.replays else self.config.eos_token)
 
-    def _take_out_broken(
-        self, members: Sequence[Member], numbers: Sequence[int], result: StepResult
-    ) -> tuple[list[Request], list[Member], list[int]]:
-        """End the requests whose numbers are not finite any more; those, and the members that go on with their rows."""
-        layers, failed, good, rows_of_good = own_rows(result.finite_layers), [], [], []
-        for (rows, request), number in zip(members, numbers, strict=True):
+    def _take_out_broken(self, flight: Flight) -> tuple[list[Request], list[int]]:
+        """End the requests whose numbers are not finite any more; those, and which members go on."""
+        layers, failed, good = own_rows(flight.result.finite_layers), [], []
+        for i, (member, number) in enumerate(zip(flight.members, flight.numbers, strict=True)):
+            rows, request = member
+            if not self.batch.holds(member):
+                continue
             finite = int(layers[rows.device][number])
             if finite == all_finite(self.config):
-                good.append((rows, request))
-                rows_of_good.append(number)
+                good.append(i)
             else:
                 self.batch.fail(rows, not_finite(self.config, finite))
                 failed.append(request)
-        return failed, good, rows_of_good
+        return failed, good

@@ -26,7 +26,9 @@ class Request:
         params: how its tokens are chosen.
         stop_token_ids: tokens that end it beside the model's own.
         on_token: called with every token of the answer, the last one too; true ends it.
-        done: tokens of its prompt that are in the cache; found: those that were there when it began.
+        done: tokens of its prompt that are in the cache, or will be after the steps under way; found: those that were there
+            when it began.
+        coming: tokens of its answer that steps under way will give it.
         kept: tokens of its answer that count as prompt, as the cache that held them is gone.
         routed: experts of its tokens and their weights, [tokens, MoE layers, k] each, prompt then answer without its last
             token: a replay (`Engine(replays=True)`), which no end-of-text ends.
@@ -51,6 +53,7 @@ class Request:
     output: list[int] = dataclasses.field(default_factory=list)
     done: int = 0
     found: int = 0
+    coming: int = 0
     kept: int = 0
     finished_s: float | None = None
     reason: str = ""
@@ -79,14 +82,14 @@ class Request:
         return self.done == self.prompt_tokens
 
     def progress(self, context: int) -> Progress:
-        """How far it has come, for the scheduler; context: longest sequence, in tokens."""
-        prompt, text = self.prompt_tokens, len(self.prompt) + len(self.output)
+        """How far it will have come after the steps under way, for the scheduler; context: longest sequence, in tokens."""
+        prompt, answered = self.prompt_tokens, len(self.output) + self.coming
         # The last token of the answer has been given, but has not been through a step.
-        cached = self.done if self.done < prompt else text - 1
-        return Progress(self.arrival_s, prompt, cached, self._most(context) - len(self.output))
+        cached = self.done if self.done < prompt else len(self.prompt) + answered - 1
+        return Progress(self.arrival_s, prompt, cached, self._most(context) - answered)
 
     def tokens(self, start: int, count: int) -> list[int]:
-        """Tokens of prompt and answer from position `start` on."""
+        """Tokens of prompt and answer from position `start` on; fewer than `count` where the last are still to come."""
         answered = max(0, start - len(self.prompt))
         return self.prompt[start : start + count] + self.output[answered : max(0, start + count - len(self.prompt))]
 
@@ -108,7 +111,7 @@ class Request:
 
     def restart(self) -> None:
         """Begin anew in an engine that knows nothing of it, with what has been answered so far."""
-        self.done, self.found, self.kept = 0, 0, len(self.output)
+        self.done, self.found, self.coming, self.kept = 0, 0, 0, len(self.output)
 
     def check(self, config: ModelConfig, replays: bool) -> None:
         """Whether an engine can serve it.

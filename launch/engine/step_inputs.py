@@ -14,7 +14,8 @@ class SampledInputs(NamedTuple):
     """What choosing tokens by their requests' rules takes of a step, by batch slot.
 
     Attributes:
-        tokens: that went through the step, int32 [D, sequences, tokens]; valid: which of them count, bool.
+        tokens: that go through the step, int32 [D, sequences, tokens], -1 one that is still to come from a step under way;
+            valid: which of them count, bool.
         fresh: slots in which a request begins, bool [D, sequences].
         row: of each slot among the step's rows, int32 [D, sequences]; 0 for those that have none.
     """
@@ -49,11 +50,12 @@ def prefill_inputs(members: Sequence[Member], devices: int, chunk: int) -> tuple
 
 
 def decode_inputs(members: Sequence[Member], devices: int, sequences: int) -> tuple[np.ndarray, ...]:
-    """`decode_step`'s tokens and positions, int32 [D, sequences] each, and active rows, bool."""
+    """`decode_step`'s tokens and positions, int32 [D, sequences] each, and active rows, bool; the token of a row that is still
+    to come from a step under way is -1."""
     tokens, positions = np.zeros((2, devices, sequences), np.int32)
     active = np.zeros((devices, sequences), bool)
     for rows, request in members:
-        (tokens[rows.device, rows.slot],) = request.tokens(rows.start, 1)
+        (tokens[rows.device, rows.slot],) = request.tokens(rows.start, 1) or [-1]
         positions[rows.device, rows.slot], active[rows.device, rows.slot] = rows.start, True
     return tokens, positions, active
 
@@ -89,6 +91,6 @@ def sampled_inputs(
     fresh, row = np.zeros((devices, sequences), bool), np.zeros((devices, sequences), np.int32)
     for (rows, request), number in zip(members, numbers, strict=True):
         own = (rows.device, rows.slot, slice(0, rows.count))
-        tokens[own], valid[own] = request.tokens(rows.start, rows.count), True
+        tokens[own], valid[own] = request.tokens(rows.start, rows.count) or [-1], True
         fresh[own[:2]], row[own[:2]] = rows.start == request.found, number
     return SampledInputs(tokens, valid, fresh, row)

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from dancemoe_jax.inference.sampling import SamplingRows, choose, stack_params
 from dancemoe_jax.inference.steps import StepResult
-from dancemoe_jax.mesh import own_rows, shard_rows, sharded
+from dancemoe_jax.mesh import shard_rows, sharded
 from dancemoe_jax.text.grammar import WORD
 from launch.engine.batch import Member
 from launch.engine.request import Request
@@ -37,21 +37,23 @@ class TokenChoice:
         numbers: Sequence[int],
         running: Sequence[Sequence[Request | None]],
         result: StepResult,
+        last: jax.Array,
         width: int,
-    ) -> list[int]:
-        """The next token of each member of a step, whether or not its request has its whole prompt behind it.
+    ) -> jax.Array:
+        """The next token of each batch slot whose sequence takes part in a step, int32 [D, sequences], on the devices. Waits
+        for nothing.
 
         Args:
             numbers: row of each member (step_inputs.row_numbers).
             running: requests by device and batch slot.
+            last: what this gave after the step before; those slots that take no part are given it again.
             width: tokens that the step takes of a sequence at most.
         """
         if all(request.greedy for _, request in members):
-            likeliest = own_rows(result.tokens)
-            return [int(likeliest[rows.device][n]) for (rows, _), n in zip(members, numbers, strict=True)]
+            assert result.last is not None
+            return result.last
         inputs = sampled_inputs(members, numbers, len(running), len(running[0]), width)
-        chosen = own_rows(self._choose(inputs, running, result.logits, self._allowed(members)))
-        return [int(chosen[rows.device][rows.slot]) for rows, _ in members]
+        return self._choose(inputs, running, result.logits, self._allowed(members), last)
 
     def _allowed(self, members: Sequence[Member]) -> jax.Array:
         """Which tokens each batch slot may be given, uint32 [D, sequences, words]."""
@@ -64,13 +66,17 @@ class TokenChoice:
         return shard_rows(self._mesh, allowed)
 
     def _choose(
-        self, inputs: SampledInputs, running: Sequence[Sequence[Request | None]], logits: jax.Array, allowed: jax.Array
+        self,
+        inputs: SampledInputs,
+        running: Sequence[Sequence[Request | None]],
+        logits: jax.Array,
+        allowed: jax.Array,
+        last: jax.Array,
     ) -> jax.Array:
-        """Tokens by batch slot, int32 [D, sequences]."""
         rows = [stack_params([request and request.params for request in row]) for row in running]
         rules = SamplingRows(*(shard_rows(self._mesh, np.stack(column)) for column in zip(*rows, strict=True)))
-        index = np.array([[len(r.output) if r else 0 for r in row] for row in running], np.int32)
+        index = np.array([[len(r.output) + r.coming if r else 0 for r in row] for row in running], np.int32)
         *given, row = (shard_rows(self._mesh, part) for part in inputs)
         index = shard_rows(self._mesh, index)
-        self._seen, chosen = choose(self._seen, *given, logits, rules, index, row, allowed, mesh=self._mesh)
+        self._seen, chosen = choose(self._seen, *given, logits, rules, index, row, allowed, last, mesh=self._mesh)
         return chosen

@@ -93,9 +93,10 @@ class Committer:
         self._round = staged
         if self.ended:  # it may have been set before there was a round to end
             staged.over.set()
+        self._engine.hold = True  # tables change between the same two steps everywhere
         self._progress.report(staged.number, staged.stage)
         staged.over.wait()
-        self._round = None
+        self._engine.hold, self._round = False, None
         return staged.step == "committed"
 
     def end(self) -> None:

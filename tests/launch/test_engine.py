@@ -8,7 +8,8 @@ import pytest
 
 from dancemoe_jax import RequestError, migrate
 from dancemoe_jax.inference.sampling import SamplingParams
-from launch.engine import step_counters, token_choice
+from launch.engine import engine as engine_module
+from launch.engine import step_counters
 from launch.engine.engine import Engine
 from launch.engine.request import Request
 from launch.engine.token_sample import Sampler
@@ -84,13 +85,15 @@ def test_all_that_a_step_gives_is_on_its_way_before_any_of_it_is_waited_for(rng,
     engine.submit(Request(0, [1, 2, 3], 2, 0.0))
     kind, events = type(jnp.zeros(1)), []
     send, read = kind.copy_to_host_async, step_counters.own_rows
+    monkeypatch.setattr(engine_module, "on_cpu", lambda mesh: False)
     monkeypatch.setattr(kind, "copy_to_host_async", lambda array: (events.append("sent"), send(array))[1])
-    for module in (step_counters, token_choice):
+    for module in (step_counters, engine_module):
         monkeypatch.setattr(module, "own_rows", lambda array: (events.append("read"), read(array))[1])
     engine.step()
-    assert events[:6] == ["sent"] * 6  # tokens, control words, four counters
-    assert events[6:] == ["read"] * len(events[6:])
-    assert len(events) > 6
+    each = 7  # tokens, control words, finite layers, four counters
+    assert events[: 2 * each] == ["sent"] * 2 * each  # of the step, and of the next one
+    assert events[2 * each :] == ["read"] * len(events[2 * each :])
+    assert len(events) > 2 * each
 
 
 def test_prompts_that_do_not_fit_are_refused_before_they_are_queued(rng):
