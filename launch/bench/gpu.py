@@ -23,7 +23,7 @@ from dancemoe_jax.files import write_json
 from dancemoe_jax.kernels.library import Kernels
 from launch.bench.harness.gpu_checks import checks
 from launch.bench.harness.gpu_models import MODELS
-from launch.bench.harness.gpu_speed import BATCHES, CHUNKS, Ceilings, Model, cut, measure_ceilings, shrunk, with_shares
+from launch.bench.harness.gpu_speed import BATCHES, PROMPTS, Ceilings, Model, cut, measure_ceilings, shrunk, with_shares
 from placement import InputError
 from placement.text_table import print_table
 from placement.version import version
@@ -97,17 +97,20 @@ def _timed(
 ) -> Iterator[dict[str, Any]]:
     """Every kind of step of one model, as rows of the report."""
     most = 1 if args.dry_run else None
-    kinds = [("decode", size) for size in BATCHES[:most]] + [("prefill", size) for size in CHUNKS[:most]]
-    for kind, size in kinds:
+    for kind, size in [("decode", size) for size in BATCHES[:most]] + [("prefill", size) for size in PROMPTS[:most]]:
         both: tuple[Kernels, ...] = ("auto", "xla") if args.compare else ("auto",)
         for kernels in both:
             row = {"model": name, "layers": model.config.num_layers, "weights": "int8" if int8 else "bfloat16"}
-            row |= {"step": kind, "tokens": size, "kernels": kernels}
-            take = model.decode if kind == "decode" else model.prefill
+            row |= {
+                "step": kind,
+                "tokens": size if isinstance(size, int) else f"{size[0]} x {size[1]}",
+                "kernels": kernels,
+            }
+            take: Callable[..., dict[str, float]] = model.decode if kind == "decode" else model.prefill
             yield {**row, **_guarded(functools.partial(_shares, take, size, kernels, ceilings))}
 
 
-def _shares(take: Callable[[int, Kernels], dict[str, float]], size: int, kernels: Kernels, ceilings: Ceilings) -> Any:
+def _shares(take: Callable[..., dict[str, float]], size: Any, kernels: Kernels, ceilings: Ceilings) -> Any:
     return with_shares(take(size, kernels), ceilings)
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 
 from launch.__main__ import main
@@ -26,7 +27,7 @@ def test_every_checkpoint_of_the_tests_is_checked():
     assert [name for name in names if name.startswith("family")] == [
         f"family {path.name}" for path in sorted(CHECKPOINTS.iterdir())
     ]
-    assert names[-2:] == ["bundled model against the CPU", "migration in place"]
+    assert names[-3:] == ["bundled model against the CPU", "migration in place", "two processes on the card"]
 
 
 def test_shares_are_of_the_slower_of_reading_and_computing():
@@ -41,6 +42,11 @@ def test_layers_are_cut_to_what_fits_half_of_a_card():
     assert cut(MODELS["mixtral"], 12 * 10**9, 2, False).num_layers == 2
     assert cut(MODELS["deepseek-v2-lite"], 10**9, 2, False).num_layers == 2  # the dense one and one with experts
     assert all(shrunk(config).num_moe_layers == 1 for config in MODELS.values())
+
+
+def test_two_processes_serve_the_texts_of_one():
+    found = dict(checks(None, jax.devices("cpu")[0]))["two processes on the card"]()
+    assert found == {"passed": True, "tokens": 3 * 24}
 
 
 @pytest.mark.slow

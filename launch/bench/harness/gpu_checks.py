@@ -1,4 +1,5 @@
-"""Whether a card computes what it should: family fixtures, the bundled model beside a CPU, a migration in place."""
+"""Whether a card computes what it should: family fixtures, the bundled model beside a CPU and shared by two
+processes, a migration in place."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from dancemoe_jax.inference.generate import generate
 from dancemoe_jax.inference.state import init_state
 from dancemoe_jax.inference.steps import Weights, decode_step, place_decoder, place_tables, prefill
 from dancemoe_jax.mesh import make_mesh
+from launch.bench.harness.gpu_ranks import texts_of_ranks
 
 # Of logits in float32, against the largest; what the fixtures are held to everywhere.
 TOLERANCE = 1e-4
@@ -109,6 +111,14 @@ def check_migration(device: Any) -> Check:
     }
 
 
+def check_two_ranks(device: Any) -> Check:
+    """The bundled model's texts, its experts shared by two processes on the card, and by none."""
+    served = _Served(bundled_model(), device)
+    prompts = [served.file_tokens(text) for text in _TEXTS]
+    shared, whole = texts_of_ranks(prompts, _TOKENS, device.platform), served.texts()
+    return {"passed": shared == whole, "tokens": sum(map(len, shared))}
+
+
 def checks(families: Path | None, device: Any) -> Iterator[tuple[str, Callable[[], Check]]]:
     """All checks, by name."""
     for path in sorted(families.iterdir()) if families else []:
@@ -116,6 +126,7 @@ def checks(families: Path | None, device: Any) -> Iterator[tuple[str, Callable[[
             yield f"family {path.name}", lambda path=path: check_family(path, device)
     yield "bundled model against the CPU", lambda: check_bundled(device)
     yield "migration in place", lambda: check_migration(device)
+    yield "two processes on the card", lambda: check_two_ranks(device)
 
 
 def _programs() -> int:

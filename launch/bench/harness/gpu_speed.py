@@ -24,7 +24,8 @@ from dancemoe_jax.model.experts import ExpertWeights
 
 CONTEXT = 1024  # positions that a decoded token sees
 BATCHES = (1, 8, 64)
-CHUNKS = (64, 1024)
+PROMPTS = ((1, 64), (1, 1024), (8, 256), (64, 64))  # how many at once, and tokens of each
+_IN_A_ROW = 8  # decode steps that are begun before any is waited for
 _RUNS = 5
 _MOST_LAYERS = 4
 
@@ -110,7 +111,8 @@ class Model:
         self.other_bytes = config.other_params * 2 - embedding
 
     def decode(self, batch: int, kernels: Kernels) -> dict[str, float]:
-        """Seconds and least bytes of a decode step of so many sequences."""
+        """Seconds and least bytes of a decode step of so many sequences, one after another as in the engine, which begins one
+        before it has read the one before."""
         rng = np.random.default_rng(0)
         positions = np.full((1, batch), CONTEXT, np.int32)
         state = init_state(self.config, self.mesh, batch, jnp.bfloat16)
@@ -123,24 +125,31 @@ class Model:
             )
             return result
 
-        seconds, routed = _seconds(step), np.asarray(step().routed)
+        seconds = _seconds(lambda: [step() for _ in range(_IN_A_ROW)][-1]) / _IN_A_ROW
+        routed = np.asarray(step().routed)
         cache = self.config.num_layers * batch * CONTEXT * sum(self.config.cache_widths) * 2
-        return {"seconds": seconds, "bytes": self._read(routed) + cache, "operations": self._operations(batch)}
+        return {"seconds": seconds, "bytes": self._read(routed) + cache, "operations": self._operations(batch, batch)}
 
-    def prefill(self, chunk: int, kernels: Kernels) -> dict[str, float]:
-        """The same of a chunk of prompt of one sequence."""
-        rng, zero = np.random.default_rng(0), np.zeros((1, 1), np.int32)
-        run = _Run(init_state(self.config, self.mesh, 1, jnp.bfloat16))
+    def prefill(self, size: tuple[int, int], kernels: Kernels) -> dict[str, float]:
+        """The same of a chunk of so many prompts at once, of so many tokens each."""
+        prompts, chunk = size
+        rng, zero = np.random.default_rng(0), np.zeros((1, prompts), np.int32)
+        own = np.arange(prompts, dtype=np.int32)[None]
+        run = _Run(init_state(self.config, self.mesh, prompts, jnp.bfloat16))
 
         def step() -> Any:
-            tokens = rng.integers(0, self.config.vocab_size, (1, 1, chunk)).astype(np.int32)
+            tokens = rng.integers(0, self.config.vocab_size, (1, prompts, chunk)).astype(np.int32)
             run.state, result = prefill(
-                self.weights, run.state, tokens, zero, zero, zero + chunk, **self.shapes, kernels=kernels
+                self.weights, run.state, tokens, own, zero, zero + chunk, **self.shapes, kernels=kernels
             )
             return result
 
         seconds, routed = _seconds(step), np.asarray(step().routed)
-        return {"seconds": seconds, "bytes": self._read(routed), "operations": self._operations(chunk)}
+        return {
+            "seconds": seconds,
+            "bytes": self._read(routed),
+            "operations": self._operations(prompts * chunk, prompts),
+        }
 
     def _read(self, routed: np.ndarray) -> float:
         """Bytes of the experts that were chosen, each once, and of all other weights."""
@@ -148,12 +157,13 @@ class Model:
         active = sum(len(np.unique(routed[:, :, layer])) for layer in range(layers))
         return active * self.expert_bytes + self.other_bytes
 
-    def _operations(self, tokens: int) -> float:
-        """Of the products with weights; attention's own are not counted, so that a share is never flattered."""
+    def _operations(self, tokens: int, rows: int) -> float:
+        """Of the products with weights, logits for each row; attention's own are not counted, so that a share is never
+        flattered."""
         config = self.config
         experts = config.num_moe_layers * config.top_k * 3 * config.hidden_size * config.expert_size
         head = config.vocab_size * config.hidden_size
-        return 2 * tokens * (experts + self.other_bytes / 2 - head) + 2 * head
+        return 2 * tokens * (experts + self.other_bytes / 2 - head) + 2 * rows * head
 
 
 @dataclasses.dataclass
