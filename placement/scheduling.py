@@ -198,7 +198,7 @@ def wishes(slots: Slots, waiting: Sequence[Sequence[int]]) -> tuple[Wish, ...]:
     """What each device wants, [D]; arguments as in `plan_step`."""
     found = []
     for own, coming in zip(slots, waiting, strict=True):
-        room = sum(progress is None for progress in own)
+        room = sum(progress is None or progress.ended for progress in own)
         left = [p.prompt - p.cached for p in own if p is not None and not p.prefilled]
         found.append(
             Wish(sum(left) + sum(coming[:room]), any(p is not None and p.prefilled and not p.ended for p in own))

@@ -74,6 +74,7 @@ class StepResult(NamedTuple):
     control: jax.Array | None
     routed: jax.Array
     finite_layers: jax.Array
+    counts: jax.Array
     last: jax.Array | None
 
 
@@ -232,7 +233,7 @@ def _over_devices(local, mesh):
     everywhere: Any = P()
     weights = Weights(everywhere, own, Tables(own, own, everywhere, everywhere))
     state = State(own, own, own, own)
-    result = StepResult(own, own, Traffic(own, own, own, own), everywhere, own, own, own)
+    result = StepResult(own, own, Traffic(own, own, own, own), everywhere, own, own, own, own)
 
     def run(*arguments):
         specs = (weights, state, *(own for _ in arguments[2:]))
@@ -302,6 +303,7 @@ def _run(step, weights, state, rows: StepRows, all_logits=False):
     logits, final, likeliest = next_tokens(step, weights.decoder, x, rows, present, all_logits)
     finite = rows.least(finite, config.num_layers)
     head = finite_rows(logits, valid) if all_logits else finite_rows(final[:, None], rows.lengths[:, None] > 0)
+    counts = state.counts + counts[None]
     result = StepResult(
         likeliest[None],
         logits[None],
@@ -309,6 +311,7 @@ def _run(step, weights, state, rows: StepRows, all_logits=False):
         control,
         jnp.swapaxes(routed, 0, 1).astype(jnp.int32)[None],
         jnp.where(finite == config.num_layers, finite + head, finite)[None],
+        counts,
         None if step.last is None else rows.put_last(step.last[0], likeliest)[None],
     )
-    return State(k, v, state.pages, state.counts + counts[None]), result
+    return State(k, v, state.pages, counts), result

@@ -109,15 +109,11 @@ class Batch:
         self.pages[device].end(slot)
 
     def foreseeable(self, turn: Turn) -> bool:
-        """Whether a step can be planned before the tokens of the step under way are known: whose rows it has, what they may
-        be, and that nobody gets a slot with them."""
-        with self._lock:
-            waiting = any(self.waiting)
+        """Whether a step can be planned before the tokens of the step under way are known."""
         slots = [p for row in self._slots() for p in row if p is not None]
         return (
-            turn.kind == "decode"
-            and all(request.grammar is None for request in self.in_flight)
-            and not (waiting and any(progress.ended for progress in slots))
+            turn.kind == "decode"  # a prompt may be given the slot of one that ends
+            and all(request.grammar is None for request in self.in_flight)  # else what may follow is not known
             and any(progress.prefilled and not progress.ended for progress in slots)
         )
 

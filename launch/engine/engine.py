@@ -52,6 +52,7 @@ class Engine:
 
     Attributes:
         batch: the requests of this process.
+        chunks: how many prompt tokens steps may take on a device, smallest first.
         done, stop: this process has no more requests to come, or wants all to end now; sent to all with the next step.
         reform: this process is ready to leave for another program, in which all requests go on; sent like those.
         hold: between two steps there may be something to do on this process that all others do between the same two; sent
@@ -59,7 +60,7 @@ class Engine:
         migration_progress: of this process's migration worker (launch.migration.worker); sent like those.
         received: what all devices sent with the last step.
         steps: taken since the start, by kind; tokens_processed: of this process's requests in them.
-        taking: requests of this process in steps that have begun and that it has not been given.
+        taking: requests of this process in the step that begins, or is waited for.
         last: int32 [devices, sequences] on the devices, the last token of each batch slot; what a decode step is fed where the
             host has not read it yet.
         sampler: is given the experts of every token that entered here; None reads them from no step.
@@ -86,8 +87,8 @@ class Engine:
         self.mesh, self.own = mesh, local_devices(mesh)
         self._alone = len(self.own) == mesh.size
         self._sequences = sequences
-        self._chunks = chunks_of(chunk, config.max_position) if wide else (chunk,)
-        least = least_pages(config.layer_windows, config.max_position, self._chunks[-1])
+        self.chunks = chunks_of(chunk, config.max_position) if wide else (chunk,)
+        least = least_pages(config.layer_windows, config.max_position, self.chunks[-1])
         self.pages = sequences * least if pages is None else pages
         if self.pages < least:
             raise ValueError(f"pages: {pages}, one sequence of {config.max_position} tokens takes {least}")
@@ -106,13 +107,14 @@ class Engine:
         """Begin with empty caches and counts, as if nothing had been served. No request may be in a batch slot."""
         config, dtype = self.config, self.weights.decoder.embedding[...].dtype
         self.state = init_state(config, self.mesh, self._sequences, dtype, self.pages)
-        shape = (self.pages, config.layer_windows, self._sequences, config.max_position, self._chunks[-1])
+        shape = (self.pages, config.layer_windows, self._sequences, config.max_position, self.chunks[-1])
         self.batch.pages = {device: Pages(*shape) for device in self.own}
         self.steps, self.tokens_processed = {"prefill": 0, "decode": 0}, {"prefill": 0, "decode": 0}
         self._choice = TokenChoice(self.mesh, self._sequences, config.vocab_size)
         self._counters = StepCounters.zero(self.mesh.size, config.num_moe_layers)
         self.last = jnp.zeros((self.mesh.size, self._sequences), jnp.int32, device=sharded(self.mesh))
         self._flight: Flight | None = None
+        self._counts: Any = np.zeros((self.mesh.size, config.num_moe_layers, config.num_experts), np.int32)
 
     def submit(self, request: Request) -> None:
         """Queue a request at its server, from any thread. Raises RequestError where its prompt or routing does not fit."""
@@ -144,14 +146,9 @@ class Engine:
         """Whether all have agreed to end."""
         return bool(self.received.stop.any() or self.received.done.all())
 
-    @property
-    def chunks(self) -> tuple[int, ...]:
-        """How many prompt tokens steps may take on a device, smallest first."""
-        return self._chunks
-
     def wake(self, wish: Wish = _A_PROMPT) -> None:
         """Have a next step after all, a prefill step as wide as is wished; all processes wish for the same."""
-        self._next = next_turn(None, [wish], self._chunks)
+        self._next = next_turn(None, [wish], self.chunks)
 
     def adopt(self, weights: Weights) -> None:
         """Take new weights (pool and tables of another placement) from the next step on."""
@@ -168,7 +165,7 @@ class Engine:
         experts]."""
         shape = (len(self.batch.waiting), self.config.num_moe_layers, self.config.num_experts)
         result = np.zeros(shape, np.int64)
-        for device, counts in own_rows(self.state.counts).items():
+        for device, counts in own_rows(self._counts).items():
             result[self.device_server[device]] += counts
         return result
 
@@ -189,47 +186,43 @@ class Engine:
             if self._next is None and (not self._alone or self.idle):
                 return []
             finished += self.batch.let_in()
-            turn = self._next or next_turn(None, self.batch.wishes(), self._chunks) or Turn("prefill", self._chunks[0])
+            turn = self._next or next_turn(None, self.batch.wishes(), self.chunks) or Turn("prefill", self.chunks[0])
             flight = self._begin(turn, self.batch.plan(turn))
         # Others' words come with the step; a process that is alone knows what it has sent.
         self.received = ControlWord.of(flight.control if self._alone else np.asarray(flight.result.control))
         self._next = self._turn_after(flight)
-        finished += self._begin_ahead(flight)
+        self._begin_ahead()
+        self.taking = [request for _, request in flight.members]
         self._count(flight)
         finished += self._give(flight)
-        if self._alone and self._flight is None:
-            self._next = self._turn_after(flight)
+        finished += self.batch.let_in()
         if self._may_begin and self._flight is None and self._next is not None:
-            finished += self.batch.let_in()
             self._flight = self._begin(self._next, self.batch.plan(self._next))
         return finished
 
     def _turn_after(self, flight: Flight) -> Turn | None:
-        """The step that follows, in agreement with all processes."""
+        """The step that follows, in agreement with all processes: by what devices wished when this one began to run."""
         wishes = self.batch.wishes() if self._alone else [self.received.wish]
-        return next_turn(flight.turn.kind, wishes, self._chunks)
+        return next_turn(flight.turn.kind, wishes, self.chunks)
 
     @property
     def _may_begin(self) -> bool:
         """Whether the step after the one whose words were received may begin before the caller has had its turn."""
         return not (self.leaving or self.received.hold.any())
 
-    def _begin_ahead(self, flight: Flight) -> list[Request]:
-        """Begin the step after one that is under way, where nothing depends on what that one gives; those that left."""
-        left: list[Request] = []
+    def _begin_ahead(self) -> None:
+        """Begin the step after one that is under way, where nothing depends on what that one gives."""
         if self._next is not None and self._may_begin and self.batch.foreseeable(self._next):
-            left = self.batch.let_in()
             planned = self.batch.plan_ahead(self._next)
             if planned is not None:
-                self._flight = self._begin(self._next, planned, flight)
-        return left
+                self._flight = self._begin(self._next, planned)
 
-    def _begin(self, turn: Turn, planned: tuple[Step, list[Member]], before: Flight | None = None) -> Flight:
-        """Begin a step on the devices; before: one that is under way."""
+    def _begin(self, turn: Turn, planned: tuple[Step, list[Member]]) -> Flight:
+        """Begin a step on the devices."""
         step, members = planned
         for request in self.in_flight:
             request.epochs.add(self.epoch)
-        self.taking = [request for _, request in [*members, *(before.members if before else ())]]
+        self.taking = [request for _, request in members]
         control, numbers = self._control(step), row_numbers(turn.kind, members)
         take, inputs, how = self._inputs(turn, members, control)
         self._place_pages()
@@ -276,7 +269,7 @@ class Engine:
         kinds: tuple[Kind, ...] = ("prefill", "decode")
         found = {}
         for kind in kinds:
-            take, inputs, how = self._inputs(Turn(kind, self._chunks[-1]), [], blank(self.mesh.size))
+            take, inputs, how = self._inputs(Turn(kind, self.chunks[-1]), [], blank(self.mesh.size))
             found[kind] = take.lower(self.weights, self.state, *inputs, **how).compile()
         return found
 
@@ -306,6 +299,7 @@ class Engine:
         """Count a step, and sample its tokens."""
         turn, members, result = flight.turn, flight.members, flight.result
         self.steps[turn.kind] += 1
+        self._counts = result.counts
         self._counters.add(result.traffic)
         held = [self.batch.holds(member) for member in members]
         self.tokens_processed[turn.kind] += sum(

@@ -82,15 +82,26 @@ def test_the_engine_takes_the_steps_of_the_simulator(seed, rng, monkeypatch):
         for at, server, prompt, output in zip(*vars(arrivals).values(), strict=True)
     ]
     recorder.of(engine, requests)
-    now, coming = 0.0, list(requests)
+    now, coming, read, count = 0.0, list(requests), 0, engine._count
+
+    def arrive():
+        while coming and coming[0].arrival_s <= now:
+            engine.submit(coming.pop(0))
+
+    def take_time(flight):
+        """A step is under way, and the next one may have begun already; meanwhile requests arrive."""
+        nonlocal now, read
+        now += sum(cost(*recorder.steps[read]))
+        read += 1
+        arrive()
+        count(flight)
+
+    monkeypatch.setattr(engine, "_count", take_time)
     while coming or not engine.idle:
         if engine.idle:
             now = max(now, coming[0].arrival_s)
-        while coming and coming[0].arrival_s <= now:
-            engine.submit(coming.pop(0))
-        finished, taken = engine.step(), recorder.steps[-1]
-        now += sum(cost(*taken))
-        for request in finished:
+        arrive()
+        for request in engine.step():
             request.finished_s = now
     steps, ended = simulated(arrivals, chunks_of(CHUNK, small.config.max_position))
     assert recorder.steps == steps

@@ -22,6 +22,7 @@ from dancemoe_jax.expert_parallel.tables import assign_slots, routing_tables
 from dancemoe_jax.inference.generate import generate
 from dancemoe_jax.inference.steps import Weights, place_decoder, place_tables
 from dancemoe_jax.mesh import make_mesh
+from placement.files import parse_json
 
 RANKS = 2
 _SECONDS = 180.0
@@ -62,7 +63,7 @@ def texts_of_ranks(prompts: list[list[int]], tokens: int, platform: str) -> list
     for process, (_, error) in zip(running, said, strict=True):
         if process.returncode:
             raise RuntimeError(" ".join(error.split())[-300:])
-    parts = [json.loads(output.splitlines()[-1]) for output, _ in said]
+    parts = [parse_json(output.strip().rpartition("\n")[2], "what a process printed") for output, _ in said]
     return [next(part[i] for part in parts if part[i]) for i in range(len(prompts))]
 
 
@@ -84,6 +85,6 @@ def serve(rank: int, address: str, prompts: list[list[int]], tokens: int) -> lis
 
 
 if __name__ == "__main__":
-    _own, _job = int(sys.argv[1]), json.loads(sys.argv[2])
+    _own, _job = int(sys.argv[1]), parse_json(sys.argv[2], "job")
     print(json.dumps(serve(_own, **_job)))
     jax.distributed.shutdown()
