@@ -275,6 +275,7 @@ def test_a_full_disk_for_the_record_stops_migrations_not_serving(tmp_path, rng, 
     finally:
         process.kill()
         process.wait()
+        process.stdout.close()
         subprocess.run(["umount", state], check=True)
     assert len(answers) == 150
     flags = [f"--prompt={given['prompt']}", f"--max-tokens={given['max_tokens']}"]
