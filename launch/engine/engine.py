@@ -114,7 +114,7 @@ class Engine:
         self._counters = StepCounters.zero(self.mesh.size, config.num_moe_layers)
         self.last = jnp.zeros((self.mesh.size, self._sequences), jnp.int32, device=sharded(self.mesh))
         self._flight: Flight | None = None
-        self._counts: Any = np.zeros((self.mesh.size, config.num_moe_layers, config.num_experts), np.int32)
+        self._counts: jax.Array | None = None
 
     def submit(self, request: Request) -> None:
         """Queue a request at its server, from any thread. Raises RequestError where its prompt or routing does not fit."""
@@ -165,7 +165,7 @@ class Engine:
         experts]."""
         shape = (len(self.batch.waiting), self.config.num_moe_layers, self.config.num_experts)
         result = np.zeros(shape, np.int64)
-        for device, counts in own_rows(self._counts).items():
+        for device, counts in own_rows(self._counts).items() if self._counts is not None else ():
             result[self.device_server[device]] += counts
         return result
 
