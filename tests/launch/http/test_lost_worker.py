@@ -26,14 +26,16 @@ def door(tmp_path_factory):
         yield opened
 
 
-def streamed(door: Door, number: int) -> tuple[str, str | None, float]:
-    """Text and reason of a long answer, and the longest time without more of it."""
+def streamed(door: Door, number: int, begun: threading.Event | None = None) -> tuple[str, str | None, float]:
+    """Text and reason of a long answer, and the longest time without more of it; begun: is set once there is some."""
     text, reason, pause, last = "", None, 0.0, time.monotonic()
     stream = door.client.completions.create(
         model=MODEL, prompt=f"def f{number}(", max_tokens=110, stream=True, **KINDS[number % len(KINDS)]
     )
     for chunk in stream:
         pause, last = max(pause, time.monotonic() - last), time.monotonic()
+        if begun is not None:
+            begun.set()
         text += chunk.choices[0].text
         reason = chunk.choices[0].finish_reason or reason
     return text, reason, pause
@@ -96,14 +98,14 @@ def broken(tmp_path, monkeypatch):
 def test_a_step_that_fails_fails_its_requests_alone(broken):
     expected = whole(broken, 0)
     with ThreadPoolExecutor(4) as pool:
-        running = pool.submit(streamed, broken, 1)
-        waiting = [pool.submit(whole, broken, 0) for _ in range(2)]
-        time.sleep(0.1)
+        begun = [threading.Event() for _ in range(3)]
+        running, *waiting = (pool.submit(streamed, broken, n, own) for n, own in zip((1, 0, 0), begun, strict=True))
+        assert all(own.wait(60) for own in begun)  # a step that reads several prompts fails all of them
         failed = broken.http.post("/v1/completions", json={"prompt": "FAIL", "max_tokens": 4})
         assert failed.status_code == 500
         assert "a step that fails" in failed.json()["error"]["message"]
         # Those that were in no such step go on in the next worker.
-        assert [one.result(200) for one in waiting] == [expected, expected]
+        assert [one.result(200)[0] for one in waiting] == [expected, expected]
         assert running.result(200)[1] in ("length", "stop")
     assert whole(broken, 0) == expected
 
