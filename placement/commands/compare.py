@@ -7,6 +7,7 @@ import time
 from placement.commands.inputs import (
     STRATEGIES_HELP,
     add_cluster,
+    add_dispatch,
     add_json,
     add_prior,
     add_workload,
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=whole_number, default=0, help="for strategies that draw at random (default: 0)")
     add("--plot", metavar="FILE.png", help="draw remote share against P(network), with the frontier")
     add("--bound", action="store_true", help="certify how low P(network) could be at best; takes about a minute")
+    add_dispatch(parser)
     add_prior(parser)
     add_workload(parser)
     add_json(parser)
@@ -53,7 +55,8 @@ def run(arguments: argparse.Namespace) -> None:
         placement = plan(profile, cluster, name, seed=arguments.seed, **options)
         seconds = time.perf_counter() - start
         found = {"gap": placement.predicted["gap"], "planning_seconds": seconds}
-        costs[name] = {**evaluate(evaluation, cluster, placement, workload=workload), **found}
+        served = evaluate(evaluation, cluster, placement, workload=workload, dispatch=arguments.dispatch)
+        costs[name] = {**served, **found}
     bound = None
     if arguments.bound:
         known = min(cost["network_probability"] for cost in costs.values())

@@ -338,10 +338,11 @@ def test_a_prior_hardly_counts_beside_thousands_of_tokens():
     assert np.abs(with_prior(problem, 32.0).demand - problem.demand).max() < 1e-3
 
 
-def test_cold_start_hosts_whole_layers():
+@pytest.mark.parametrize("prior", [0, 32])
+def test_cold_start_hosts_whole_layers(prior):
     """Without any token a part of a layer at home is worth nothing; a whole one needs no network."""
     profile, cluster = thin(0)
-    placed = plan(profile, cluster, "latency", prior=32)
+    placed = plan(profile, cluster, "latency", prior=prior)
     assert placed.resident.all(-1).any(0).all()
     assert evaluate(profile, cluster, placed)["network_probability"] <= 0.5 + 1e-9
     assert (plan(profile, cluster, "latency", previous=placed).resident == placed.resident).all()
