@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.grid:
         _run_grid(arguments, tuple(names))
         return
-    for flag in ("gpus", "bandwidths", "one_group"):
+    for flag in ("gpus", "bandwidths", "requests", "one_group"):
         if getattr(arguments, flag):
             raise InputError(
                 f"--{flag.replace('_', '-')}: only --grid builds clusters of its own; add it, or leave this out"
@@ -172,7 +172,7 @@ def _run_grid(arguments: argparse.Namespace, names: tuple[str, ...]) -> None:
     profile = Profile.load(arguments.profile)
     evaluation = Profile.load(arguments.eval) if arguments.eval else profile
     lengths = ((arguments.prompt_tokens, arguments.output_tokens),)
-    chosen: dict[str, Any] = {"gpus": arguments.gpus, "bandwidths": arguments.bandwidths}
+    chosen: dict[str, Any] = {key: getattr(arguments, key) for key in ("gpus", "bandwidths", "requests")}
     chosen["gaps"] = None if arguments.gap is None else (arguments.gap,)
     chosen = {key: value for key, value in chosen.items() if value is not None}
     options = {"seed": arguments.seed, "prior": arguments.prior, "groups": not arguments.one_group}

@@ -69,6 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gpus", type=_counts, metavar="N,N", help="with --grid: sizes of the cluster (default: 4,16,64,256)")
     what = "with --grid: Mbit/s between servers (default: 100,250,500,1000)"
     add("--bandwidths", type=_rates, metavar="B,B", help=what)
+    what = "with --grid: simulated in each cell, in the mean (default: 1500); 120 s of arrivals at least"
+    add("--requests", type=_count, metavar="N", help=what)
     what = "with --grid: latency plans all servers as one group, however many there are"
     add("--one-group", action="store_true", help=what)
     add_dispatch(parser)

@@ -484,6 +484,7 @@ def test_grid_command(folder, capsys, monkeypatch):
 def test_a_part_of_the_grid_and_one_group(folder, capsys):
     tiny_profile().save("profile.npz")
     part = ("--grid", "--strategies", "latency,dance", "--jobs", "1", "--json", "--gpus", "12", "--gap", "9")
+    part += ("--requests", "200")
     found = {}
     for more in ((), ("--one-group",), ("--prior", "0")):
         assert run(*part, "--bandwidths", "100,200", *more) == 0
@@ -491,6 +492,7 @@ def test_a_part_of_the_grid_and_one_group(folder, capsys):
         assert [(c["strategy"], c["gpus"], c["mbps"], c["gap_s"]) for c in cells] == [
             (name, 12, mbps, 9.0) for name in ("latency", "dance") for mbps in (100.0, 200.0)
         ]
+        assert all(abs(c["requests"] - 200) < 60 for c in cells)
         found[more] = {(c["strategy"], c["mbps"]): c["mean"] for c in cells}
     assert found["--one-group",]["latency", 100.0] != found[()]["latency", 100.0]
     assert found["--one-group",]["dance", 100.0] == found[()]["dance", 100.0]
