@@ -40,8 +40,8 @@ def with_prior(problem: Problem, prior: float) -> Problem:
     _, layers, experts = problem.shape
     counts = problem.frequency * (problem.counted * problem.top_k)
     kind = kinds(counts)
-    counts = _together(counts, kind)
-    counts = shrink(counts, _OTHERS * prior * problem.top_k) + prior * problem.top_k / experts
+    worth = _drawn(counts, problem, prior).sum(-1, keepdims=True)  # each counts for what it brings itself
+    counts = distribution(_drawn(_together(counts, kind), problem, prior)) * worth
     total = counts.sum()
     counted = float(total) / (layers * problem.top_k)
     return replace(problem, frequency=counts * (layers / total), tokens=_sets(problem, prior, kind), counted=counted)
@@ -71,12 +71,18 @@ def kinds(counts: np.ndarray) -> np.ndarray:
     return kind
 
 
+def _drawn(counts: np.ndarray, problem: Problem, prior: float) -> np.ndarray:
+    """Counts and what pseudo-tokens choose in the mean."""
+    flat = prior * problem.top_k / counts.shape[-1]
+    return shrink(counts, _OTHERS * prior * problem.top_k) + flat
+
+
 def _together(counts: np.ndarray, kind: np.ndarray) -> np.ndarray:
-    """Counts of each server, as many as it has, by what all users of its kind choose."""
+    """Counts of all users of each server's kind, [N, L, E]."""
     counts = counts.copy()
     for first in np.flatnonzero(np.bincount(kind, minlength=len(counts)) > 1):
         alike = np.flatnonzero(kind == first)
-        counts[alike] = distribution(counts[alike].sum(0)) * counts[alike].sum(-1, keepdims=True)
+        counts[alike] = counts[alike].sum(0)
     return counts
 
 
