@@ -233,7 +233,7 @@ def plot_grid(
     if len(strategies) == 1:
         by_size = [(strategies[0], [(f"{number} GPUs", (strategies[0], number)) for number in gpus])]
     with plt.rc_context(_STYLE):
-        size = (2.5 * len(by_size) + 1.8, 2.1 * len(gaps) + 0.8)
+        size = (2.5 * len(by_size) + 1.8 + (len(by_size) == 1), 2.1 * len(gaps) + 0.8)
         figure, axes = plt.subplots(
             len(gaps), len(by_size), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
         )
@@ -247,9 +247,10 @@ def plot_grid(
                 axis.set(xscale="log", yscale="log", title=f"{what}, a request every {gap:g} s")
                 axis.set_xticks(bandwidths, labels=[f"{b:g}" for b in bandwidths])
                 axis.minorticks_off()
+                axis.yaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
                 axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
                 axis.grid(color="#E5E5E5")
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False)
         figure.supxlabel("bandwidth between servers (Mbit/s)")
         figure.supylabel("mean request latency (s)")
         figure.suptitle(title)
