@@ -64,6 +64,17 @@ def test_plan_then_validate(folder, capsys):
     assert sorted(path.name for path in folder.iterdir()) == ["cluster.toml", "later.npz", "new.json", "profile.npz"]
 
 
+def test_a_large_cluster_is_planned_without_the_optimum(folder, capsys, monkeypatch):
+    monkeypatch.setattr("placement.commands.plan._OPTIMUM", 2 * 3 * 6 - 1)
+    assert run("plan", "--profile", "profile.npz", "--out", "new.json") == 0
+    assert "gap: not counted" in capsys.readouterr().out
+    assert run("plan", "--profile", "profile.npz", "--out", "new.json", "--json") == 0
+    assert "gap" not in json.loads(capsys.readouterr().out)
+    monkeypatch.setattr("placement.commands.plan._OPTIMUM", 2 * 3 * 6)
+    assert run("plan", "--profile", "profile.npz", "--out", "new.json") == 0
+    assert "gap: not counted" not in capsys.readouterr().out
+
+
 def test_same_input_same_file(folder, capsys):
     for name in ("one.json", "two.json"):
         assert run("plan", "--profile", "profile.npz", "--strategy", "dance", "--out", name) == 0
