@@ -12,7 +12,12 @@ from placement.files import read_toml
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_cluster(parser)
-    add("--tasks", required=True, metavar="P", help="profile.npz whose rows are tasks: `python -m placement convert --by task`")
+    add(
+        "--tasks",
+        required=True,
+        metavar="P",
+        help="profile.npz whose rows are tasks: `python -m placement convert --by task`",
+    )
     what = "a table for each server: task = requests a second, or in any other unit that is the same for all"
     add("--rates", required=True, metavar="R.toml", help=what)
     add("--model", metavar="CONFIG", help="config.json for what the profile does not say")
