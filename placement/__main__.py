@@ -19,6 +19,7 @@ COMMANDS = {
     "diff": "what moves between two placements, how long it takes, if it pays",
     "simulate": "serve requests with several strategies' plans",
     "convert": "read and write other engines' files",
+    "mix": "profiles of tasks to a profile of servers, by how often each gets which",
     "drift": "how unlike servers are, and how far they moved",
     "model": "shapes and sizes of a model's config.json",
     "bench": "time and memory of planning, and how they grow",

@@ -11,7 +11,7 @@ from placement.costs.step_time import predict
 from placement.data.cluster import Cluster
 from placement.data.placement import Placement
 from placement.data.prior import with_prior
-from placement.data.problem import Problem
+from placement.data.problem import DISPATCH, Problem
 from placement.data.profile import Profile
 from placement.data.workload import Workload
 from placement.files import InputError, show
@@ -175,6 +175,7 @@ def evaluate(
     placement: Placement,
     optimum: float | None = None,
     workload: Workload | None = None,
+    dispatch: str = "ours",
 ) -> dict[str, Any]:
     """Costs of a placement under a profile, which need not be the one it was planned on.
 
@@ -187,9 +188,10 @@ def evaluate(
         optimum: what `placement.optimum` found for this profile and cluster; the result then has the `gap` to it, None where
             layers are hosted elsewhere.
         workload: what the servers do at once, for predicted seconds; None is the usual one.
+        dispatch: "ours", or "sglang": whose rule chooses among copies on other servers (`costs.routing.serving_server`).
 
     Raises:
-        InputError: placement, profile and cluster do not belong together, or the placement is not valid.
+        InputError: placement, profile and cluster do not belong together, or the placement is not valid; an unknown rule.
 
     >>> import numpy as np
     >>> from placement import Cluster, Profile
@@ -201,7 +203,9 @@ def evaluate(
     (0.4, {'a': 0.4, 'b': 0.4})
     """
     _check_model(placement, profile)
-    problem = Problem.build(profile, cluster, workload)
+    if dispatch not in DISPATCH:
+        raise InputError(f"dispatch = {show(dispatch)}: must be one of {', '.join(DISPATCH)}")
+    problem = replace(Problem.build(profile, cluster, workload), dispatch=dispatch)
     placement.validate(cluster, profile.reserved_bytes)
     costs = _costs(problem, placement.resident, placement.host)
     if optimum is None:

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from placement import Cluster, InputError
 from placement.data.arrivals import Arrivals
 from placement.data.problem import Problem
 from placement.registry import HOSTED, home_strategies
+from placement.simulation.independent.alone import alone_seconds, measured_compute
+from placement.simulation.independent.unit_costs import Compute, Steps
 from placement.simulation.lockstep.predict import StepCosts, lock_step
 from placement.text_table import print_table
 from placement.units import parse_rate
@@ -144,7 +146,8 @@ def _row(
     own = [(run, found) for run, found in served if (run["plan"], run["transport"]) == kind]
     figures = _figures(kind, [found for _, found in own], args)
     if kind[1] == "pairs":
-        figures["predicted"] = predict(kind[0], [run["window"] for run, _ in own])
+        windows = [run["window"] for run, _ in own]
+        figures |= {"predicted": predict(kind[0], windows), "advised": predict.alone(kind[0], windows)}
     return figures
 
 
@@ -165,7 +168,8 @@ def _links(measured: Cluster) -> dict[str, list[list[float]]]:
 
 @dataclass(frozen=True, eq=False)
 class _Prediction:
-    """Means that the lock-step simulation gives for the same requests, each window beginning at rest."""
+    """Means that the lock-step simulation gives for the same requests, each window beginning at rest; and what `placement
+    advise` expects of each of them alone."""
 
     problem: Problem
     costs: StepCosts
@@ -176,18 +180,30 @@ class _Prediction:
     def __call__(self, name: str, windows: Sequence[Sequence[float]]) -> dict[str, float]:
         """Seconds a request under a plan."""
         args, plans = self.args, self.plans
-        columns = np.array([[r.arrival_s, r.server, r.prompt, r.output] for r in self.requests]).reshape(-1, 4).T
         tables = {key: plans[f"{key}_{name}"] for key in ("serving", "likely")}
         options = {"sequences": args.sequences, "chunks": (args.chunk,), "seed": args.seed, **tables}
         parts: dict[str, list[np.ndarray]] = {}
-        for begin, end in windows:
-            seconds, *rest = columns[:, (begin <= columns[0]) & (columns[0] < end)]
-            arrivals = Arrivals(seconds - begin, *(column.astype(np.int64) for column in rest))
+        for arrivals in self._windows(windows):
             served = lock_step(self.problem, plans[f"resident_{name}"], arrivals, self.costs, **options)
             for key in ("latency", "compute", "network", "waiting"):
                 parts.setdefault(key, []).append(getattr(served, key))
         means = {key: float(np.concatenate(values).mean()) for key, values in parts.items()}
         return {"mean": means.pop("latency"), **means}
+
+    def alone(self, name: str, windows: Sequence[Sequence[float]]) -> dict[str, float]:
+        """Seconds a request, and to its first token, with no other in the cluster."""
+        usual, costs = Compute.roofline(self.problem), self.costs
+        compute = measured_compute(usual, costs.prefill, costs.decode, self.args.chunk)
+        steps = Steps.build(self.problem, self.plans[f"resident_{name}"], compute)
+        every = [alone_seconds(steps, arrivals, self.args.chunk) for arrivals in self._windows(windows)]
+        first, latency = (np.concatenate(column) for column in zip(*every, strict=True))
+        return {"mean": float(latency.mean()), "first_token": float(first.mean())}
+
+    def _windows(self, windows: Sequence[Sequence[float]]) -> Iterator[Arrivals]:
+        columns = np.array([[r.arrival_s, r.server, r.prompt, r.output] for r in self.requests]).reshape(-1, 4).T
+        for begin, end in windows:
+            seconds, *rest = columns[:, (begin <= columns[0]) & (columns[0] < end)]
+            yield Arrivals(seconds - begin, *(column.astype(np.int64) for column in rest))
 
 
 def _names(text: str, flag: str) -> list[str]:
@@ -236,6 +252,7 @@ def _print(rows: list[dict[str, Any]], title: str) -> None:
         "rows travel by",
         "mean",
         "predicted",
+        "advised",
         f"to {_BASE}",
         "p95",
         "computing",
@@ -247,8 +264,8 @@ def _print(rows: list[dict[str, Any]], title: str) -> None:
     )
     cells: list[list[str]] = []
     for row in rows:
-        found = row.get("predicted")
-        predicted = f"{found['mean']:.2f} s ({100 * (found['mean'] / row['mean'] - 1):+.0f} %)" if found else ""
+        found = (row.get(key) for key in ("predicted", "advised"))
+        guessed = [f"{f['mean']:.2f} s ({100 * (f['mean'] / row['mean'] - 1):+.0f} %)" if f else "" for f in found]
         change = f"{100 * (row['mean'] / base - 1):+.1f} %" if base else ""
         seconds = [f"{row[key]:.2f} s" for key in ("mean", "p95", "compute", "network", "waiting")]
         cells.append(
@@ -256,7 +273,7 @@ def _print(rows: list[dict[str, Any]], title: str) -> None:
                 row["strategy"],
                 row["transport"],
                 seconds[0],
-                predicted,
+                *guessed,
                 change,
                 *seconds[1:],
                 f"{100 * row['remote']:.1f} %",

@@ -14,7 +14,9 @@ from placement.data.profile import Profile
 from placement.data.workload import Workload
 from placement.files import InputError
 from placement.planner import evaluate, plan
+from placement.simulation.independent.alone import measured_compute
 from placement.simulation.independent.unit_costs import BACK, DENSE, EXPERTS, OUT, Compute, Steps
+from placement.simulation.lockstep.predict import StepCosts
 
 GIGABIT = 1e9 / 8  # bytes/s
 PARTS = ("dense", "experts", "rounds", "bytes")  # of a token's time
@@ -92,8 +94,11 @@ def _profile(shape: ModelShape, given: Profile | None, cluster: Cluster, cache: 
     return replace(given, counts=counts, servers=names, **sizes)
 
 
-def figures(case: Case, strategy: str, work: Workload, prior: float) -> dict[str, Any]:
+def figures(case: Case, strategy: str, work: Workload, prior: float, costs: StepCosts | None = None) -> dict[str, Any]:
     """How fast a request is on an idle cluster under a strategy's plan, means over the servers with users.
+
+    Args:
+        costs: measured seconds of steps at home; None takes a roofline of the model's sizes.
 
     Returns:
         `tokens_per_second` of one sequence, `first_token` seconds of a prompt, `seconds` of a decoded token by `PARTS`,
@@ -107,6 +112,8 @@ def figures(case: Case, strategy: str, work: Workload, prior: float) -> dict[str
     except InputError as error:
         return {"copies": copies, "missing": str(error)}
     compute = Compute.roofline(problem, dense_bytes=case.shape.other_bytes)
+    if costs is not None:
+        compute = measured_compute(compute, costs.prefill, costs.decode, max(1, work.prefill_tokens))
     steps = Steps.build(problem, placed.resident, compute, placed.host)
     only = Compute(compute.prefill_token * (1 - compute.expert_share), 0.0, compute.decode_step, 0.0)
     dense = Steps.build(problem, placed.resident, only, placed.host)

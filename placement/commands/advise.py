@@ -16,8 +16,9 @@ from placement.commands.inputs import (
     read_workload,
 )
 from placement.data.cluster import Cluster
-from placement.files import InputError
+from placement.files import InputError, read_json
 from placement.registry import HOSTED, strategy_names
+from placement.simulation.lockstep.predict import StepCosts
 from placement.text_table import print_table, print_text
 from placement.units import format_bytes, parse_bytes
 
@@ -37,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--profile", metavar="P", help="profile.npz of the users (default: all experts are equally likely)")
     add("--strategies", default=_STRATEGIES, metavar="A,B", help=f"to choose from ({_STRATEGIES})")
     add("--cache", default="1GB", metavar="SIZE", help="of each device, for KV cache and workspace (default: 1GB)")
+    what = "measured seconds of steps at home, as launch bench testbed --json prints them under costs (default: a roofline)"
+    add("--costs", metavar="C.json", help=what)
     add("--plot", metavar="FILE.png", help="draw where a token's time goes")
     add_prior(parser)
     add_workload(parser)
@@ -59,9 +62,10 @@ def run(arguments: argparse.Namespace) -> None:
             "both must name the same servers in the same order"
         )
     every = list(cases(arguments.model, cluster, given, parse_bytes(arguments.cache, "--cache")))
-    now = {name: figures(every[0], name, work, arguments.prior) for name in names}
+    costs = StepCosts.from_dict(read_json(arguments.costs), arguments.costs) if arguments.costs else None
+    now = {name: figures(every[0], name, work, arguments.prior, costs) for name in names}
     best = _best(now)
-    what_if = {case.name: figures(case, best or "latency", work, arguments.prior) for case in every[1:]}
+    what_if = {case.name: figures(case, best or "latency", work, arguments.prior, costs) for case in every[1:]}
     if arguments.plot:
         from placement.commands.plots import plot_parts
 

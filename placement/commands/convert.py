@@ -37,6 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=BITS, metavar="D", help=f"type of the experts: {', '.join(BITS)}; default: the model's")
     add("--servers", metavar="A,B,C", help="names of the servers, in rank order, instead of a cluster")
     add("--ranks-per-server", metavar="N,N", help="ranks, or files, of each server; one number for all")
+    what = (
+        "rows of the profile are this field of requests, such as task, not their server; `mix` makes servers of tasks"
+    )
+    add("--by", metavar="FIELD", help=what)
     add("--name", metavar="M", help="name of the model")
     for flag, what in (("top-k", "experts per token"), ("hidden-size", "width of the activations")):
         add(f"--{flag}", type=_count, metavar="N", help=what)
@@ -137,6 +141,10 @@ def _facts(arguments: argparse.Namespace) -> convert.Facts:
             raise InputError(f"--servers = {show(arguments.servers)}: must be different names, such as a,b,c")
         if arguments.cluster is not None:
             raise InputError("--servers: --cluster names the servers already; give one of the two")
+    if arguments.by is not None and arguments.cluster is not None:
+        raise InputError(
+            "--cluster: names servers, and with --by rows are not servers; leave it out, and `mix` afterwards"
+        )
     if not 0 <= arguments.first_layer < 10**5:
         raise InputError(f"--first-layer = {arguments.first_layer}: must be an index from 0")
     return convert.Facts(
@@ -145,6 +153,6 @@ def _facts(arguments: argparse.Namespace) -> convert.Facts:
         servers=servers,
         ranks_per_server=widths,
         first_layer=arguments.first_layer,
-        **{key: getattr(arguments, key) for key in ("name", "top_k", "hidden_size", "experts", "layers")},
+        **{key: getattr(arguments, key) for key in ("name", "top_k", "hidden_size", "experts", "layers", "by")},
         **sizes,
     )

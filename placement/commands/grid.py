@@ -9,6 +9,7 @@ import numpy as np
 
 from placement.data.arrivals import Arrivals
 from placement.data.cluster import Cluster
+from placement.data.prior import DEFAULT_PRIOR
 from placement.data.problem import Problem
 from placement.data.profile import Profile
 from placement.files import InputError
@@ -38,6 +39,8 @@ class Grid:
         duration: seconds.
         chunk: prompt tokens of a step.
         seed: of arrivals and of strategies that draw.
+        prior: of plans, see `placement.plan`.
+        groups: whether `latency` plans large clusters in groups of servers.
     """
 
     gpus: tuple[int, ...] = (4, 16, 64, 256)
@@ -49,6 +52,8 @@ class Grid:
     duration: float = 120.0
     chunk: int = 64
     seed: int = 0
+    prior: float = DEFAULT_PRIOR
+    groups: bool = True
 
 
 def grid_cluster(profile: Profile, gpus: int, bandwidth: float) -> Cluster:
@@ -133,7 +138,8 @@ def _column(task: tuple[Grid, Profile, Profile, str, int]) -> list[tuple[Cell, d
     grid, profile, evaluation, strategy, gpus = task
     cluster = grid_cluster(profile, gpus, PLANNED_AT)
     names = cluster.names
-    planned = plan(spread_profile(profile, names), cluster, strategy, seed=grid.seed)
+    groups = None if grid.groups or strategy != "latency" else [list(names)]
+    planned = plan(spread_profile(profile, names), cluster, strategy, seed=grid.seed, prior=grid.prior, groups=groups)
     result = []
     for bandwidth in grid.bandwidths:
         problem = Problem.build(spread_profile(evaluation, names), grid_cluster(profile, gpus, bandwidth))
@@ -147,6 +153,7 @@ def _column(task: tuple[Grid, Profile, Profile, str, int]) -> list[tuple[Cell, d
             p50, p95, p99 = np.percentile(done.latency, [50, 95, 99]).tolist()
             figures = {"mean": float(done.latency.mean()), "p50": p50, "p95": p95, "p99": p99}
             figures["port_utilisation"] = float(done.port_utilisation.max())
+            figures["only_copies"] = planned.predicted["only_copies"]
             figures |= {
                 "requests": len(arrivals),
                 "backlog": _piles_up(arrivals.seconds, arrivals.seconds + done.latency),

@@ -4,6 +4,7 @@ import argparse
 
 from placement.data.model_shapes import ModelShape
 from placement.data.prior import DEFAULT_PRIOR
+from placement.data.problem import DISPATCH
 from placement.data.profile import Profile
 from placement.data.workload import Workload
 from placement.files import InputError
@@ -28,6 +29,11 @@ def add_prior(parser: argparse.ArgumentParser) -> None:
         f"with (default: {DEFAULT_PRIOR:g}; 0: none)"
     )
     parser.add_argument("--prior", type=_at_least_0, default=DEFAULT_PRIOR, metavar="N", help=what)
+
+
+def add_dispatch(parser: argparse.ArgumentParser) -> None:
+    what = "whose rule chooses among copies on other servers when plans are served: this runtime's, or SGLang's (default: ours)"
+    parser.add_argument("--dispatch", choices=DISPATCH, default="ours", metavar="R", help=what)
 
 
 def whole_number(text: str) -> int:

@@ -61,8 +61,8 @@ def print_costs(costs: dict[str, dict[str, Any]], cluster: Cluster) -> None:
 
 
 def _gap(cost: dict[str, Any]) -> str:
-    if cost["gap"] is None:
-        return "-" if cost["hops"] else "inf"
+    if cost.get("gap") is None:
+        return "-" if cost["hops"] or "gap" not in cost else "inf"
     return f"{cost['gap']:.1%}"
 
 

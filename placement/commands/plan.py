@@ -22,6 +22,8 @@ from placement.planner import optimum, plan
 from placement.registry import STRATEGIES
 from placement.text_table import print_text
 
+_OPTIMUM = 2**19  # servers x layers x experts from which on the optimum takes longer than the plan of `latency`
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -63,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
     profile = load_profile(arguments.profile, arguments.model)
     previous = Placement.load(arguments.previous) if arguments.previous else None
     workload = read_workload(arguments)
-    best = optimum(profile, cluster, prior=arguments.prior)
+    best = optimum(profile, cluster, prior=arguments.prior) if profile.counts.size <= _OPTIMUM else None
     start = time.perf_counter()
     groups = [group.split("+") for group in arguments.groups.split(",")] if arguments.groups else None
     options = {
@@ -89,6 +91,8 @@ def run(arguments: argparse.Namespace) -> None:
     print_devices(title, placement, placement.predicted["budget_bytes"])
     print()
     print_costs({placement.strategy: {**placement.predicted, "planning_seconds": seconds}}, cluster)
+    if best is None:
+        print("\ngap: not counted, since for so large a cluster the optimum takes longer than the plan")
     if "groups" in placement.predicted:
         together = (" + ".join(group) for group in placement.predicted["groups"])
         print(f"\nplanned in groups of servers that each hold every expert: {'; '.join(together)}")

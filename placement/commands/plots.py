@@ -215,6 +215,8 @@ def plot_grid(
 ) -> None:
     """Mean latency over bandwidth, a column per cluster size, a row per gap, both axes logarithmic.
 
+    Of one strategy alone there is one column, with a line for each cluster size.
+
     Args:
         cells: `mean` in seconds by strategy, GPUs, Mbit/s and gap.
         title: of the figure.
@@ -227,24 +229,28 @@ def plot_grid(
     strategies = list(dict.fromkeys(cell[0] for cell in cells))
     gpus = sorted({cell[1] for cell in cells})
     bandwidths, gaps = (sorted({float(cell[i]) for cell in cells}) for i in (2, 3))
+    by_size = [(f"{number} GPUs", [(name, (name, number)) for name in strategies]) for number in gpus]
+    if len(strategies) == 1:
+        by_size = [(strategies[0], [(f"{number} GPUs", (strategies[0], number)) for number in gpus])]
     with plt.rc_context(_STYLE):
-        size = (2.5 * len(gpus) + 1.8, 2.1 * len(gaps) + 0.8)
+        size = (2.5 * len(by_size) + 1.8 + (len(by_size) == 1), 2.1 * len(gaps) + 0.8)
         figure, axes = plt.subplots(
-            len(gaps), len(gpus), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+            len(gaps), len(by_size), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
         )
         for row, gap in enumerate(gaps):
-            for column, number in enumerate(gpus):
+            for column, (what, lines) in enumerate(by_size):
                 axis = axes[row, column]
-                for i, name in enumerate(strategies):
-                    mean = [cells[name, number, bandwidth, gap]["mean"] for bandwidth in bandwidths]
+                for i, (name, cell) in enumerate(lines):
+                    mean = [cells[*cell, bandwidth, gap]["mean"] for bandwidth in bandwidths]
                     style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
                     axis.plot(bandwidths, mean, linewidth=1.2, label=name, **style)
-                axis.set(xscale="log", yscale="log", title=f"{number} GPUs, a request every {gap:g} s")
+                axis.set(xscale="log", yscale="log", title=f"{what}, a request every {gap:g} s")
                 axis.set_xticks(bandwidths, labels=[f"{b:g}" for b in bandwidths])
                 axis.minorticks_off()
+                axis.yaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
                 axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
                 axis.grid(color="#E5E5E5")
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False)
         figure.supxlabel("bandwidth between servers (Mbit/s)")
         figure.supylabel("mean request latency (s)")
         figure.suptitle(title)

@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -48,11 +49,16 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.grid:
         _run_grid(arguments, tuple(names))
         return
+    for flag in ("gpus", "bandwidths", "requests", "one_group"):
+        if getattr(arguments, flag):
+            raise InputError(
+                f"--{flag.replace('_', '-')}: only --grid builds clusters of its own; add it, or leave this out"
+            )
     if not arguments.cluster:
         raise InputError("--cluster: missing; only --grid builds clusters of its own")
     cluster, profile = Cluster.from_toml(arguments.cluster), Profile.load(arguments.profile)
     evaluation = Profile.load(arguments.eval) if arguments.eval else profile
-    problem = Problem.build(evaluation, cluster)
+    problem = replace(Problem.build(evaluation, cluster), dispatch=arguments.dispatch)
     planned = Problem.build(profile, cluster)
     if planned.shape != problem.shape or (planned.expert_bytes != problem.expert_bytes).any():
         raise InputError(f"{evaluation.source}: another model than {profile.source}'s; use profiles of the same model")
@@ -65,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError("--costs: only --lock-step reads them; add it, or give --prefill-token and --decode-step")
     done: dict[str, Simulation] = {}
     for name in names:
-        planned = plan(profile, cluster, name, seed=arguments.seed)
+        planned = plan(profile, cluster, name, seed=arguments.seed, prior=arguments.prior)
         replan = _replan(arguments, cluster, name)
         options = {"batch": arguments.batch, "chunk": arguments.chunk, "shift": arguments.shift, "replan": replan}
         options["host"] = planned.host
@@ -92,13 +98,13 @@ def _run_lock_step(
     compute: Compute,
     names: Sequence[str],
 ) -> None:
-    for option in ("shift", "replan", "plot"):
-        if getattr(arguments, option) is not None:
+    for option in ("shift", "replan", "plot", "dispatch"):
+        if getattr(arguments, option) not in (None, "ours"):
             raise InputError(f"--{option}: not with --lock-step; leave one out")
     costs = read_costs(arguments.costs, compute)
     planned, done = Problem.build(profile, cluster), {}
     for name in names:
-        chosen = plan(profile, cluster, name, seed=arguments.seed)
+        chosen = plan(profile, cluster, name, seed=arguments.seed, prior=arguments.prior)
         # The runtime is told by the profile that was planned on which rows go unasked.
         likely = likely_links(planned, serving_server(planned, planned.held(chosen.resident)))
         options = {"sequences": arguments.sequences, "chunks": (arguments.chunk,), "seed": arguments.seed}
@@ -160,13 +166,17 @@ def _print_simulations(done: Mapping[str, Simulation], cluster: Cluster, arrival
 
 
 def _run_grid(arguments: argparse.Namespace, names: tuple[str, ...]) -> None:
-    for option in ("cluster", "arrivals", "gap", "duration", "shift", "replan", "costs", "lock_step"):
-        if getattr(arguments, option) not in (None, False):
+    for option in ("cluster", "arrivals", "duration", "shift", "replan", "costs", "lock_step", "dispatch"):
+        if getattr(arguments, option) not in (None, False, "ours"):
             raise InputError(f"--{option.replace('_', '-')}: --grid has its own; leave it out")
     profile = Profile.load(arguments.profile)
     evaluation = Profile.load(arguments.eval) if arguments.eval else profile
     lengths = ((arguments.prompt_tokens, arguments.output_tokens),)
-    grid = Grid(strategies=names, lengths=lengths, seed=arguments.seed)
+    chosen: dict[str, Any] = {key: getattr(arguments, key) for key in ("gpus", "bandwidths", "requests")}
+    chosen["gaps"] = None if arguments.gap is None else (arguments.gap,)
+    chosen = {key: value for key, value in chosen.items() if value is not None}
+    options = {"seed": arguments.seed, "prior": arguments.prior, "groups": not arguments.one_group}
+    grid = Grid(strategies=names, lengths=lengths, **options, **chosen)
     start, cells = time.perf_counter(), {}
     total = len(grid.gpus) * len(grid.bandwidths) * len(grid.gaps) * len(names)
     for cell, figures in _progress(run_grid(grid, profile, evaluation, arguments.jobs), total):

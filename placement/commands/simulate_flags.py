@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from placement.commands.inputs import STRATEGIES_HELP, add_cluster, add_json, whole_number
+from placement.commands.inputs import STRATEGIES_HELP, add_cluster, add_dispatch, add_json, add_prior, whole_number
 from placement.data.arrivals import Arrivals
 from placement.data.cluster import Cluster
 from placement.data.problem import Problem
@@ -31,10 +31,17 @@ def _count(text: str) -> int:
     return value
 
 
-_above_zero.__name__, _count.__name__ = (
-    "number above 0",
-    "whole number from 1 to 10000000",
-)  # argparse names them in its messages
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(map(_count, text.split(",")))
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    return tuple(map(_above_zero, text.split(",")))
+
+
+# argparse names them in its messages
+_above_zero.__name__, _count.__name__ = "number above 0", "whole number from 1 to 10000000"
+_counts.__name__, _rates.__name__ = "list of whole numbers such as 4,64", "list of numbers such as 100,500"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +66,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=whole_number, default=0, help="of arrivals and of strategies that draw (default: 0)")
     what = "the paper's grid on clusters of its own: 4 to 256 GPUs, 100 to 1000 Mbit/s, gaps 8 to 15 s"
     add("--grid", action="store_true", help=what)
+    add("--gpus", type=_counts, metavar="N,N", help="with --grid: sizes of the cluster (default: 4,16,64,256)")
+    what = "with --grid: Mbit/s between servers (default: 100,250,500,1000)"
+    add("--bandwidths", type=_rates, metavar="B,B", help=what)
+    what = "with --grid: simulated in each cell, in the mean (default: 1500); 120 s of arrivals at least"
+    add("--requests", type=_count, metavar="N", help=what)
+    what = "with --grid: latency plans all servers as one group, however many there are"
+    add("--one-group", action="store_true", help=what)
+    add_dispatch(parser)
+    add_prior(parser)
     add("--jobs", type=_count, metavar="N", help="processes for --grid (default: one per core)")
     add("--plot", metavar="FILE.png", help="draw latency by strategy")
     add_json(parser)
@@ -69,7 +85,7 @@ def _add_requests(parser: argparse.ArgumentParser) -> None:
     what = "requests: t_s,prompt_tokens,output_tokens and optionally server; or a trace of Azure, BurstGPT, Mooncake"
     add("--arrivals", metavar="A", help=what)
     add("--stretch", type=_above_zero, default=1.0, metavar="F", help="factor on the times of --arrivals (default: 1)")
-    what = "Poisson, mean seconds between requests of a server; with --arrivals the file gives lengths alone (10)"
+    what = "Poisson, mean seconds between a server's requests; of --arrivals only lengths are then used (10; --grid: 8, 10, 15)"
     add("--gap", type=_above_zero, metavar="S", help=what)
     add("--duration", type=_above_zero, metavar="S", help="seconds of arrivals (default: 3600, or the whole file)")
     add("--prompt-tokens", type=_count, default=128, metavar="N", help="without --arrivals (default: 128)")

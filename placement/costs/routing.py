@@ -51,6 +51,8 @@ def copy_preference(problem: Problem, held: np.ndarray) -> np.ndarray:
 def serving_server(problem: Problem, held: np.ndarray) -> np.ndarray:
     """Which server serves each server's calls: its own copy, else the copy first in its `copy_preference`.
 
+    With `problem.dispatch` "sglang" it is that engine's rule for other nodes' copies: `fair_copies`.
+
     Args:
         held: bool [N, L, E], every expert held by at least one server.
 
@@ -65,6 +67,8 @@ def _serving(problem: Problem, packed: bytes) -> np.ndarray:
     servers, layers, experts = problem.shape
     held = np.unpackbits(np.frombuffer(packed, np.uint8), count=servers * layers * experts)
     held = held.reshape(problem.shape).astype(bool)
+    if problem.dispatch == "sglang":
+        return fair_copies(held)
     rank = copy_preference(problem, held)
     by_rank = np.argsort(rank, axis=-1)
     expert, holder = np.nonzero(held.reshape(servers, -1).T)  # ordered by expert: each one's holders are a segment
@@ -73,6 +77,31 @@ def _serving(problem: Problem, packed: bytes) -> np.ndarray:
     for source in range(servers):
         best = np.minimum.reduceat(rank[source, expert // experts, holder], segments).reshape(layers, experts)
         serving[source] = np.take_along_axis(by_rank[source], best, axis=-1)
+    serving.setflags(write=False)
+    return serving
+
+
+def fair_copies(held: np.ndarray, seed: int = 42) -> np.ndarray:
+    """Who serves whom by SGLang's static dispatch: a server's own copy, else all copies alike, drawn at random.
+
+    The servers without a copy of an expert are shared evenly among its copies, whatever else is where and however far. (Of
+    SGLang a rank is a source; the ranks of a server are taken as one.)
+
+    Args:
+        held: bool [N, L, E], every expert held by at least one server.
+
+    Returns:
+        int64 [N, L, E], index of the serving server; read-only.
+
+    References:
+        sgl-project/sglang, srt/eplb/expert_location.py.
+    """
+    rng = np.random.default_rng(seed)
+    source, holder = rng.random((2, *held.shape))
+    position = np.where(held, np.inf, source).argsort(0).argsort(0)  # of a server among those without a copy
+    holders = np.where(held, holder, np.inf).argsort(0)
+    serving = np.take_along_axis(holders, position % held.sum(0), axis=0)
+    serving = np.where(held, np.arange(len(held))[:, None, None], serving)
     serving.setflags(write=False)
     return serving
 

@@ -45,7 +45,8 @@ def summary(problem: Problem, resident: np.ndarray, host: np.ndarray | None = No
     Returns:
         `remote_share`, `network_probability`, `distinct_remote_servers`: means, and the same with `_by_server`;
         `hops`: of a token from host to host, a mean; `basis` of those of the network; `bytes_per_token` sent and returned
-        over all layers; `balance`; `used_bytes` and `budget_bytes` per device.
+        over all layers; `only_copies`: share of all remote calls that go to experts with one copy in the cluster;
+        `balance`; `used_bytes` and `budget_bytes` per device.
     """
     held = problem.held(resident)
     active = problem.frequency.sum((1, 2)) > 0
@@ -66,6 +67,8 @@ def summary(problem: Problem, resident: np.ndarray, host: np.ndarray | None = No
     result["hops"] = float(hops.number[active].mean()) if active.any() else 0.0
     if active.any():
         result["bytes_per_token"] += float(hops.token_bytes(problem)[active].mean())
+    away = np.where(here, 0.0, problem.frequency)
+    result["only_copies"] = float(away[:, held.sum(0) == 1].sum() / away.sum()) if away.any() else 0.0
     result["balance"] = balance(problem, resident, host)
     result["used_bytes"] = problem.used_bytes(resident).tolist()
     result["budget_bytes"] = problem.budget.tolist()

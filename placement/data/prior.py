@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from placement.data.problem import Problem, Tokens
-from placement.data.statistics import shrink
+from placement.data.statistics import distribution, divergence, divergence_of_chance, shrink
 
 # Tokens without preference that each server's statistics get, and as many of the others' for each of them. Measured on
 # DeepSeek-V2-Lite's routing (three unlike domains, `latency`, network time of a decode step on the other half): with 6 tokens
@@ -13,6 +13,14 @@ from placement.data.statistics import shrink
 # and none of the others': 68.1, 52.6 and 50.7. A server without any history, beside two with thousands of tokens: 50.7.
 DEFAULT_PRIOR = 32.0
 _OTHERS = 0.25
+# Users count as alike where their counts differ by at most so many times what chance makes, and where chance would not hide a
+# clear difference (bits). Texts are no independent draws: halves of one domain differ by more than chance has it.
+_ALIKE, _HIDDEN = 3.0, 0.05
+_KINDS = 32  # of users that are told apart; servers beyond them count alone
+_POOLED, _EACH = (
+    2**16,
+    1024,
+)  # token-level sets that all servers have together with those of alike users, and one server
 
 
 def with_prior(problem: Problem, prior: float) -> Problem:
@@ -21,6 +29,7 @@ def with_prior(problem: Problem, prior: float) -> Problem:
     Counts get what these tokens choose in the mean; so do token-level sets, as sets: of the others' recorded tokens some,
     evenly taken, and sets drawn at random. A server without history is then one whose users want what the others' want,
     with little certainty; where nobody has any, all experts are alike. Statistics of thousands of tokens hardly change.
+    Servers whose users cannot be told apart (`kinds`) share their statistics.
 
     Args:
         problem: as counted; statistics that are exact (`counted` infinite) stay as they are.
@@ -28,15 +37,63 @@ def with_prior(problem: Problem, prior: float) -> Problem:
     """
     if not prior or not np.isfinite(problem.counted):
         return problem
-    servers, layers, experts = problem.shape
+    _, layers, experts = problem.shape
     counts = problem.frequency * (problem.counted * problem.top_k)
-    counts = shrink(counts, _OTHERS * prior * problem.top_k) + prior * problem.top_k / experts
+    kind = kinds(counts)
+    worth = _drawn(counts, problem, prior).sum(-1, keepdims=True)  # each counts for what it brings itself
+    counts = distribution(_drawn(_together(counts, kind), problem, prior)) * worth
     total = counts.sum()
     counted = float(total) / (layers * problem.top_k)
-    return replace(problem, frequency=counts * (layers / total), tokens=_sets(problem, prior), counted=counted)
+    return replace(problem, frequency=counts * (layers / total), tokens=_sets(problem, prior, kind), counted=counted)
 
 
-def _sets(problem: Problem, prior: float) -> Tokens | None:
+def kinds(counts: np.ndarray) -> np.ndarray:
+    """Kinds of users that counts tell apart: int64 [N], the first server of each one's kind; itself where nothing is known.
+
+    A server is of the first kind from whose first server it differs by no more than chance explains.
+
+    Args:
+        counts: [N, L, E], as counted.
+    """
+    kind = np.arange(len(counts))
+    first: list[int] = []
+    for server in np.flatnonzero(counts.any((1, 2))):
+        if first:
+            others, own = counts[first], np.broadcast_to(counts[server], (len(first), *counts.shape[1:]))
+            chance = divergence_of_chance(own, others).mean(-1)
+            apart = np.nan_to_num(divergence(own, others), nan=1.0).mean(-1)
+            like = np.flatnonzero((apart <= _ALIKE * chance) & (chance <= _HIDDEN))
+            if len(like):
+                kind[server] = first[int(like[0])]
+                continue
+        if len(first) < _KINDS:
+            first.append(int(server))
+    return kind
+
+
+def _drawn(counts: np.ndarray, problem: Problem, prior: float) -> np.ndarray:
+    """Counts and what pseudo-tokens choose in the mean."""
+    flat = prior * problem.top_k / counts.shape[-1]
+    return shrink(counts, _OTHERS * prior * problem.top_k) + flat
+
+
+def _together(counts: np.ndarray, kind: np.ndarray) -> np.ndarray:
+    """Counts of all users of each server's kind, [N, L, E]."""
+    counts = counts.copy()
+    for first in np.flatnonzero(np.bincount(kind, minlength=len(counts)) > 1):
+        alike = np.flatnonzero(kind == first)
+        counts[alike] = counts[alike].sum(0)
+    return counts
+
+
+def _of_its_kind(tokens: Tokens, server: int, kind: np.ndarray) -> np.ndarray:
+    """Rows of recorded sets of other servers' users who are like this one's, evenly taken."""
+    room = min(_EACH, _POOLED // len(kind)) - int((tokens.server == server).sum())
+    others = np.flatnonzero((kind[tokens.server] == kind[server]) & (tokens.server != server))
+    return others[np.linspace(0, len(others) - 1, min(len(others), max(0, room))).astype(np.int64)]
+
+
+def _sets(problem: Problem, prior: float, kind: np.ndarray) -> Tokens | None:
     """Token-level sets with pseudo-sets; a server that has counts alone keeps to them."""
     tokens, (servers, layers, experts) = problem.tokens, problem.shape
     if tokens is None or not len(tokens.ids):
@@ -48,6 +105,7 @@ def _sets(problem: Problem, prior: float) -> Tokens | None:
         taken = others[np.linspace(0, len(others) - 1, min(len(others), round(_OTHERS * prior))).astype(np.int64)]
         chance = np.random.default_rng(int(server)).random((round(prior), layers, experts), np.float32)
         flat = np.argpartition(chance, problem.top_k - 1, axis=-1)[..., : problem.top_k]
+        taken = np.concatenate([taken, _of_its_kind(tokens, int(server), kind)])
         parts += [tokens.ids[taken], flat.astype(tokens.ids.dtype)]
         sources.append(np.full(len(taken) + len(flat), server))
     ids = np.concatenate(parts)

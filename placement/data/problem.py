@@ -14,6 +14,7 @@ from placement.units import format_bytes
 
 VALUE_BYTES, SUM_BYTES = 2, 4  # of a channel: activations travel as bfloat16, what experts made of them as float32
 WEIGHT_BYTES, CODE_BYTES = 4, 2  # of each expert that a row is sent to
+DISPATCH = ("ours", "sglang")
 READ_BANDWIDTH, OPERATIONS = 500e9, 50e12  # bytes of weights and operations a second of a device of speed 1
 
 
@@ -48,6 +49,7 @@ class Problem:
         workload: what the servers do at once, for what is measured in seconds.
         counted: tokens that `frequency` rests on, float; infinite where it is exact.
         source: the cluster's, for messages.
+        dispatch: one of `DISPATCH`, whose rule chooses among copies on other servers (costs/routing.py).
     """
 
     names: tuple[str, ...]
@@ -64,6 +66,7 @@ class Problem:
     workload: Workload = field(default_factory=Workload)
     counted: float = math.inf
     source: str = "cluster"
+    dispatch: str = "ours"
 
     @classmethod
     def build(cls, profile: Profile, cluster: Cluster, workload: Workload | None = None) -> "Problem":

@@ -93,11 +93,13 @@ def read(paths: Sequence[str], kind: str, facts: Facts, target: str | None = Non
         InputError: damaged, inconsistent, or several where one is one map.
     """
     path = paths[0]
+    if facts.by is not None and kind != "routed-experts":
+        raise InputError(f"{path}: a file of {kind} says nothing of single requests; --by needs requests with routing")
     experts = facts.experts if facts.experts is not None else (facts.shape.experts if facts.shape else None)
     if kind == "routed-experts":
         top_k = facts.top_k if facts.top_k is not None else (facts.shape.top_k if facts.shape else None)
         layers = facts.layers if facts.layers is not None else (facts.shape.hidden_layers if facts.shape else None)
-        return routed_experts(paths, layers, top_k, experts)
+        return routed_experts(paths, layers, top_k, experts, facts.by)
     if kind in ("sglang", "sglang-jax"):
         contents = [
             (file, read_content(file)) for file in recorders.expand(paths, "*.pt" if kind == "sglang" else "*.npy")

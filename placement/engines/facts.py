@@ -30,6 +30,7 @@ class Facts:
         ranks_per_server: ranks, or files, of each server; one number is for all.
         name, top_k, hidden_size, expert_bytes, reserved_bytes, experts, layers: from the flags of these names.
         first_layer: index of the first layer that has experts.
+        by: field of requests whose values become the rows of a profile; None is their server.
         notes: what the result should be known for, gathered on the way.
     """
 
@@ -45,6 +46,7 @@ class Facts:
     experts: int | None = None
     layers: int | None = None
     first_layer: int = 0
+    by: str | None = None
     notes: list[str] = field(default_factory=list)
 
     def require(self, keys: Sequence[str], where: str) -> None:

@@ -17,7 +17,11 @@ from placement.files import InputError, is_name, parse_json, read_bytes, read_js
 
 
 def routed_experts(
-    paths: Sequence[str], layers: int | None = None, top_k: int | None = None, experts: int | None = None
+    paths: Sequence[str],
+    layers: int | None = None,
+    top_k: int | None = None,
+    experts: int | None = None,
+    by: str | None = None,
 ) -> Recording:
     """Routing that vLLM and SGLang return with a request: JSON lines of requests or whole responses, or `.npy` arrays.
 
@@ -28,11 +32,12 @@ def routed_experts(
         paths: `.jsonl`, `.json` or `.npy` files.
         layers, top_k: shape of bare int32.
         experts: E, where ids do not tell it.
+        by: field of a line whose values become the sources, such as "task", in place of the server.
 
     Raises:
-        InputError: damaged, or of unlike shapes, or only some lines name a server.
+        InputError: damaged, or of unlike shapes, or only some lines name a server, or one lacks the field `by`.
     """
-    ids, source, names = _every_request(paths, layers, top_k)
+    ids, source, names = _every_request(paths, layers, top_k, by)
     if sum(array.size for array in ids) > MAX_NUMBERS:
         raise InputError(f"{paths[0]}: more than {MAX_NUMBERS} assignments; convert a part of the requests")
     empty = [not len(array) for array in ids]
@@ -66,7 +71,7 @@ def routed_experts(
 
 
 def _every_request(
-    paths: Sequence[str], layers: int | None, top_k: int | None
+    paths: Sequence[str], layers: int | None, top_k: int | None, by: str | None
 ) -> tuple[list[np.ndarray], list[int], list[str]]:
     """Ids of every request, the index of its server, and the servers' names; no name where each file is a source."""
     ids: list[np.ndarray] = []
@@ -74,6 +79,8 @@ def _every_request(
     names: dict[str, int] = {}
     unnamed = ""
     for number, path in enumerate(paths):
+        if by and Path(path).suffix == ".npy":
+            raise InputError(f"{path}: an array names no {by}; convert JSON lines of requests, each with its {by}")
         if Path(path).suffix == ".npy":
             ids.append(_routing(load_npy(read_bytes(path), path), layers, top_k, path))
             source.append(number)
@@ -82,9 +89,9 @@ def _every_request(
         for where, request in _requests(path):
             if not isinstance(request, dict):
                 raise InputError(f"{where}: {show(request)}: must be an object with routed_experts")
-            given = request.get("server", request.get("source"))
-            if given is not None and not is_name(given):
-                raise InputError(f"{where}: server = {show(given)}: must be a name of printable characters")
+            given = request.get(by) if by else request.get("server", request.get("source"))
+            if (by and given is None) or (given is not None and not is_name(given)):
+                raise InputError(f"{where}: {by or 'server'} = {show(given)}: must be a name of printable characters")
             ids.append(_of_request(request, layers, top_k, where))
             unnamed = unnamed or ("" if given is not None else where)
             source.append(number if given is None else names.setdefault(given, len(names)))

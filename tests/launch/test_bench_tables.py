@@ -28,6 +28,7 @@ TESTBED = [
         "transport": transport,
         "mean": 130.52,
         "predicted": {"mean": 120.5},
+        "advised": {"mean": 110.5},
         "p95": 155.01,
         "compute": 10.84,
         "network": 115.71,

@@ -6,9 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from placement import Cluster, ModelShape, Profile, Workload
+from placement import Cluster, ModelShape, Problem, Profile, Workload, plan
 from placement.__main__ import main
 from placement.commands.advice import GIGABIT, PARTS, cases, figures, one_more_box
+from placement.data.arrivals import Arrivals
+from placement.simulation.independent.alone import alone_seconds, measured_compute
+from placement.simulation.independent.events import simulate
+from placement.simulation.independent.unit_costs import Compute, Steps
 
 CONFIG = {
     "model_type": "mixtral",
@@ -94,6 +98,33 @@ def test_a_hosted_plan_has_the_same_dense_and_expert_seconds(folder):
     assert away["seconds"]["dense"] == pytest.approx(home["seconds"]["dense"], rel=0.1)
     assert away["seconds"]["experts"] > 0
     assert (home["served"], away["served"]) == (True, False)
+
+
+def test_measured_costs_stand_in_for_the_roofline(folder, capsys):
+    Path("costs.json").write_text('{"prefill": [0.1, 0.02, 0.001], "decode": [0.004, 0.002, 0.003]}')
+    assert advise("--json", "--strategies", "exact", "--costs", "costs.json", "--prefill-tokens", "100") == 0
+    found = json.loads(capsys.readouterr().out)["strategies"]["exact"]
+    assert found["seconds"]["dense"] == pytest.approx(0.006)
+    assert found["seconds"]["experts"] == pytest.approx(0.003, rel=0.5)  # some are on a server of two devices
+    parts = found["prompt_seconds"]
+    assert 0.1 < parts["dense"] + parts["experts"] < 0.12 + 100 * 0.001
+    assert advise("--costs", "config.json") == 2
+    assert "config.json: must have prefill and decode" in capsys.readouterr().err
+
+
+def test_a_request_alone_takes_its_steps(folder):
+    case = next(cases("config.json", Cluster.from_toml("cluster.toml"), None, 10_000))
+    problem = Problem.build(case.profile, case.cluster)
+    resident = plan(case.profile, case.cluster, "exact").resident
+    compute = measured_compute(Compute.roofline(problem), (0.1, 0.02, 0.001), (0.004, 0.002, 0.003), 64)
+    assert compute.prefill_token == pytest.approx(0.12 / 64 + 0.001)
+    assert (compute.decode_step, compute.decode_token) == pytest.approx((0.006, 0.003))
+    steps = Steps.build(problem, resident, compute)
+    given = Arrivals(np.array([0.0, 50.0]), np.array([0, 1]), np.array([128, 70]), np.array([1, 9]))
+    first, whole = alone_seconds(steps, given, 64)
+    apart = simulate(problem, resident, given, compute, chunk=64)
+    assert first == pytest.approx(apart.first_token)
+    assert whole == pytest.approx(apart.latency)
 
 
 def test_what_does_not_fit_says_what_would(folder, capsys):

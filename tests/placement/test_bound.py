@@ -1,6 +1,7 @@
 """The bound on P(network) against every plan there is, and what is certified on sets and on counts."""
 
 import itertools
+import json
 
 import numpy as np
 from hypothesis import given, settings
@@ -70,9 +71,20 @@ def test_compare_prints_it(tmp_path, monkeypatch, capsys):
     (tmp_path / "c.toml").write_text("".join(f'[[server]]\nname = "{n}"\ndevices = [{{ memory = 4 }}]\n' for n in "ab"))
     meta = {"model": "m", "hidden_size": 4, "expert_bytes": 1}
     Profile(np.array([[[5, 3, 1]] * 2, [[1, 3, 5]] * 2]), ("a", "b"), top_k=1, **meta).save("p.npz")
-    assert (
-        main(["compare", "--cluster", "c.toml", "--profile", "p.npz", "--strategies", "dance,latency", "--bound"]) == 0
-    )
-    out = capsys.readouterr().out
-    assert "bound: no plan has P(network) below 0." in out
-    assert "latency" in out.splitlines()[-1]
+    compare = ["compare", "--cluster", "c.toml", "--profile", "p.npz", "--bound", "--strategies"]
+    bounds = []
+    for names in (
+        "dance,latency",
+        "dance,latency,parallax",
+    ):  # a plan that hosts layers elsewhere needs no network by this
+        assert main([*compare, names]) == 0
+        out = capsys.readouterr().out
+        assert "bound: no plan with attention at home has P(network) below 0." in out
+        last = " ".join(out[out.index("Above it") :].split())
+        assert "latency" in last
+        assert "parallax" not in last
+        assert main([*compare, names, "--json"]) == 0
+        bounds.append(json.loads(capsys.readouterr().out)["bound"])
+    assert bounds[0] == bounds[1] > 0
+    assert main([*compare, "pipeline"]) == 2
+    assert "--bound: of plans that leave attention at home" in capsys.readouterr().err

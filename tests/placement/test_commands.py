@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from placement import STRATEGIES, Cluster, Placement, Profile
+from placement import STRATEGIES, Cluster, Placement, Profile, evaluate, optimum, plan
 from placement.__main__ import main
 from tests.helpers.paths import ROOT
 
@@ -64,6 +64,17 @@ def test_plan_then_validate(folder, capsys):
     assert sorted(path.name for path in folder.iterdir()) == ["cluster.toml", "later.npz", "new.json", "profile.npz"]
 
 
+def test_a_large_cluster_is_planned_without_the_optimum(folder, capsys, monkeypatch):
+    monkeypatch.setattr("placement.commands.plan._OPTIMUM", 2 * 3 * 6 - 1)
+    assert run("plan", "--profile", "profile.npz", "--out", "new.json") == 0
+    assert "gap: not counted" in capsys.readouterr().out
+    assert run("plan", "--profile", "profile.npz", "--out", "new.json", "--json") == 0
+    assert "gap" not in json.loads(capsys.readouterr().out)
+    monkeypatch.setattr("placement.commands.plan._OPTIMUM", 2 * 3 * 6)
+    assert run("plan", "--profile", "profile.npz", "--out", "new.json") == 0
+    assert "gap: not counted" not in capsys.readouterr().out
+
+
 def test_same_input_same_file(folder, capsys):
     for name in ("one.json", "two.json"):
         assert run("plan", "--profile", "profile.npz", "--strategy", "dance", "--out", name) == 0
@@ -102,6 +113,33 @@ def test_compare(folder, capsys, monkeypatch):
     assert "bytes a token" in lines[0]
     assert lines[1].startswith("dance")
     assert not any("uniform" in line for line in lines)
+    text = " ".join(" ".join(lines).split())
+    assert "remote: share of calls, mean over servers" in text
+    assert "gap: remote calls of all servers together beyond the fewest possible" in text
+    assert "there each server counts by its traffic" in text
+    served = {}
+    for rule in ("ours", "sglang"):
+        assert run("compare", "--profile", "profile.npz", "--strategies", "dance", "--dispatch", rule, "--json") == 0
+        served[rule] = json.loads(capsys.readouterr().out)["strategies"]["dance"]
+    assert served["ours"]["remote_share"] == served["sglang"]["remote_share"]
+
+
+def test_remote_counts_servers_alike_and_gap_by_traffic():
+    """`exact` has the fewest calls of all; where a busy server decides them, another plan may have the lower mean."""
+    counts = np.array([[[900, 200, 100, 0]], [[0, 18, 1, 1]]])
+    meta = {"model": "m", "top_k": 1, "hidden_size": 64, "expert_bytes": 1}
+    profile = Profile(counts, ("busy", "quiet"), **meta)
+    devices = [{"name": n, "devices": [{"memory": m}]} for n, m in (("busy", 2), ("quiet", 2))]
+    cluster = Cluster.from_dict({"server": devices})
+    model = {"name": "m", "layers": 1, "experts": 4, "top_k": 1, "expert_bytes": 1, "reserved_bytes": 0}
+    other = np.array([[[True, False, True, False]], [[False, True, False, True]]])
+    best = optimum(profile, cluster)
+    fewest = evaluate(profile, cluster, plan(profile, cluster, "exact"), best)
+    fairer = evaluate(profile, cluster, Placement(other, cluster.device_names, "by hand", model), best)
+    assert fewest["gap"] == pytest.approx(0)
+    assert fewest["remote_share"] == pytest.approx((100 / 1200 + 18 / 20) / 2)
+    assert fairer["remote_share"] == pytest.approx((200 / 1200 + 1 / 20) / 2)
+    assert fairer["gap"] == pytest.approx(201 / 118 - 1)
 
 
 @pytest.mark.parametrize("width", [60, 80])

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from placement import Cluster, InputError, Problem, Profile, evaluate, plan
+from placement import Cluster, InputError, Placement, Problem, Profile, evaluate, plan
 from placement.costs.network_use import network_use
-from placement.costs.routing import copy_preference, device_load, pair_price, server_load, serving_server
+from placement.costs.routing import copy_preference, device_load, fair_copies, pair_price, server_load, serving_server
 from placement.costs.summary import balance, remote_share, summary
 
 quick = settings(max_examples=80, deadline=None, derandomize=True)
@@ -162,8 +162,18 @@ def test_summary_of_a_known_case():
     assert cost["network_probability"] == cost["distinct_remote_servers"] == (1 / 4 + 1 / 2) / 2 / 2
     # Over two layers: 100 values of 2 bytes and one expert there, 100 values of 4 bytes back.
     assert cost["bytes_per_token"] == 3 / 16 * 2 * (206 + 400)
+    assert cost["only_copies"] == 1
     assert cost["balance"] == 11 / 8  # 5 calls arrive at a, 11 at b
     assert cost["used_bytes"] == cost["budget_bytes"] == [2, 2]
+
+
+def test_remote_calls_to_only_copies_are_told_from_others():
+    counts = np.array([[[0, 3, 1, 0]], [[5, 0, 0, 0]], [[0, 0, 0, 5]]])
+    profile = Profile(counts, ("a", "b", "c"), "m", top_k=1, hidden_size=64, expert_bytes=1)
+    servers = [{"name": name, "devices": [{"memory": 3}]} for name in "abc"]
+    problem = Problem.build(profile, Cluster.from_dict({"server": servers}))
+    resident = np.array([[[1, 0, 0, 0]], [[1, 1, 1, 0]], [[0, 0, 1, 1]]], bool)
+    assert summary(problem, resident)["only_copies"] == 3 / 4  # a lacks 1, which b alone has, and 2, which b and c have
 
 
 def test_silent_server_does_not_count_in_means():
@@ -182,3 +192,40 @@ def test_evaluate_refuses_what_does_not_belong_together():
     fuller = Profile(profile.counts, profile.servers, "m", 1, 100, 1, reserved_bytes=98)
     with pytest.raises(InputError, match="over its memory by 1 bytes"):
         evaluate(fuller, cluster, placement)
+
+
+def test_sglang_shares_sources_evenly_among_the_copies_of_other_nodes():
+    rng = np.random.default_rng(0)
+    held = rng.random((7, 3, 10)) < 0.35
+    held[rng.integers(0, 7, (3, 10)), np.arange(3)[:, None], np.arange(10)] = True
+    serving = fair_copies(held)
+    assert np.take_along_axis(held, serving, axis=0).all()
+    own = np.broadcast_to(np.arange(7)[:, None, None], held.shape)
+    assert (serving[held] == own[held]).all()
+    for layer in range(3):
+        for expert in range(10):
+            holders = np.flatnonzero(held[:, layer, expert])
+            used = np.bincount(serving[~held[:, layer, expert], layer, expert], minlength=7)[holders]
+            assert used.max() - used.min() <= 1
+    assert (fair_copies(held) == serving).all()
+    assert (fair_copies(held, seed=1) != serving).any()
+
+
+def test_sglang_needs_more_partners_where_ours_keeps_to_one():
+    """Two servers have all that two others lack; ours takes one of them for a token, SGLang's rule both."""
+    counts = np.ones((4, 1, 12), np.int64)
+    meta = {"model": "m", "top_k": 4, "hidden_size": 64, "expert_bytes": 1}
+    profile = Profile(counts, ("a", "b", "c", "d"), **meta)
+    servers = [{"name": name, "devices": [{"memory": size}]} for name, size in zip("abcd", (12, 12, 2, 2), strict=True)]
+    cluster = Cluster.from_dict({"server": servers})
+    resident = np.zeros((4, 1, 12), bool)
+    resident[:2] = True
+    resident[2:, :, :2] = True
+    model = {"name": "m", "layers": 1, "experts": 12, "top_k": 4, "expert_bytes": 1, "reserved_bytes": 0}
+    placed = Placement(resident, cluster.device_names, "by hand", model)
+    ours, theirs = (evaluate(profile, cluster, placed, dispatch=rule) for rule in ("ours", "sglang"))
+    assert ours["network_probability"] == theirs["network_probability"]
+    assert ours["distinct_remote_servers"] < 0.6
+    assert theirs["distinct_remote_servers"] > 1.5 * ours["distinct_remote_servers"]
+    with pytest.raises(InputError, match="dispatch = 'vllm': must be one of ours, sglang"):
+        evaluate(profile, cluster, placed, dispatch="vllm")

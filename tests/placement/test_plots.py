@@ -81,6 +81,9 @@ def test_latency_and_grid_figures(tmp_path):
     cells = {("a", g, b, 8.0): {"mean": b / g} for g in (4, 16) for b in (100.0, 500.0)}
     plot_grid(cells, "m", tmp_path / "g.png")
     assert all(picture(tmp_path / name)[0] > 500 for name in ("l.png", "g.png"))
+    # Of two strategies each cluster size has a panel of its own.
+    plot_grid(cells | {("b", *cell[1:]): {"mean": 1.0} for cell in cells}, "m", tmp_path / "two.png")
+    assert picture(tmp_path / "two.png")[0] > 1.2 * picture(tmp_path / "g.png")[0]
 
 
 def test_same_data_same_picture(tmp_path):

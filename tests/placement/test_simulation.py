@@ -390,7 +390,11 @@ def test_bad_arrivals_are_one_line(folder, capsys, text, message):
         (["--cluster", "cluster.toml", "--duration", "1e-9"], "no request comes in this time"),
         (["--cluster", "cluster.toml", "--duration", "1e12"], "over 10 million requests"),
         (["--grid", "--cluster", "cluster.toml"], "--cluster: --grid has its own; leave it out"),
-        (["--grid", "--gap", "3"], "--gap: --grid has its own"),
+        (["--grid", "--duration", "3"], "--duration: --grid has its own"),
+        (["--cluster", "cluster.toml", "--gpus", "4"], "--gpus: only --grid builds clusters"),
+        (["--grid", "--dispatch", "sglang"], "--dispatch: --grid has its own"),
+        (["--cluster", "cluster.toml", "--lock-step", "--dispatch", "sglang"], "--dispatch: not with --lock-step"),
+        (["--cluster", "cluster.toml", "--one-group"], "--one-group: only --grid builds clusters"),
         (["--cluster", "cluster.toml", "--plot", "x.bmp"], "--plot x.bmp: unsupported suffix '.bmp'"),
     ],
 )
@@ -475,6 +479,24 @@ def test_grid_command(folder, capsys, monkeypatch):
     assert Path("g.png").read_bytes().startswith(b"\x89PNG")
     assert run("--grid", "--strategies", "dance", "--jobs", "1", "--json") == 0
     assert len(json.loads(capsys.readouterr().out)["cells"]) == 4
+
+
+def test_a_part_of_the_grid_and_one_group(folder, capsys):
+    tiny_profile().save("profile.npz")
+    part = ("--grid", "--strategies", "latency,dance", "--jobs", "1", "--json", "--gpus", "12", "--gap", "9")
+    part += ("--requests", "200")
+    found = {}
+    for more in ((), ("--one-group",), ("--prior", "0")):
+        assert run(*part, "--bandwidths", "100,200", *more) == 0
+        cells = json.loads(capsys.readouterr().out)["cells"]
+        assert [(c["strategy"], c["gpus"], c["mbps"], c["gap_s"]) for c in cells] == [
+            (name, 12, mbps, 9.0) for name in ("latency", "dance") for mbps in (100.0, 200.0)
+        ]
+        assert all(abs(c["requests"] - 200) < 60 for c in cells)
+        found[more] = {(c["strategy"], c["mbps"]): c["mean"] for c in cells}
+    assert found["--one-group",]["latency", 100.0] != found[()]["latency", 100.0]
+    assert found["--one-group",]["dance", 100.0] == found[()]["dance", 100.0]
+    assert found["--prior", "0"]["dance", 100.0] != found[()]["dance", 100.0]
 
 
 def test_every_strategy_can_be_simulated():
