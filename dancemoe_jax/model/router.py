@@ -1,5 +1,7 @@
 """The router: which experts a token goes to and with what weight, and the two losses that keep it healthy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -29,7 +31,8 @@ def route(
     logits = linear(h.astype(jnp.float32), router)
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)[None]
-    choose = choose_native if isinstance(router, StackedWeight) and router.gpu is None else choose_xla
+    native = isinstance(router, StackedWeight) and router.gpu is None
+    choose = functools.partial(choose_native, active=router.active) if native else choose_xla
     topk_weights, topk_ids = choose(
         logits,
         correction,
