@@ -14,7 +14,7 @@ namespace {
 constexpr size_t kChunk = 256;       // positions
 constexpr size_t kMostQueries = 24;  // of one task and head: their scores stay in the cache
 constexpr size_t kMostOfHeads = 64;  // of one task, where it takes several heads
-constexpr size_t kKeysAtOnce = 8, kValuesAtOnce = 16;
+constexpr size_t kAtOnce = 16;         // positions that meet all queries, while as many of the next page are fetched
 
 // What a chunk of positions gives for one query.
 struct Partial {
@@ -52,15 +52,15 @@ struct Cache {
   // page are fetched, which lies somewhere else and which the processor cannot foresee.
   template <class Each>
   void each_page(const void* data, size_t width, size_t stride, size_t slot, size_t first_head, size_t end_head, size_t begin,
-                 size_t end, size_t rows_at_once, Each each) const {
+                 size_t end, Each each) const {
     const size_t row_bytes = heads * stride * size_of(type);
     for (size_t at = begin; at < end; at += page) {
       const size_t own = std::min(page, end - at);
       for (size_t head = first_head; head < end_head; head++) {
         const char* from = page_of(data, stride, slot, head, at);
         const char* next = at + page < end ? page_of(data, stride, slot, head, at + page) : nullptr;
-        for (size_t row = 0; row < own; row += rows_at_once) {
-          const size_t rows = std::min(rows_at_once, own - row);
+        for (size_t row = 0; row < own; row += kAtOnce) {
+          const size_t rows = std::min(kAtOnce, own - row);
           for (size_t i = row; next != nullptr && i < row + rows; i++)
             for (size_t byte = 0; byte < width * size_of(type); byte += 64) __builtin_prefetch(next + i * row_bytes + byte, 0, 2);
           each(head, at + row - begin, Matrix{from + row * row_bytes, type, heads * stride, rows, width});
@@ -109,6 +109,9 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys
   for (size_t row = 0; row < batch; row++)
     if (length.typed_data()[row] > 0) rows_with_tokens.push_back(row);
   const Rows queries(q.untyped_data(), activations, tokens * heads, width, rows_with_tokens);
+  const size_t queries_count = rows_with_tokens.size() * tokens * heads;
+  PackedRows packed(queries_count, width, activations, cache.type);
+  for (size_t i = 0; i < queries_count; i++) packed.pack(i, queries[i]);
   std::memset(out->untyped_data(), 0, out->size_bytes());
 
   // Tasks: some tokens of one row and the query heads of one key head; of a single token those of several, whose keys lie
@@ -141,18 +144,20 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys
     const size_t at = start.typed_data()[task.row] + task.first, begin = chunk * kChunk;
     const size_t end = std::min(begin + kChunk, at + task.count), own_slot = slot.typed_data()[task.row];
     std::vector<const float*> rows(count);
+    std::vector<const uint16_t*> packed_rows(count);
     for (size_t i = 0; i < count; i++) {
       const size_t head = task.head + i / in_head, of_head = i % in_head;
-      rows[i] = queries[task.query + (task.first + of_head / group) * heads + head * group + of_head % group];
+      const size_t query = task.query + (task.first + of_head / group) * heads + head * group + of_head % group;
+      rows[i] = queries[query], packed_rows[i] = packed[query];
     }
     // Pages that no query of the task sees any more may be gone.
     const size_t oldest = at + 1 > reach ? at + 1 - reach : 0;
     const size_t seen = std::max(begin, oldest / cache.page * cache.page);
     float* from_seen = p + seen - begin;
-    cache.each_page(cache.keys, cache.key_width, cache.key_width, own_slot, task.head, task.head + task.heads, seen, end, kKeysAtOnce,
+    cache.each_page(cache.keys, cache.key_width, cache.key_width, own_slot, task.head, task.head + task.heads, seen, end,
                     [&](size_t head, size_t before, const Matrix& k) {
                       const size_t first = (head - task.head) * in_head;
-                      code.products(k, rows.data() + first, in_head, from_seen + first * kChunk + before, kChunk);
+                      products(k, rows.data() + first, packed_rows.data() + first, in_head, from_seen + first * kChunk + before, kChunk);
                     });
     for (size_t i = 0; i < count; i++) {
       float* own = p + i * kChunk;
@@ -168,7 +173,7 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys
       parts[i].sum = code.exponentials(own, visible_begin - begin, visible_end - begin, padded(end - begin), &parts[i].maximum);
     }
     std::memset(part_values, 0, count * value_padded * sizeof(float));
-    cache.each_page(cache.values, value_width, cache.value_stride, own_slot, task.head, task.head + task.heads, seen, end, kValuesAtOnce,
+    cache.each_page(cache.values, value_width, cache.value_stride, own_slot, task.head, task.head + task.heads, seen, end,
                     [&](size_t head, size_t before, const Matrix& v) {
                       const size_t first = (head - task.head) * in_head;
                       code.mix(v, from_seen + first * kChunk + before, kChunk, in_head, part_values + first * value_padded, value_padded);

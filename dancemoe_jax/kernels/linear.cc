@@ -38,7 +38,8 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> 
     const auto shape = w.dimensions();
     const size_t height = shape[shape.size() - 2], width = shape[shape.size() - 1];
     heads = shape.size() == 4 ? shape[1] : 1, inputs = transposed ? height : width;
-    Product own{{}, height, transposed ? width : height};
+    Product own{};
+    own.height = height, own.outputs = transposed ? width : height;
     if (!type_of(w.element_type(), &stored) || !type_of(y.element_type(), &own.result) || own.result == Type::kInt8 || stored != first)
       return invalid("a type that linear does not take");
     if (index < 0 || index >= shape[0]) return invalid("no such layer");

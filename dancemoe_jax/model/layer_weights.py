@@ -29,7 +29,7 @@ class LayerWeights:
 
     def __init__(self, names: Iterable[str], parts: dict[str, Any], native: bool, active: Bool[Array, " rows"] | None):
         self.norm = functools.partial(rms_norm_native, active=active) if native else rms_norm_xla
-        self.rotated = functools.partial(rotated_native, active=active) if native else rotated_xla
+        self.rotated: Callable[..., Array] = functools.partial(rotated_native, active=active) if native else rotated_xla
         for name in names:
             setattr(self, name, parts.get(name))
 
