@@ -123,6 +123,7 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys
   const size_t together = std::min(tokens, std::max<size_t>(1, kMostQueries / group));
   const size_t heads_together = tokens > 1 ? 1 : std::min(cache.heads, std::max<size_t>(1, kMostOfHeads / group));
   std::vector<Task> tasks;
+  size_t bytes = 0;  // that could be read in the time
   for (size_t i = 0; i < rows_with_tokens.size(); i++) {
     const size_t row = rows_with_tokens[i], own = length.typed_data()[row], at = start.typed_data()[row];
     const size_t oldest = at + 1 > reach ? at + 1 - reach : 0;
@@ -134,6 +135,7 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys
       for (size_t head = 0; head < cache.heads; head += heads_together)
         tasks.push_back({row, i * tokens * heads, head, std::min(heads_together, cache.heads - head), first, count,
                          seen / kChunk, last / kChunk + 1});
+      bytes += (last - seen + 1) * cache.heads * (cache.key_width + value_width) * size_of(cache.type) * (1 + count * group / 8);
     }
   }
 
@@ -214,7 +216,7 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys
           join(code, &totals[i], total_values.data() + i * value_padded, parts[i], part_values.data() + i * value_padded, value_width);
       }
       finish(task, totals.data(), total_values.data());
-    });
+    }, bytes);
     return ffi::Error::Success();
   }
   // Few tasks over long contexts: chunks side by side, joined afterwards in the same order.
@@ -231,7 +233,7 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys
     Scratch p(most * kChunk);
     compute(tasks[i], tasks[i].begin + number - first_part[i], p.data(), &parts[number * most],
             part_values.data() + number * most * value_padded);
-  });
+  }, bytes);
   parallel(pool, tasks.size(), [&](int64_t number) {
     const Task& task = tasks[number];
     Scratch total_values(most * value_padded);
