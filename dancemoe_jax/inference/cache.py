@@ -4,6 +4,7 @@ A page holds one layer's keys (or values) of PAGE positions of one sequence; all
 pages. Which page holds what is a table that the caller writes, between two steps.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from dancemoe_jax.kernels.gpu_attention import cached_attention_gpu
 from dancemoe_jax.kernels.gpu_call import GpuKernels
 from dancemoe_jax.kernels.zeros import zeros
 from dancemoe_jax.mesh import on_cpu, sharded
+from dancemoe_jax.model.present import where_present
 
 PAGE = 32  # positions
 
@@ -82,17 +84,15 @@ def attend_cached(cache: Cache, rows: StepRows, layer, caches, how, q, *new):
     Returns:
         The heads' outputs, and the caches.
     """
-    finite = finite_tokens(*new)
+    present = rows.valid.any() if cache.on_cpu else None
+    finite, *stored = where_present(present, functools.partial(_with_finite, caches), *new)
     page = cache.pages[layer, rows.owners, rows.positions // PAGE]
     page, offset = jnp.where(rows.valid, page, len(caches[0])), rows.positions % PAGE
 
-    def with_new(kept, part):
-        if kept is None:
-            return None
-        stored = _as_stored(jnp.where(finite, part, 0), kept.dtype)
-        return kept.at[page, offset].set(stored, mode="drop")
-
-    both: list[Any] = [with_new(kept, part) for kept, part in zip(caches, new, strict=True)]
+    both: list[Any] = [
+        None if kept is None else kept.at[page, offset].set(part, mode="drop")
+        for kept, part in zip(caches, stored, strict=True)
+    ]
     keys, values = both
     where = (cache.pages, layer, rows.slots, rows.starts, rows.lengths)
     if cache.gpu:
@@ -101,7 +101,17 @@ def attend_cached(cache: Cache, rows: StepRows, layer, caches, how, q, *new):
         heads = cached_attention_native(rows.to_grid(q), keys, values, *where, **how._asdict())
     else:
         heads = cached_attention_xla(rows.to_grid(q), keys, values, *where, **how._asdict(), used=cache.on_cpu)
-    return jnp.where(finite, rows.from_grid(heads), jnp.nan), both
+    spoiled = where_present(present, lambda heads: jnp.where(finite, rows.from_grid(heads), jnp.nan), heads)
+    return spoiled, both
+
+
+def _with_finite(caches, *new):
+    """Which tokens are finite, and the new keys and values as the caches store them, zeros of the other tokens."""
+    finite = finite_tokens(*new)
+    return finite, *(
+        None if kept is None else _as_stored(jnp.where(finite, part, 0), kept.dtype)
+        for kept, part in zip(caches, new, strict=True)
+    )
 
 
 def _as_stored(part, dtype):

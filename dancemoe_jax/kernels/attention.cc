@@ -12,7 +12,9 @@ namespace dancemoe {
 namespace {
 
 constexpr size_t kChunk = 256;       // positions
-constexpr size_t kMostQueries = 24;  // of one task: their scores stay in the cache
+constexpr size_t kMostQueries = 24;  // of one task and head: their scores stay in the cache
+constexpr size_t kMostOfHeads = 64;  // of one task, where it takes several heads
+constexpr size_t kAtOnce = 16;         // positions that meet all queries, while as many of the next page are fetched
 
 // What a chunk of positions gives for one query.
 struct Partial {
@@ -45,21 +47,25 @@ struct Cache {
     return static_cast<const char*>(data) + first * size_of(type);
   }
 
-  // Calls each(positions before them, Matrix) with the keys (or values) of positions `begin` to `end` of a sequence, page
-  // by page; `begin` is the first of a page.
+  // Calls each(head, positions before them, Matrix) with the keys (or values) of positions `begin` to `end` of a sequence, page
+  // by page, so that memory is read in order; `begin` is the first of a page. A few rows at a time: meanwhile those of the next
+  // page are fetched, which lies somewhere else and which the processor cannot foresee.
   template <class Each>
-  void each_page(const void* data, size_t width, size_t stride, size_t slot, size_t head, size_t begin, size_t end,
-                 Each each) const {
+  void each_page(const void* data, size_t width, size_t stride, size_t slot, size_t first_head, size_t end_head, size_t begin,
+                 size_t end, Each each) const {
+    const size_t row_bytes = heads * stride * size_of(type);
     for (size_t at = begin; at < end; at += page) {
-      const char* from = page_of(data, stride, slot, head, at);
-      if (at + page < end) {
-        // The next page lies somewhere else, which the processor cannot foresee.
-        const char* next = page_of(data, stride, slot, head, at + page);
-        for (size_t row = 0; row < page; row++)
-          for (size_t byte = 0; byte < width * size_of(type); byte += 64)
-            __builtin_prefetch(next + row * heads * stride * size_of(type) + byte, 0, 2);
+      const size_t own = std::min(page, end - at);
+      for (size_t head = first_head; head < end_head; head++) {
+        const char* from = page_of(data, stride, slot, head, at);
+        const char* next = at + page < end ? page_of(data, stride, slot, head, at + page) : nullptr;
+        for (size_t row = 0; row < own; row += kAtOnce) {
+          const size_t rows = std::min(kAtOnce, own - row);
+          for (size_t i = row; next != nullptr && i < row + rows; i++)
+            for (size_t byte = 0; byte < width * size_of(type); byte += 64) __builtin_prefetch(next + i * row_bytes + byte, 0, 2);
+          each(head, at + row - begin, Matrix{from + row * row_bytes, type, heads * stride, rows, width});
+        }
       }
-      each(at - begin, Matrix{from, type, heads * stride, std::min(page, end - at), width});
     }
   }
 
@@ -99,47 +105,65 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys
   if (sinks.size() > 0) sink_buffer.push_back(sinks.get<ffi::AnyBuffer>(0).value()), sink = &sink_buffer[0];
 
   // A row without a sequence, and tokens behind a row's last one, get zeros.
-  const Rows queries(q.untyped_data(), activations, batch * tokens * heads, width);
+  std::vector<size_t> rows_with_tokens;
+  for (size_t row = 0; row < batch; row++)
+    if (length.typed_data()[row] > 0) rows_with_tokens.push_back(row);
+  const Rows queries(q.untyped_data(), activations, tokens * heads, width, rows_with_tokens);
+  const size_t queries_count = rows_with_tokens.size() * tokens * heads;
+  PackedRows packed(queries_count, width, activations, cache.type);
+  for (size_t i = 0; i < queries_count; i++) packed.pack(i, queries[i]);
   std::memset(out->untyped_data(), 0, out->size_bytes());
 
-  // Tasks: some tokens of one row and the query heads of one key head.
+  // Tasks: some tokens of one row and the query heads of one key head; of a single token those of several, whose keys lie
+  // beside each other.
   struct Task {
-    size_t row, head, first, count;  // tokens first .. first + count of the row
-    size_t begin, end;               // chunks
+    size_t row, query, head, heads, first, count;  // tokens first .. first + count of the row, whose first query is `query`
+    size_t begin, end;                             // chunks
   };
-  const size_t together = std::max<size_t>(1, kMostQueries / group);
+  const size_t together = std::min(tokens, std::max<size_t>(1, kMostQueries / group));
+  const size_t heads_together = tokens > 1 ? 1 : std::min(cache.heads, std::max<size_t>(1, kMostOfHeads / group));
   std::vector<Task> tasks;
-  for (size_t row = 0; row < batch; row++) {
-    const size_t own = std::max(0, length.typed_data()[row]), at = start.typed_data()[row];
-    if (own == 0) continue;
+  size_t bytes = 0;  // that could be read in the time
+  for (size_t i = 0; i < rows_with_tokens.size(); i++) {
+    const size_t row = rows_with_tokens[i], own = length.typed_data()[row], at = start.typed_data()[row];
     const size_t oldest = at + 1 > reach ? at + 1 - reach : 0;
     if (own > tokens || !cache.holds(slot.typed_data()[row], oldest, at + own))
       return invalid("a row lies outside the cache");
     for (size_t first = 0; first < own; first += together) {
       const size_t count = std::min(together, own - first), last = at + first + count - 1;
       const size_t seen = at + first + 1 > reach ? at + first + 1 - reach : 0;
-      for (size_t head = 0; head < cache.heads; head++)
-        tasks.push_back({row, head, first, count, seen / kChunk, last / kChunk + 1});
+      for (size_t head = 0; head < cache.heads; head += heads_together)
+        tasks.push_back({row, i * tokens * heads, head, std::min(heads_together, cache.heads - head), first, count,
+                         seen / kChunk, last / kChunk + 1});
+      bytes += (last - seen + 1) * cache.heads * (cache.key_width + value_width) * size_of(cache.type) * (1 + count * group / 8);
     }
   }
 
+  // A task's queries are numbered head by head, in a head token by token.
   // The chunk's part for every query of a task; p and part_values are scratch and result.
   auto compute = [&](const Task& task, size_t chunk, float* p, Partial* parts, float* part_values) {
-    const size_t count = task.count * group;
+    const size_t in_head = task.count * group, count = in_head * task.heads;
     const size_t at = start.typed_data()[task.row] + task.first, begin = chunk * kChunk;
     const size_t end = std::min(begin + kChunk, at + task.count), own_slot = slot.typed_data()[task.row];
     std::vector<const float*> rows(count);
-    for (size_t i = 0; i < count; i++)
-      rows[i] = queries[(task.row * tokens + task.first + i / group) * heads + task.head * group + i % group];
+    std::vector<const uint16_t*> packed_rows(count);
+    for (size_t i = 0; i < count; i++) {
+      const size_t head = task.head + i / in_head, of_head = i % in_head;
+      const size_t query = task.query + (task.first + of_head / group) * heads + head * group + of_head % group;
+      rows[i] = queries[query], packed_rows[i] = packed[query];
+    }
     // Pages that no query of the task sees any more may be gone.
     const size_t oldest = at + 1 > reach ? at + 1 - reach : 0;
     const size_t seen = std::max(begin, oldest / cache.page * cache.page);
     float* from_seen = p + seen - begin;
-    cache.each_page(cache.keys, cache.key_width, cache.key_width, own_slot, task.head, seen, end,
-                    [&](size_t before, const Matrix& k) { code.products(k, rows.data(), count, from_seen + before, kChunk); });
+    cache.each_page(cache.keys, cache.key_width, cache.key_width, own_slot, task.head, task.head + task.heads, seen, end,
+                    [&](size_t head, size_t before, const Matrix& k) {
+                      const size_t first = (head - task.head) * in_head;
+                      products(k, rows.data() + first, packed_rows.data() + first, in_head, from_seen + first * kChunk + before, kChunk);
+                    });
     for (size_t i = 0; i < count; i++) {
       float* own = p + i * kChunk;
-      const size_t position = at + i / group;
+      const size_t position = at + i % in_head / group;
       const size_t from = position + 1 > reach ? position + 1 - reach : 0;
       const size_t visible_begin = std::max(from, begin), visible_end = std::min(position + 1, end);
       if (visible_begin >= visible_end) {
@@ -151,15 +175,17 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys
       parts[i].sum = code.exponentials(own, visible_begin - begin, visible_end - begin, padded(end - begin), &parts[i].maximum);
     }
     std::memset(part_values, 0, count * value_padded * sizeof(float));
-    cache.each_page(cache.values, value_width, cache.value_stride, own_slot, task.head, seen, end,
-                    [&](size_t before, const Matrix& v) {
-                      code.mix(v, from_seen + before, kChunk, count, part_values, value_padded);
+    cache.each_page(cache.values, value_width, cache.value_stride, own_slot, task.head, task.head + task.heads, seen, end,
+                    [&](size_t head, size_t before, const Matrix& v) {
+                      const size_t first = (head - task.head) * in_head;
+                      code.mix(v, from_seen + first * kChunk + before, kChunk, in_head, part_values + first * value_padded, value_padded);
                     });
   };
 
   auto finish = [&](const Task& task, Partial* totals, float* totals_values) {
-    for (size_t i = 0; i < task.count * group; i++) {
-      const size_t head = task.head * group + i % group;
+    const size_t in_head = task.count * group;
+    for (size_t i = 0; i < in_head * task.heads; i++) {
+      const size_t head = (task.head + i / in_head) * group + i % in_head % group;
       float sum = totals[i].sum, *own = totals_values + i * value_padded;
       if (sink != nullptr) {
         // The sink joins the sum and carries no value.
@@ -169,12 +195,12 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys
         for (size_t j = 0; j < value_width; j++) own[j] *= before;
       }
       for (size_t j = 0; j < value_width; j++) own[j] /= sum;
-      const size_t to = ((task.row * tokens + task.first + i / group) * heads + head) * value_width;
+      const size_t to = ((task.row * tokens + task.first + i % in_head / group) * heads + head) * value_width;
       put(own, out->untyped_data(), result, to, value_width);
     }
   };
 
-  const size_t most = together * group;
+  const size_t most = together * group * heads_together;
   size_t chunks = 0;
   for (const Task& task : tasks) chunks += task.end - task.begin;
   if (tasks.size() >= 4 * (size_t)pool.num_threads() || chunks == tasks.size()) {
@@ -186,11 +212,11 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys
       std::memset(total_values.data(), 0, most * value_padded * sizeof(float));
       for (size_t chunk = task.begin; chunk < task.end; chunk++) {
         compute(task, chunk, p.data(), parts.data(), part_values.data());
-        for (size_t i = 0; i < task.count * group; i++)
+        for (size_t i = 0; i < task.count * group * task.heads; i++)
           join(code, &totals[i], total_values.data() + i * value_padded, parts[i], part_values.data() + i * value_padded, value_width);
       }
       finish(task, totals.data(), total_values.data());
-    });
+    }, bytes);
     return ffi::Error::Success();
   }
   // Few tasks over long contexts: chunks side by side, joined afterwards in the same order.
@@ -207,14 +233,14 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer keys
     Scratch p(most * kChunk);
     compute(tasks[i], tasks[i].begin + number - first_part[i], p.data(), &parts[number * most],
             part_values.data() + number * most * value_padded);
-  });
+  }, bytes);
   parallel(pool, tasks.size(), [&](int64_t number) {
     const Task& task = tasks[number];
     Scratch total_values(most * value_padded);
     std::vector<Partial> totals(most);
     std::memset(total_values.data(), 0, most * value_padded * sizeof(float));
     for (size_t part = first_part[number]; part < first_part[number + 1]; part++)
-      for (size_t i = 0; i < task.count * group; i++)
+      for (size_t i = 0; i < task.count * group * task.heads; i++)
         join(code, &totals[i], total_values.data() + i * value_padded, parts[part * most + i],
              part_values.data() + (part * most + i) * value_padded, value_width);
     finish(task, totals.data(), total_values.data());

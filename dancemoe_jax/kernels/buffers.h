@@ -44,40 +44,56 @@ class Scratch {
 inline size_t row_stride(size_t width) { return padded(width) + 176; }
 inline size_t packed_stride(size_t width) { return padded_pairs(width) + 352; }
 
+// Numbers of a buffer of float32 or bfloat16, as float32.
+inline void take(const void* from, Type type, size_t start, size_t count, float* to) {
+  if (type == Type::kFloat32)
+    std::memcpy(to, static_cast<const float*>(from) + start, count * sizeof(float));
+  else
+    vector_code().widen(static_cast<const uint16_t*>(from) + start, to, count);
+}
+
+// Float32 results into a buffer, in its type.
+inline void put(const float* from, void* to, Type type, size_t start, size_t count) {
+  if (type == Type::kFloat32)
+    std::memcpy(static_cast<float*>(to) + start, from, count * sizeof(float));
+  else
+    vector_code().narrow(from, static_cast<uint16_t*>(to) + start, count);
+}
+
+// The rows that count.
+inline std::vector<size_t> chosen_rows(const ffi::Buffer<ffi::PRED>& active) {
+  std::vector<size_t> chosen;
+  for (size_t row = 0; row < active.element_count(); row++)
+    if (active.typed_data()[row]) chosen.push_back(row);
+  return chosen;
+}
+
 // Rows of activations as float32, padded with zeros to a multiple of kPad, always the same distance apart. A few that are
 // stored so already are not copied.
 class Rows {
  public:
-  // The chosen ones of `count` rows of `heads` times `width`; each head is a row then.
-  Rows(const void* data, Type type, size_t count, size_t heads, size_t width, const std::vector<size_t>& chosen)
+  // The chosen ones of rows of `heads` times `width`; each head is a row then.
+  Rows(const void* data, Type type, size_t heads, size_t width, const std::vector<size_t>& chosen)
       : starts_(chosen.size() * heads) {
     const size_t stride = row_stride(width);
-    if (type == Type::kFloat32 && padded(width) == width && chosen.size() == count && starts_.size() <= kFewRows) {
-      for (size_t r = 0; r < starts_.size(); r++) starts_[r] = static_cast<const float*>(data) + r * width;
+    const auto from = [&](size_t r) { return (chosen[r / heads] * heads + r % heads) * width; };
+    const bool neighbours = !chosen.empty() && chosen.back() - chosen.front() + 1 == chosen.size();
+    if (type == Type::kFloat32 && padded(width) == width && neighbours && starts_.size() <= kFewRows) {
+      for (size_t r = 0; r < starts_.size(); r++) starts_[r] = static_cast<const float*>(data) + from(r);
       return;
     }
     copy_.reset(new float[starts_.size() * stride]);
     for (size_t r = 0; r < starts_.size(); r++) {
-      const size_t from = (chosen[r / heads] * heads + r % heads) * width;
       float* row = copy_.get() + r * stride;
-      if (type == Type::kFloat32)
-        std::memcpy(row, static_cast<const float*>(data) + from, width * sizeof(float));
-      else
-        vector_code().widen(static_cast<const uint16_t*>(data) + from, row, width);
+      take(data, type, from(r), width, row);
       std::memset(row + width, 0, (padded(width) - width) * sizeof(float));
       starts_[r] = row;
     }
   }
-  Rows(const void* data, Type type, size_t count, size_t width) : Rows(data, type, count, 1, width, up_to(count)) {}
   const float* operator[](size_t row) const { return starts_[row]; }
 
  private:
   static constexpr size_t kFewRows = 4;
-  static std::vector<size_t> up_to(size_t count) {
-    std::vector<size_t> numbers(count);
-    for (size_t i = 0; i < count; i++) numbers[i] = i;
-    return numbers;
-  }
   std::vector<const float*> starts_;
   std::unique_ptr<float[]> copy_;
 };
@@ -122,14 +138,6 @@ inline float number(const ffi::AnyBuffer& buffer, size_t index) {
   return result;
 }
 
-// Float32 results into a row of the output, in its type.
-inline void put(const float* from, void* to, Type type, size_t start, size_t count) {
-  if (type == Type::kFloat32)
-    std::memcpy(static_cast<float*>(to) + start, from, count * sizeof(float));
-  else
-    vector_code().narrow(from, static_cast<uint16_t*>(to) + start, count);
-}
-
 // Rows of weights that one task goes through, which meet `count` rows of activations: about 128 kB of them, which is long
 // enough to be read at full speed and short enough to stay in a core's cache meanwhile. Many rows do not stay there
 // themselves, so more weights meet them each time.
@@ -137,6 +145,11 @@ inline size_t rows_of_a_task(const Matrix& weights, size_t count) {
   const size_t bytes = (count < 32 ? 128 : 512) << 10;
   const size_t fitting = bytes / (weights.width * size_of(weights.type) + 1);
   return std::min<size_t>(std::max<size_t>(fitting / 8 * 8, 8), 256);
+}
+
+// Bytes that could be read in the time that such a product takes.
+inline size_t read_by(const Matrix& weights, size_t count) {
+  return weights.rows * weights.width * size_of(weights.type) * (1 + count / 8);
 }
 
 }  // namespace dancemoe

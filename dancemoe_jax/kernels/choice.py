@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dancemoe_jax.kernels.call import native_results
 
@@ -11,6 +11,7 @@ from dancemoe_jax.kernels.call import native_results
 def choose_native(
     logits: Float[Array, "tokens experts"],
     correction: Float[Array, " experts"] | None = None,
+    active: Bool[Array, " tokens"] | None = None,
     *,
     k: int,
     sigmoid: bool,
@@ -19,13 +20,17 @@ def choose_native(
     groups: int,
     top_groups: int,
 ) -> tuple[Float[Array, "tokens k"], Int[Array, "tokens k"]]:
-    """As `choose_xla`. A token's sums have one order: the same bits whatever other tokens there are."""
+    """As `choose_xla`. A token's sums have one order: the same bits whatever other tokens there are.
+
+    Tokens that are not active get the first k experts, with no weight.
+    """
     shape = (len(logits), k)
     extra = () if correction is None else (correction.astype(jnp.float32),)
     weights, ids = native_results(
         "dancemoe_choice",
         [(shape, jnp.float32), (shape, jnp.int32)],
         logits,
+        jnp.ones(len(logits), bool) if active is None else active,
         *extra,
         sigmoid=sigmoid,
         normalize=normalize,

@@ -99,14 +99,23 @@ ffi::Error Experts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32>
     groups.push_back(group);
   }
 
-  const Rows rows(x.untyped_data(), activations, tokens, hidden);
-  PackedRows packed(tokens, hidden, activations, stored), packed_gated(count, inner, activations, stored);
-  for (size_t token = 0; token < tokens; token++) packed.pack(token, rows[token]);
+  // Tokens that have an assignment, and where each is among them.
+  std::vector<size_t> taken, place(tokens);
+  for (size_t token = 0; token < tokens; token++) {
+    const int32_t* own = slots.typed_data() + token * k;
+    if (std::all_of(own, own + k, [](int32_t slot) { return slot < 0; })) continue;
+    place[token] = taken.size();
+    taken.push_back(token);
+  }
+  const Rows rows(x.untyped_data(), activations, 1, hidden, taken);
+  PackedRows packed(taken.size(), hidden, activations, stored), packed_gated(count, inner, activations, stored);
+  for (size_t i = 0; i < taken.size(); i++) packed.pack(i, rows[i]);
   Scratch gated(count * gated_stride), outputs(count * hidden);
   std::vector<const float*> sources(count), gated_rows(count);
   std::vector<const uint16_t*> packed_sources(count), packed_gated_rows(count);
   for (size_t i = 0; i < count; i++) {
-    sources[i] = rows[assignments[i].at / k], packed_sources[i] = packed[assignments[i].at / k];
+    const size_t own = place[assignments[i].at / k];
+    sources[i] = rows[own], packed_sources[i] = packed[own];
     gated_rows[i] = gated.data() + i * gated_stride, packed_gated_rows[i] = packed_gated[i];
   }
 
@@ -133,7 +142,7 @@ ffi::Error Experts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32>
       if (rounded) code.round(g, width);
       if (end == inner) std::memset(g + width, 0, (padded(inner) - inner) * sizeof(float));
     }
-  });
+  }, groups.size() * read_by(any_in, of_a_group));
 
   const size_t row_block = std::max<size_t>(1, kPackedTask / inner), row_blocks = (count + row_block - 1) / row_block;
   parallel(pool, row_blocks, [&](int64_t task) {
@@ -148,25 +157,26 @@ ffi::Error Experts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32>
     const size_t first = group.begin, own = group.end - first;
     products(group.w_out.slice(begin, end), &gated_rows[first], &packed_gated_rows[first], own, to, hidden);
     for (size_t i = group.begin; i < group.end; i++) group.out.apply(outputs.data() + i * hidden + begin, begin, end - begin);
-  });
+  }, groups.size() * read_by(any_out, of_a_group));
 
   // Each token's sum, in the order of its k. On a grid the order does not matter (experts.py's `sum_grid`).
+  if (taken.size() < tokens) std::memset(out->typed_data(), 0, out->size_bytes());
   std::vector<const float*> of(tokens * k, nullptr);
   for (size_t i = 0; i < count; i++) of[assignments[i].at] = outputs.data() + i * hidden;
-  const size_t token_block = std::max<size_t>(1, (64 << 10) / (hidden * k)), token_blocks = (tokens + token_block - 1) / token_block;
+  const size_t token_block = std::max<size_t>(1, (64 << 10) / (hidden * k)), token_blocks = (taken.size() + token_block - 1) / token_block;
   parallel(pool, token_blocks, [&](int64_t task) {
     Scratch total(hidden);
-    for (size_t token = task * token_block; token < std::min(tokens, (task + 1) * token_block); token++) {
+    for (size_t i = task * token_block; i < std::min(taken.size(), (task + 1) * token_block); i++) {
       std::memset(total.data(), 0, hidden * sizeof(float));
-      const float step = rounded ? grid(rows[token], hidden) : 0;
-      for (size_t at = token * k; at < (token + 1) * k; at++) {
+      const float step = rounded ? grid(rows[i], hidden) : 0;
+      for (size_t at = taken[i] * k; at < (taken[i] + 1) * k; at++) {
         const float weight = weights.typed_data()[at];
         if (of[at] != nullptr && rounded)
           code.add_rounded(total.data(), of[at], hidden, weight, step);
         else if (of[at] != nullptr)
           code.add(total.data(), of[at], hidden, weight);
       }
-      std::memcpy(out->typed_data() + token * hidden, total.data(), hidden * sizeof(float));
+      std::memcpy(out->typed_data() + taken[i] * hidden, total.data(), hidden * sizeof(float));
     }
   });
   return ffi::Error::Success();

@@ -20,7 +20,9 @@ from dancemoe_jax.kernels import build
 # "auto": native calls on CPUs where they can be had, XLA elsewhere. "xla": always XLA.
 Kernels = Literal["auto", "xla"]
 
-TARGETS = tuple(f"dancemoe_{name}" for name in ("experts", "linear", "attention", "argmax", "norm", "choice", "zeros"))
+TARGETS = tuple(
+    f"dancemoe_{name}" for name in ("experts", "linear", "attention", "argmax", "norm", "rotated", "choice", "zeros")
+)
 
 _log = logging.getLogger(__name__)
 

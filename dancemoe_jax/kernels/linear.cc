@@ -1,41 +1,62 @@
-// Rows times one layer's weight out of an array stacked over layers: nothing is sliced out or copied first.
+// Rows times one layer's weights out of arrays stacked over layers: nothing is sliced out or copied first.
 //
-// Its meaning is linear.py's `stacked_linear_xla`. With heads, each head of x has a weight of its own.
+// Its meaning is linear.py's `stacked_linear_xla`, for several weights that meet the same rows. With heads, each head of x has a
+// weight of its own.
 #include "buffers.h"
 #include "threads.h"
 
 namespace dancemoe {
 namespace {
 
-ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Buffer<ffi::S32> layer,
-                  ffi::Buffer<ffi::PRED> active, ffi::RemainingArgs scales, ffi::Result<ffi::AnyBuffer> y, bool transposed) {
-  const VectorCode& code = vector_code();
-  const auto shape = w.dimensions();
-  const size_t rows = x.dimensions()[0], layers = shape[0], heads = shape.size() == 4 ? shape[1] : 1;
-  const size_t height = shape[shape.size() - 2], width = shape[shape.size() - 1];
-  const size_t outputs = transposed ? width : height, inputs = transposed ? height : width;
-  const int32_t index = layer.typed_data()[0];
-  Type activations, stored, result;
-  if (!type_of(x.element_type(), &activations) || !type_of(w.element_type(), &stored) ||
-      !type_of(y->element_type(), &result) || activations == Type::kInt8 || result == Type::kInt8)
-    return invalid("a type that linear does not take");
-  if (index < 0 || (size_t)index >= layers) return invalid("no such layer");
-
-  const Matrix stack{w.untyped_data(), stored, width, layers * heads * height, width};
-  const Matrix weights = stack.slice(index * heads * height, (index + 1) * heads * height);
+// One layer's weight, and where its products go.
+struct Product {
+  Matrix weights;  // of all heads, one after another
+  size_t height, outputs, block, blocks;
   const float* scale = nullptr;
-  if (scales.size() > 0)
-    scale = static_cast<const float*>(scales.get<ffi::AnyBuffer>(0)->untyped_data()) + index * heads * outputs;
+  void* to;
+  Type result;
+};
 
-  // Rows that are not active get zeros and cost nothing else.
-  std::vector<size_t> chosen;
-  for (size_t r = 0; r < rows; r++)
-    if (active.typed_data()[r]) chosen.push_back(r);
+ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::PRED> active,
+                  ffi::RemainingArgs weights, ffi::RemainingRets results, bool transposed, bool scaled) {
+  const VectorCode& code = vector_code();
+  const size_t rows = x.dimensions()[0], parts = results.size();
+  const int32_t index = layer.typed_data()[0];
+  if (parts == 0 || weights.size() != parts * (1 + scaled)) return invalid("linear needs weights and as many results");
+  Type activations, stored, first;
+  if (!type_of(weights.get<ffi::AnyBuffer>(0)->element_type(), &first) || !type_of(x.element_type(), &activations) ||
+      activations == Type::kInt8)
+    return invalid("a type that linear does not take");
+
+  const std::vector<size_t> chosen = chosen_rows(active);
   const size_t count = chosen.size();
-  if (count < rows) std::memset(y->untyped_data(), 0, y->size_bytes());
+  size_t heads = 1, inputs = 0, tasks = 0, bytes = 0;
+  std::vector<Product> all;
+  for (size_t part = 0; part < parts; part++) {
+    const ffi::AnyBuffer w = weights.get<ffi::AnyBuffer>(part).value();
+    ffi::AnyBuffer y = *results.get<ffi::AnyBuffer>(part).value();
+    const auto shape = w.dimensions();
+    const size_t height = shape[shape.size() - 2], width = shape[shape.size() - 1];
+    heads = shape.size() == 4 ? shape[1] : 1, inputs = transposed ? height : width;
+    Product own{};
+    own.height = height, own.outputs = transposed ? width : height;
+    if (!type_of(w.element_type(), &stored) || !type_of(y.element_type(), &own.result) || own.result == Type::kInt8 || stored != first)
+      return invalid("a type that linear does not take");
+    if (index < 0 || index >= shape[0]) return invalid("no such layer");
+    const Matrix stack{w.untyped_data(), stored, width, shape[0] * heads * height, width};
+    own.weights = Matrix{stack.slice(index * heads * height, (index + 1) * heads * height)};
+    if (scaled)
+      own.scale = static_cast<const float*>(weights.get<ffi::AnyBuffer>(parts + part)->untyped_data()) + index * heads * own.outputs;
+    own.to = y.untyped_data();
+    own.block = rows_of_a_task(own.weights, count), own.blocks = (own.outputs + own.block - 1) / own.block;
+    tasks += heads * own.blocks, bytes += read_by(own.weights, count);
+    // Rows that are not active get zeros and cost nothing else.
+    if (count < rows) std::memset(own.to, 0, y.size_bytes());
+    all.push_back(own);
+  }
   if (count == 0) return ffi::Error::Success();
 
-  const Rows from(x.untyped_data(), activations, rows, heads, inputs, chosen);
+  const Rows from(x.untyped_data(), activations, heads, inputs, chosen);
   PackedRows packed(count * heads, inputs, activations, transposed ? Type::kFloat32 : stored);
   std::vector<const float*> by_head(count * heads);
   std::vector<const uint16_t*> packed_by_head(count * heads);
@@ -47,28 +68,31 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi:
     }
   }
 
-  const size_t block = rows_of_a_task(weights, count), blocks = (outputs + block - 1) / block;
-  parallel(pool, heads * blocks, [&](int64_t task) {
-    const size_t head = task / blocks, begin = task % blocks * block, end = std::min(outputs, begin + block);
-    const Matrix own = weights.slice(head * height, (head + 1) * height);
-    const bool direct = result == Type::kFloat32 && count == rows;
+  parallel(pool, tasks, [&](int64_t number) {
+    size_t task = number;
+    const Product* product = all.data();
+    for (; task >= heads * product->blocks; product++) task -= heads * product->blocks;
+    const Product& own = *product;
+    const size_t head = task / own.blocks, begin = task % own.blocks * own.block, end = std::min(own.outputs, begin + own.block);
+    const Matrix matrix = own.weights.slice(head * own.height, (head + 1) * own.height);
+    const bool direct = own.result == Type::kFloat32 && count == rows;
     Scratch wide(direct ? 0 : count * (end - begin));
-    float* to = direct ? static_cast<float*>(y->untyped_data()) + head * outputs + begin : wide.data();
-    const size_t stride = direct ? heads * outputs : end - begin;
+    float* to = direct ? static_cast<float*>(own.to) + head * own.outputs + begin : wide.data();
+    const size_t stride = direct ? heads * own.outputs : end - begin;
     const float* const* own_rows = by_head.data() + head * count;
     if (transposed) {
       const size_t between = count > 1 ? own_rows[1] - own_rows[0] : 0;
       for (size_t r = 0; r < count; r++) std::memset(to + r * stride, 0, (end - begin) * sizeof(float));
-      code.mix(own.columns(begin, end), own_rows[0], between, count, to, stride);
+      code.mix(matrix.columns(begin, end), own_rows[0], between, count, to, stride);
     } else {
-      products(own.slice(begin, end), own_rows, &packed_by_head[head * count], count, to, stride);
+      products(matrix.slice(begin, end), own_rows, packed_by_head.data() + head * count, count, to, stride);
     }
     for (size_t r = 0; r < count; r++) {
-      if (scale != nullptr)
-        for (size_t i = begin; i < end; i++) to[r * stride + i - begin] *= scale[head * outputs + i];
-      if (!direct) put(to + r * stride, y->untyped_data(), result, (chosen[r] * heads + head) * outputs + begin, end - begin);
+      if (own.scale != nullptr)
+        for (size_t i = begin; i < end; i++) to[r * stride + i - begin] *= own.scale[head * own.outputs + i];
+      if (!direct) put(to + r * stride, own.to, own.result, (chosen[r] * heads + head) * own.outputs + begin, end - begin);
     }
-  });
+  }, bytes);
   return ffi::Error::Success();
 }
 
@@ -79,11 +103,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dancemoe_linear, Linear,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::PRED>>()
                                   .RemainingArgs()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attr<bool>("transposed"));
+                                  .RemainingRets()
+                                  .Attr<bool>("transposed")
+                                  .Attr<bool>("scaled"));
 
 }  // namespace dancemoe

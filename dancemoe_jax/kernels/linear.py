@@ -5,13 +5,14 @@ are arguments. A weight without a layer axis (an LM head, an embedding) is a sta
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dancemoe_jax.kernels.call import native_call
+from dancemoe_jax.kernels.call import native_results
 from dancemoe_jax.kernels.gpu_call import GpuKernels
 from dancemoe_jax.kernels.gpu_linear import MOST_ROWS, stacked_linear_gpu
 
@@ -42,6 +43,15 @@ def linear(
     return y if dtype is None else y.astype(dtype)
 
 
+def linears(x: Float[Array, "*rows inputs"], weights: Sequence[Array | StackedWeight]) -> list[Array]:
+    """`linear` of each weight, in one native call where they are native."""
+    first = weights[0]
+    if not isinstance(first, StackedWeight) or first.gpu is not None:
+        return [linear(x, weight) for weight in weights]
+    stacks = [weight.stack for weight in weights if isinstance(weight, StackedWeight)]
+    return stacked_linears_native(x, stacks, first.layer, first.active)
+
+
 def linear_of_heads(
     x: Float[Array, "*rows heads inputs"], weight: Array | StackedWeight, transposed: bool = False
 ) -> Float[Array, "*rows heads outputs"]:
@@ -70,16 +80,35 @@ def stacked_linear_native(
     transposed: bool = False,
 ) -> Float[Array, "*rows outputs"]:
     """As `stacked_linear_xla`. Each number is one sum in one order: the same bits whatever other rows there are."""
-    outputs = weight.shape[-1 if transposed else -2]
-    extra = () if scale is None else (scale.astype(jnp.float32),)
-    heads = weight.shape[1:-2]
+    scales = () if scale is None else (scale,)
+    return stacked_linears_native(x, [weight], layer, active, scales, dtype, transposed)[0]
+
+
+def stacked_linears_native(
+    x: Float[Array, "*rows inputs"],
+    weights: Sequence[Array],
+    layer: Int[Array, ""] | int,
+    active: Bool[Array, " rows"] | None = None,
+    scales: Sequence[Array] = (),
+    dtype: Any = None,
+    transposed: bool = False,
+) -> list[Array]:
+    """`stacked_linear_native` of each of several weights of one type, in one call; `scales` of all of them or none."""
+    heads = weights[0].shape[1:-2]
+    outputs = [weight.shape[-1 if transposed else -2] for weight in weights]
     rows = x.reshape(-1, *heads, x.shape[-1])
-    layer = jnp.asarray(layer, jnp.int32)
-    shape = (len(rows), *heads, outputs)
-    active = jnp.ones(len(rows), bool) if active is None else active
-    arguments = (rows, weight, layer, active, *extra)
-    y = native_call("dancemoe_linear", shape, dtype or x.dtype, *arguments, transposed=transposed)
-    return y.reshape(*x.shape[:-1], outputs)
+    found = native_results(
+        "dancemoe_linear",
+        [((len(rows), *heads, width), dtype or x.dtype) for width in outputs],
+        rows,
+        jnp.asarray(layer, jnp.int32),
+        jnp.ones(len(rows), bool) if active is None else active,
+        *weights,
+        *(scale.astype(jnp.float32) for scale in scales),
+        transposed=transposed,
+        scaled=bool(scales),
+    )
+    return [y.reshape(*x.shape[:-1], width) for y, width in zip(found, outputs, strict=True)]
 
 
 def stacked_linear_xla(

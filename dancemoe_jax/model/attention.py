@@ -1,10 +1,11 @@
-"""Attention with rotary positions: the rotation, and the masked product itself.
+"""Attention with rotary positions: their angles, and the masked product itself.
 
 Whether keys come from the same chunk (training) or from a cache (serving) is the caller's business: attention takes the
 position of every query and of every key and masks what lies in a query's future.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,17 +47,12 @@ def frequencies(rope: Rope, dim: int) -> np.ndarray:
     return inverse.astype(np.float32)
 
 
-def rotate(
-    x: Float[Array, "batch tokens heads dim"], positions: Int[Array, "batch tokens"], rope: Rope
-) -> Float[Array, "batch tokens heads dim"]:
-    """Rotary embedding of queries or keys at their positions."""
-    angle = positions[..., None, None].astype(jnp.float32) * frequencies(rope, x.shape[-1])[None, None, None]
-    cos, sin = ((rope.amplitude * f(angle)).astype(x.dtype) for f in (jnp.cos, jnp.sin))
-    if rope.interleaved:
-        a, b = x[..., ::2], x[..., 1::2]
-        return jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape)
-    a, b = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+def angles(
+    rope: Rope, dim: int, positions: Int[Array, "batch tokens"], dtype: Any
+) -> tuple[Float[Array, "batch tokens pairs"], Float[Array, "batch tokens pairs"]]:
+    """Cosines and sines that rotate heads of width `dim` at these positions."""
+    angle = positions[..., None].astype(jnp.float32) * frequencies(rope, dim)[None, None]
+    return (rope.amplitude * jnp.cos(angle)).astype(dtype), (rope.amplitude * jnp.sin(angle)).astype(dtype)
 
 
 def attend(

@@ -5,6 +5,7 @@ plain pytrees and go through `jax.jit` and `jax.grad` as they are. How a layer's
 (`moe`): dense for the reference, grouped for training, dispatched over devices for serving (dispatch.py).
 """
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,15 +19,13 @@ from jaxtyping import Array, Bool, Float, Int
 from dancemoe_jax.kernels.gpu_call import GpuKernels
 from dancemoe_jax.kernels.linear import StackedWeight, linear, linear_of_heads
 from dancemoe_jax.kernels.norm import rms_norm_native, rms_norm_xla
-from dancemoe_jax.model.attention import along_last, attend, rotate
+from dancemoe_jax.model.attention import along_last, angles, attend
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.model.experts import ExpertWeights, dense_experts, swiglu
 from dancemoe_jax.model.layer_weights import LayerWeights, scan_run
 from dancemoe_jax.model.present import where_present
+from dancemoe_jax.model.queries import grouped_qkv, latent_qkv
 from dancemoe_jax.model.router import route
-
-# Latent attention's inner norms have an epsilon of their own, whatever the configuration says of the others.
-_LATENT_EPS = 1e-6
 
 
 class _Init(NamedTuple):
@@ -142,44 +141,6 @@ class Decoder(nnx.Module):
         return [getattr(self, name) for name in names]
 
 
-def _grouped_qkv(config: ModelConfig, layer: LayerWeights, h, positions):
-    """Queries, keys and values of one layer's (normed) input; queries and keys normed and rotated."""
-
-    def project(weight, bias, norm):
-        y = linear(h, weight)
-        y = y if bias is None else y + along_last(bias, y)
-        if norm is not None:
-            y = layer.norm(y.reshape(*y.shape[:2], -1, norm.shape[-1]), norm, config.rms_eps)
-        y = y.reshape(*y.shape[:2], -1, config.head_dim)
-        return jnp.clip(y, -config.clip_qkv, config.clip_qkv) if config.clip_qkv else y
-
-    q = rotate(project(layer.q, layer.q_bias, layer.q_norm), positions, config.rope)
-    k = rotate(project(layer.k, layer.k_bias, layer.k_norm), positions, config.rope)
-    return q, k, project(layer.v, layer.v_bias, None)
-
-
-def _latent_qkv(config: ModelConfig, layer: LayerWeights, h, positions):
-    """Queries and keys of latent attention in the narrow space: one key for all heads, which is also the value.
-
-    A head's key is `k_up` times the narrow vector; multiplying the query by `k_up` instead gives the same product and
-    leaves the narrow vector as what is cached (arXiv 2405.04434, appendix C).
-    """
-    part = config.latent
-    assert part is not None
-    if layer.q_down is not None and layer.q_down_norm is not None:
-        h_q = layer.norm(linear(h, layer.q_down), layer.q_down_norm, _LATENT_EPS)
-    else:
-        h_q = h
-    queries = linear(h_q, layer.q).reshape(*h.shape[:2], config.num_heads, -1)
-    q_nope, q_rope = jnp.split(queries, [part.nope_dim], axis=-1)
-    narrow, k_rope = jnp.split(linear(h, layer.kv_down), [part.kv_rank], axis=-1)
-    narrow = layer.norm(narrow, layer.kv_norm, _LATENT_EPS)[:, :, None]
-    k_rope = rotate(k_rope[:, :, None], positions, config.rope)
-    q_narrow = linear_of_heads(q_nope, layer.k_up, transposed=True)
-    q = jnp.concatenate([q_narrow, rotate(q_rope, positions, config.rope)], axis=-1)
-    return q, jnp.concatenate([narrow, k_rope], axis=-1), None
-
-
 class Attention(NamedTuple):
     """How one layer attends, beside its queries, keys and values: `attend`'s last arguments."""
 
@@ -217,10 +178,11 @@ def decoder_layer(
     """
     latent = config.latent
     width = config.head_dim if latent is None else latent.nope_dim + latent.rope_dim
+    turns = angles(config.rope, config.rope_dim, positions, x.dtype)
 
     def project(x):
         h = layer.norm(x, layer.attention_norm, config.rms_eps)
-        return (_grouped_qkv if latent is None else _latent_qkv)(config, layer, h, positions)
+        return (grouped_qkv if latent is None else latent_qkv)(config, layer, h, turns)
 
     def finish(x, heads):
         heads = heads if latent is None else linear_of_heads(heads, layer.v_up)
@@ -302,7 +264,8 @@ def head_logits(
     native: bool = False,
     active: Bool[Array, " rows"] | None = None,
 ) -> Float[Array, "*shape vocab"]:
-    x = (rms_norm_native if native else rms_norm_xla)(x, decoder.final_norm[...], config.rms_eps)
+    norm = functools.partial(rms_norm_native, active=active) if native else rms_norm_xla
+    x = norm(x, decoder.final_norm[...], config.rms_eps)
     head = decoder.embedding[...] if decoder.head is None else decoder.head[...]
     return linear(x, StackedWeight(head[None], 0, active) if native else head, jnp.float32)
 

@@ -1,5 +1,6 @@
 """A scan over layers of one kind, whose large weights stay where they lie in the stack of all layers."""
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,7 +11,7 @@ from jaxtyping import Array, Bool
 
 from dancemoe_jax.kernels.gpu_call import GpuKernels
 from dancemoe_jax.kernels.linear import StackedWeight
-from dancemoe_jax.kernels.norm import rms_norm_native, rms_norm_xla
+from dancemoe_jax.kernels.norm import rms_norm_native, rms_norm_xla, rotated_native, rotated_xla
 
 # Parameters of products, which native calls take where they lie.
 _PRODUCTS = frozenset(
@@ -23,10 +24,12 @@ class LayerWeights:
 
     Attributes:
         norm: (x, scale, eps) -> x normed, natively where products are native.
+        rotated: (heads, cosines, sines, interleaved, norm, eps) -> the heads normed and rotated, in the same way.
     """
 
-    def __init__(self, names: Iterable[str], parts: dict[str, Any], native: bool):
-        self.norm = rms_norm_native if native else rms_norm_xla
+    def __init__(self, names: Iterable[str], parts: dict[str, Any], native: bool, active: Bool[Array, " rows"] | None):
+        self.norm = functools.partial(rms_norm_native, active=active) if native else rms_norm_xla
+        self.rotated: Callable[..., Array] = functools.partial(rotated_native, active=active) if native else rotated_xla
         for name in names:
             setattr(self, name, parts.get(name))
 
@@ -65,7 +68,7 @@ def scan_run(
     def one(carry, own):
         sliced, number, *rest = own
         lying = {name: StackedWeight(stack, number - numbers.start, active, gpu) for name, stack in stacks.items()}
-        return body(carry, (LayerWeights(vars(layers).keys(), sliced | lying, native), number, *rest))
+        return body(carry, (LayerWeights(vars(layers).keys(), sliced | lying, native, active), number, *rest))
 
     own = (parts, jnp.arange(numbers.start, numbers.stop, dtype=jnp.int32), *inputs)
     return jax.lax.scan(jax.checkpoint(one) if remat else one, carry, own)

@@ -1,5 +1,9 @@
 """The router: which experts a token goes to and with what weight, and the two losses that keep it healthy."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -29,7 +33,9 @@ def route(
     logits = linear(h.astype(jnp.float32), router)
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)[None]
-    choose = choose_native if isinstance(router, StackedWeight) and router.gpu is None else choose_xla
+    choose: Callable[..., Any] = choose_xla
+    if isinstance(router, StackedWeight) and router.gpu is None:
+        choose = functools.partial(choose_native, active=router.active)
     topk_weights, topk_ids = choose(
         logits,
         correction,

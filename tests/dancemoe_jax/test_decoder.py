@@ -11,8 +11,8 @@ from flax import nnx
 
 from dancemoe_jax.checkpoint.families import fields_of, read_config
 from dancemoe_jax.errors import ModelError
-from dancemoe_jax.kernels.norm import rms_norm_xla
-from dancemoe_jax.model.attention import attend, rotate
+from dancemoe_jax.kernels.norm import rms_norm_xla, rotated_xla
+from dancemoe_jax.model.attention import angles, attend
 from dancemoe_jax.model.config import Latent, ModelConfig, Rope, Routing
 from dancemoe_jax.model.decoder import Decoder, Experts, forward
 from dancemoe_jax.model.experts import ExpertWeights, dense_experts, grouped_experts, swiglu
@@ -222,12 +222,15 @@ def test_rotary_scores_depend_on_distance_only(interleaved):
     rope = Rope(theta=100.0, interleaved=interleaved)
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
 
+    def rotate(x, position):
+        return rotated_xla(x, *angles(rope, 8, jnp.array([[position]]), x.dtype), interleaved)
+
     def score(i, j):
-        return jnp.vdot(rotate(q, jnp.array([[i]]), rope), rotate(k, jnp.array([[j]]), rope))
+        return jnp.vdot(rotate(q, i), rotate(k, j))
 
     np.testing.assert_allclose(score(7, 4), score(23, 20), rtol=1e-4)
     assert abs(score(7, 4) - score(7, 5)) > 1e-3
-    np.testing.assert_array_equal(rotate(q, jnp.array([[0]]), rope), q)
+    np.testing.assert_array_equal(rotate(q, 0), q)
 
 
 def test_attention_of_grouped_queries_is_the_textbook_one():

@@ -13,8 +13,8 @@ from dancemoe_jax.kernels.argmax import likeliest_native, likeliest_xla
 from dancemoe_jax.kernels.attention import cached_attention_native, cached_attention_xla
 from dancemoe_jax.kernels.choice import choose_native, choose_xla
 from dancemoe_jax.kernels.experts import slot_experts_native, slot_experts_xla
-from dancemoe_jax.kernels.linear import stacked_linear_native, stacked_linear_xla
-from dancemoe_jax.kernels.norm import rms_norm_native, rms_norm_xla
+from dancemoe_jax.kernels.linear import stacked_linear_native, stacked_linear_xla, stacked_linears_native
+from dancemoe_jax.kernels.norm import rms_norm_native, rms_norm_xla, rotated_native, rotated_xla
 from dancemoe_jax.kernels.zeros import zeros
 from dancemoe_jax.model.experts import ExpertWeights
 from tests.helpers.pages import over_whole_context, paged
@@ -184,6 +184,48 @@ def test_norm_equals_its_twin(kind, shape, rng):
     close(got, rms_norm_xla(x, scale, 1e-5), kind)
 
 
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("norm", [0, 24, 72])
+def test_rotated_heads_equal_their_twin(kind, interleaved, norm, rng):
+    x = jnp.asarray(rng.normal(size=(4, 5, 3, 24)) * 3, kind)
+    turn = rng.normal(size=(4, 5, 12)) * 9
+    turns = jnp.asarray(np.cos(turn), kind), jnp.asarray(np.sin(turn), kind)
+    how = (interleaved, jnp.asarray(rng.normal(size=norm), kind) if norm else None, 1e-5)
+    got = jax.jit(rotated_native, static_argnums=(3, 5))(x, *turns, *how)
+    assert got.dtype == x.dtype
+    close(got, rotated_xla(x, *turns, *how), kind)
+    active = jnp.asarray(rng.random(20) < 0.5)
+    some = rotated_native(x, *turns, *how, active)
+    np.testing.assert_array_equal(some, jnp.where(active.reshape(4, 5, 1, 1), got, 0))
+    np.testing.assert_array_equal(rotated_native(x[:1], *(a[:1] for a in turns), *how), got[:1])
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_rows_that_are_not_active_are_neither_normed_nor_routed(kind, rng):
+    x, scale = jnp.asarray(rng.normal(size=(4, 5, 3, 24)), kind), jnp.asarray(rng.normal(size=24), kind)
+    active = jnp.asarray(rng.random(20) < 0.5)
+    whole = rms_norm_native(x, scale, 1e-5)
+    some = rms_norm_native(x, scale, 1e-5, active)
+    np.testing.assert_array_equal(some, jnp.where(active.reshape(4, 5, 1, 1), whole, 0))
+    logits = jnp.asarray(rng.normal(size=(20, 40)), jnp.float32)
+    weights, ids = choose_native(logits, **HOW)
+    some_weights, some_ids = choose_native(logits, active=active, **HOW)
+    np.testing.assert_array_equal(some_weights, jnp.where(active[:, None], weights, 0))
+    np.testing.assert_array_equal(some_ids, jnp.where(active[:, None], ids, jnp.arange(4)[None]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_weights_in_one_call_give_what_each_gives_alone(kind, rng):
+    weights, scales = zip(*(stored(rng, kind, 2, outputs, 300) for outputs in (500, 3, 70)), strict=True)
+    x = jnp.asarray(rng.normal(size=(5, 300)), "float32" if kind == "float32" else "bfloat16")
+    active = jnp.array([True, False, True, True, True])
+    scales = scales if kind == "int8" else ()
+    got = stacked_linears_native(x, weights, 1, active, scales)
+    for part, weight, scale in zip(got, weights, scales or [None] * 3, strict=True):
+        np.testing.assert_array_equal(part, stacked_linear_native(x, weight, 1, active, scale))
+
+
 HOW = {"k": 4, "sigmoid": False, "normalize": True, "scale": 1.0, "groups": 1, "top_groups": 1}
 CHOICES = [
     {},
@@ -336,12 +378,14 @@ def test_instruction_sets_with_fused_products_agree_on_all_bits(kind, activation
 # --- Inside programs.
 
 
-def test_four_devices_of_one_process_call_at_once_and_come_back(rng):
+@pytest.mark.parametrize(("width", "times"), [(256, 100), (1024, 10)])  # as much as one thread does, and several
+def test_four_devices_of_one_process_call_at_once_and_come_back(width, times, rng):
     devices = 4
     mesh = jax.make_mesh((devices,), ("d",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices])
-    banks = banks_of(rng, "float32", [4], 256, 192, False)
-    weight, _ = stored(rng, "float32", 6, 256, 256)
-    x = jnp.asarray(rng.normal(size=(devices * 4, 256)), jnp.float32)
+    small = functools.partial(jax.tree.map, lambda a: a * width**-0.5)
+    banks = small(banks_of(rng, "float32", [4], width, 192, False))
+    weight = small(stored(rng, "float32", 6, width, width)[0])
+    x = jnp.asarray(rng.normal(size=(devices * 4, width)), jnp.float32)
     slots, weights = jnp.asarray(rng.integers(0, 4, (devices * 4, 2))), jnp.ones((devices * 4, 2)) / 2
 
     @jax.jit
@@ -355,7 +399,8 @@ def test_four_devices_of_one_process_call_at_once_and_come_back(rng):
         return jax.lax.scan(layer, x, jnp.arange(6))[0]
 
     first = np.asarray(steps(x, slots, weights, banks, weight))
-    for _ in range(100):
+    assert np.isfinite(first).all()
+    for _ in range(times):
         np.testing.assert_array_equal(steps(x, slots, weights, banks, weight), first)
 
 
