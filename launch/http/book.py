@@ -4,11 +4,13 @@ Knows no HTTP and no worker: tokens come in by number, and those who wait for an
 """
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, NamedTuple
 
 from launch.engine.request import Logprobs, Request
+from launch.http.pace import Pace
 from launch.serve.requests import Text
 
 _SUSPECT = 2  # workers that ended so before a request is tried alone
@@ -48,7 +50,8 @@ class Accepted:
         request: its prompt, parameters and tokens so far; text: that of these tokens.
         schema: the JSON schema that its answer has to fit, as text; None: it may be anything.
         tokens: of the answer; ending: why it ended, None until it has.
-        sent: whether the present worker has it.
+        sent: whether the present worker has it; begun_at: when it had a batch slot there, 0 before.
+        queued: whether others were expected to be served before it.
     """
 
     def __init__(
@@ -60,7 +63,8 @@ class Accepted:
         self.ending: Ending | None = None
         self.sent = False
         self.accepted_at = time.monotonic()
-        self.first_at = self.last_at = 0.0
+        self.begun_at = self.first_at = self.last_at = 0.0
+        self.queued = False
         self.fruitless, self.had = 0, 0
         self._news = asyncio.Event()
 
@@ -88,12 +92,13 @@ class Book:
     """All that is accepted and not yet answered, in the order it came.
 
     Args:
-        most: requests that may be under way at once.
+        most: requests that may be under way at once; pace: how long a newcomer may wait for its turn, None as long as it takes.
         context: longest sequence; eos: token that ends an answer.
         ended: called with every request that has ended; cancel: with the number of one whose worker is to stop.
 
     Attributes:
         refusing: why no more are accepted, as HTTP's status and a text, or None.
+        changed: set when a request has ended, for those who wait for room.
     """
 
     def __init__(
@@ -101,6 +106,7 @@ class Book:
         most: int,
         context: int,
         eos: int | None,
+        pace: Pace | None = None,
         ended: Callable[[Accepted], None] = lambda _: None,
         cancel: Callable[[int], None] = lambda _: None,
     ) -> None:
@@ -110,6 +116,9 @@ class Book:
         self._context, self._eos = context, eos
         self._open: dict[int, Accepted] = {}
         self._number = 0
+        self._pace = pace
+        self.changed = asyncio.Event()
+        self._flowing = False  # whether the present worker serves what it is sent
 
     def __len__(self) -> int:
         return len(self._open)
@@ -128,6 +137,22 @@ class Book:
             raise Refused(400, f"{count} answers in one request; at most {self.most} can be under way (--queue)")
         if len(self._open) + count > self.most:
             raise Refused(429, f"{len(self._open)} requests are under way, and no more fit; try again", retry_after=1)
+        wait, longest = self.wait()
+        if wait > longest:
+            message = (
+                f"a request would wait {wait:.2g} s for its turn, longer than the {longest:.2g} s of --wait; try again"
+            )
+            raise Refused(429, message, retry_after=max(1, math.ceil(wait - longest)))
+
+    def wait(self) -> tuple[float, float]:
+        """Seconds that a newcomer would wait for its turn, and how many it may. While no worker serves, all wait for one."""
+        if self._pace is None or not self._flowing:
+            return 0.0, math.inf
+        everyone = self._open.values()
+        running = sum(accepted.begun_at > 0 for accepted in everyone)
+        first = next((accepted.accepted_at for accepted in everyone if not accepted.begun_at), math.inf)
+        oldest = max(0.0, time.monotonic() - first)
+        return self._pace.wait(len(everyone) - running, running, oldest), self._pace.longest
 
     def accept(
         self, request: Request, text: Text, logprobs: int | None = None, label: str = "", schema: str | None = None
@@ -135,8 +160,15 @@ class Book:
         """Own a request from now on. `check_room` has to be asked first."""
         self._number += 1
         accepted = Accepted(self._number, request, text, logprobs, label, schema)
+        accepted.queued = self.wait()[0] > 0
         self._open[self._number] = accepted
         return accepted
+
+    def begun(self, number: int) -> None:
+        """The worker has given a request a batch slot."""
+        self._flowing = True
+        if (accepted := self._open.get(number)) and not accepted.begun_at:
+            accepted.begun_at = time.monotonic()
 
     def take(self, number: int, token: int, logprobs: Any = None, served_by: list[int] | None = None) -> None:
         """A worker has given a request its next token."""
@@ -167,16 +199,22 @@ class Book:
             if accepted.sent and not by_worker and ending.reason != "length":
                 self.cancel_in_worker(accepted.number)
             accepted.tell()
+            if self._pace is not None and ending.status == 200 and accepted.begun_at:
+                now = time.monotonic()
+                whole = None if accepted.queued else now - accepted.accepted_at
+                self._pace.served(now - accepted.begun_at, whole)
             self.ended(accepted)
+            self.changed.set()
 
     def lost_worker(self, *, serving: bool) -> None:
         """The worker has ended: what it had goes to the next one. serving: it had begun to serve."""
+        self._flowing = False
         for accepted in self:
             if accepted.sent and serving:
                 gained = len(accepted.tokens) > accepted.had
                 accepted.fruitless = 0 if gained else accepted.fruitless + 1
                 accepted.had = len(accepted.tokens)
-            accepted.sent = False
+            accepted.sent, accepted.begun_at, accepted.queued = False, 0.0, True
             if accepted.fruitless >= _FRUITLESS:
                 self.fail(accepted.number, 500, f"{_FRUITLESS} workers have ended while they served this request")
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import uvicorn
 from starlette.applications import Starlette
@@ -25,12 +26,16 @@ from launch.http.addresses import listening_at
 from launch.http.app import make_app
 from launch.http.book import Book
 from launch.http.health import Health
+from launch.http.lines import LineClient
 from launch.http.metrics import Metrics
 from launch.http.operators import Operators
+from launch.http.pace import Pace
 from launch.http.protocol import LimitedProtocol
 from launch.http.service import Service
 from launch.http.supervisor import Supervisor
+from launch.serve.lines import LineShare
 from placement import Cluster, InputError
+from placement.units import parse_seconds
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +44,13 @@ _LARGEST_HEAD = 2**16  # bytes
 _LATER_S = 10.0  # for the worker to end, once the cluster has drained
 
 
-def serve_http(args: argparse.Namespace, cluster: Cluster | None, path: Path, config: ModelConfig) -> int:
+def serve_http(
+    args: argparse.Namespace, cluster: Cluster | None, path: Path, config: ModelConfig, lines: BinaryIO | None
+) -> int:
     """Be the front door of a server until it is told to end; the exit status.
+
+    Args:
+        lines: requests beside those that come over HTTP.
 
     Raises:
         InputError, ModelError: the address, the model's tokenizer or a flag cannot be used.
@@ -59,7 +69,9 @@ def serve_http(args: argparse.Namespace, cluster: Cluster | None, path: Path, co
     host, port = listening_at(args.http)
     with listen(host, port, "--http") as listening, tempfile.TemporaryDirectory(prefix="front-door-") as folder:
         listening.listen(2048)
-        book = Book(args.queue, config.max_position, config.eos_token)
+        slots = args.sequences * (len(cluster.servers[names.index(server)].devices) if cluster else 1)
+        pace = Pace(slots, None if args.wait == "auto" else parse_seconds(args.wait, "--wait"))
+        book = Book(args.queue, config.max_position, config.eos_token, pace)
         supervisor = Supervisor(
             _command(),
             Path(folder),
@@ -76,7 +88,9 @@ def serve_http(args: argparse.Namespace, cluster: Cluster | None, path: Path, co
         service = Service(bundle, config, (path.resolve().name,), names.index(server), book, supervisor)
         health = Health(server, book, supervisor)
         operators = Operators(service, health, metrics, args.state if server == names[0] else None, args.secret)
-        door = _Door(service, make_app(service, health, metrics, operators, access), args)
+        share = LineShare(names, names.index(server), args.requests not in (None, "-"), not args.join)
+        client = LineClient(service, lines, share) if lines is not None else None
+        door = _Door(service, make_app(service, health, metrics, operators, access), args, client)
         where = join_address(*listening.getsockname()[:2])
         log.info("%s: %s://%s", server, "https" if args.tls_cert else "http", where)
         if access.open_to_all and not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:
@@ -92,8 +106,8 @@ def _command() -> list[str]:
 class _Door:
     """Serves HTTP and keeps a worker, until signals say that it is to end: the first drains, the second ends at once."""
 
-    def __init__(self, service: Service, app: Starlette, args: argparse.Namespace) -> None:
-        self._service, self._drain_s = service, args.drain
+    def __init__(self, service: Service, app: Starlette, args: argparse.Namespace, lines: LineClient | None) -> None:
+        self._service, self._drain_s, self._lines = service, args.drain, lines
         self._server = _Server(
             uvicorn.Config(
                 app,
@@ -127,9 +141,15 @@ class _Door:
         self._service.supervisor.drained = self._begin_drain
         worker = asyncio.create_task(self._service.supervisor.run())
         serving = asyncio.create_task(self._server.serve(sockets=[listening]))
+        if self._lines is not None:
+            self._lines.start()
         status = await worker
         for accepted in self._service.book:
             self._service.book.fail(accepted.number, 503, "the server has ended")
+        self._service.book.refusing = (503, "the server has ended")
+        self._service.book.changed.set()
+        if self._lines is not None:
+            await self._lines.settle()
         self._server.should_exit = True
         await serving
         return 128 + self._came[1] if len(self._came) > 1 else status
@@ -146,6 +166,9 @@ class _Door:
         if self._draining is None:
             book = self._service.book
             book.refusing = (503, "the server is draining: it takes no more requests")
+            book.changed.set()
+            if self._lines is not None:
+                self._lines.close()
             log.info("draining: %d requests run on, at most %g s; no more are taken", len(book), self._drain_s)
             self._draining = asyncio.create_task(self._drain())
 

@@ -177,6 +177,8 @@ class Supervisor:
 
     def _received(self, worker: Worker, message: dict[str, Any]) -> None:
         worker.spoke_at = now = time.monotonic()
+        for number in message.get("begun", ()):
+            self._book.begun(number)
         for number, token, *logprobs in message.get("tokens", ()):
             self._book.take(number, token, *logprobs)
         for number, reason, error in message.get("ended", ()):

@@ -1,7 +1,7 @@
 """Requests from a front door (launch/http) to a host, and their tokens back. The front door owns them: it starts this
 process, and gives what is unfinished to the next one if this one ends.
 
-    front door -> here    {submit, cancel, last, ask}    here -> front door    {phase, tokens, ended, beat, failed, ...}
+    front door -> here    {submit, cancel, last, ask}    here -> front door    {phase, begun, tokens, ended, beat, ...}
 
 Each way has a connection of its own, so that one thread reads and another writes.
 """
@@ -159,6 +159,7 @@ class FrontLink:
                 grammar=self._grammars.start(fields["schema"], fields["output"]) if fields["schema"] else None,
             )
             request.restart()
+            request.on_begin = lambda: self._news.put(("begun", number))
             stream = _Tokens(request, number, self)
             with self._count:
                 self._streams[number] = stream
@@ -223,7 +224,7 @@ class FrontLink:
         for kind, value in _waiting(first, self._news):
             if kind == "sent":
                 sent.append(value)
-            elif kind in ("tokens", "ended", "phase", "reply"):
+            elif kind in ("begun", "tokens", "ended", "phase", "reply"):
                 message.setdefault(kind, []).append(value)
             else:
                 message[kind] = value

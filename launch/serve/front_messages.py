@@ -12,6 +12,7 @@ SUBMITTED = ("prompt", "output", "max_tokens", "params", "stop_token_ids", "logp
 TO_FRONT = {
     "phase?": list,
     "servers?": list,
+    "begun?": list,
     "tokens?": list,
     "ended?": list,
     "beat?": dict,
@@ -20,5 +21,5 @@ TO_FRONT = {
     "draining?": bool,
     "reply?": list,
 }
-"""tokens: [id, token], then logprobs and calls by server where they are wanted; ended: [id, reason, error]; failed: ids and
-why, of a step that failed; problem: why the worker ends."""
+"""begun: ids of requests that have a batch slot; tokens: [id, token], then logprobs and calls by server where they are
+wanted; ended: [id, reason, error]; failed: ids and why, of a step that failed; problem: why the worker ends."""

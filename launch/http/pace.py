@@ -1,0 +1,62 @@
+"""How long a newcomer would wait for its turn, and how long it may, from what requests have taken lately. Has no clock."""
+
+from collections import deque
+
+import numpy as np
+
+_ROUNDS = 4  # turns of all batch slots that show how fast requests are served now
+_USUAL = 256  # requests that show what is usual
+_FEWEST = 8  # of them, before anything is known
+
+
+class Pace:
+    """Of the requests of one server.
+
+    By default a newcomer may wait as long as its answer will be there within twice the usual time: the 95th percentile of those
+    that had a batch slot at once.
+
+    Args:
+        slots: requests that it serves at once; longest: seconds that a newcomer may be expected to wait, instead.
+    """
+
+    def __init__(self, slots: int, longest: float | None = None) -> None:
+        self._slots, self._longest = slots, longest
+        self._lately: deque[float] = deque(maxlen=_ROUNDS * slots)
+        self._usual: deque[float] = deque(maxlen=_USUAL)
+
+    def served(self, seconds: float, whole: float | None) -> None:
+        """A request has been answered.
+
+        Args:
+            seconds: since it had a slot; whole: since it came, None where it had to wait for a slot.
+        """
+        self._lately.append(seconds)
+        if whole is not None:
+            self._usual.append(whole)
+
+    @property
+    def longest(self) -> float:
+        """Seconds that a newcomer may be expected to wait; infinite where nothing is known yet."""
+        if self._longest is not None:
+            return self._longest
+        if len(self._usual) < _FEWEST:
+            return float("inf")
+        return max(0.0, 2 * _p95(self._usual) - _p95(self._lately))
+
+    def wait(self, waiting: int, running: int, oldest: float) -> float:
+        """Seconds that a newcomer would wait for its turn.
+
+        Args:
+            waiting: requests before it that have no slot; running: those that have one; oldest: seconds that the first of those
+                that wait has waited.
+        """
+        if not self._lately:
+            return 0.0
+        serving = sum(self._lately) / len(self._lately)
+        # Where memory for keys and values is short, slots stay free while requests wait.
+        slots = self._slots if oldest <= serving else max(1, min(running, self._slots))
+        return max(0, waiting + running + 1 - slots) * serving / slots
+
+
+def _p95(seconds: deque[float]) -> float:
+    return float(np.percentile(seconds, 95))
