@@ -50,8 +50,10 @@ class Accepted:
         request: its prompt, parameters and tokens so far; text: that of these tokens.
         schema: the JSON schema that its answer has to fit, as text; None: it may be anything.
         tokens: of the answer; ending: why it ended, None until it has.
-        sent: whether the present worker has it; begun_at: when it had a batch slot there, 0 before.
-        queued: whether others were expected to be served before it.
+        sent: whether the present worker has it; running: whether that has given it a batch slot, slot_at when; begun_at: when
+            it first had one.
+        usual: neither others nor another worker had to come before its answer.
+        parent: the trace that it is part of, as its client says (`traceparent`), or "".
     """
 
     def __init__(
@@ -63,8 +65,8 @@ class Accepted:
         self.ending: Ending | None = None
         self.sent = False
         self.accepted_at = time.monotonic()
-        self.begun_at = self.first_at = self.last_at = 0.0
-        self.queued = False
+        self.begun_at = self.slot_at = self.first_at = self.last_at = 0.0
+        self.running, self.usual, self.parent = False, True, ""
         self.fruitless, self.had = 0, 0
         self._news = asyncio.Event()
 
@@ -94,11 +96,11 @@ class Book:
     Args:
         most: requests that may be under way at once; pace: how long a newcomer may wait for its turn, None as long as it takes.
         context: longest sequence; eos: token that ends an answer.
-        ended: called with every request that has ended; cancel: with the number of one whose worker is to stop.
+        cancel: called with the number of a request whose worker is to stop.
 
     Attributes:
         refusing: why no more are accepted, as HTTP's status and a text, or None.
-        changed: set when a request has ended, for those who wait for room.
+        ended: called with every request that has ended; changed: set when one has, for those who wait for room.
     """
 
     def __init__(
@@ -107,11 +109,11 @@ class Book:
         context: int,
         eos: int | None,
         pace: Pace | None = None,
-        ended: Callable[[Accepted], None] = lambda _: None,
         cancel: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.most = most
-        self.ended, self.cancel_in_worker = ended, cancel
+        self.ended: list[Callable[[Accepted], None]] = []
+        self.cancel_in_worker = cancel
         self.refusing: tuple[int, str] | None = None
         self._context, self._eos = context, eos
         self._open: dict[int, Accepted] = {}
@@ -149,8 +151,8 @@ class Book:
         if self._pace is None or not self._flowing:
             return 0.0, math.inf
         everyone = self._open.values()
-        running = sum(accepted.begun_at > 0 for accepted in everyone)
-        first = next((accepted.accepted_at for accepted in everyone if not accepted.begun_at), math.inf)
+        running = sum(accepted.running for accepted in everyone)
+        first = next((accepted.accepted_at for accepted in everyone if not accepted.running), math.inf)
         oldest = max(0.0, time.monotonic() - first)
         return self._pace.wait(len(everyone) - running, running, oldest), self._pace.longest
 
@@ -160,15 +162,16 @@ class Book:
         """Own a request from now on. `check_room` has to be asked first."""
         self._number += 1
         accepted = Accepted(self._number, request, text, logprobs, label, schema)
-        accepted.queued = self.wait()[0] > 0
+        accepted.usual = self.wait()[0] == 0
         self._open[self._number] = accepted
         return accepted
 
     def begun(self, number: int) -> None:
         """The worker has given a request a batch slot."""
         self._flowing = True
-        if (accepted := self._open.get(number)) and not accepted.begun_at:
-            accepted.begun_at = time.monotonic()
+        if (accepted := self._open.get(number)) and not accepted.running:
+            accepted.running, accepted.slot_at = True, time.monotonic()
+            accepted.begun_at = accepted.begun_at or accepted.slot_at
 
     def take(self, number: int, token: int, logprobs: Any = None, served_by: list[int] | None = None) -> None:
         """A worker has given a request its next token."""
@@ -199,11 +202,11 @@ class Book:
             if accepted.sent and not by_worker and ending.reason != "length":
                 self.cancel_in_worker(accepted.number)
             accepted.tell()
-            if self._pace is not None and ending.status == 200 and accepted.begun_at:
+            if self._pace is not None and ending.status == 200 and accepted.running:
                 now = time.monotonic()
-                whole = None if accepted.queued else now - accepted.accepted_at
-                self._pace.served(now - accepted.begun_at, whole)
-            self.ended(accepted)
+                self._pace.served(now - accepted.slot_at, now - accepted.accepted_at if accepted.usual else None)
+            for listener in self.ended:
+                listener(accepted)
             self.changed.set()
 
     def lost_worker(self, *, serving: bool) -> None:
@@ -214,7 +217,7 @@ class Book:
                 gained = len(accepted.tokens) > accepted.had
                 accepted.fruitless = 0 if gained else accepted.fruitless + 1
                 accepted.had = len(accepted.tokens)
-            accepted.sent, accepted.begun_at, accepted.queued = False, 0.0, True
+            accepted.sent = accepted.running = accepted.usual = False
             if accepted.fruitless >= _FRUITLESS:
                 self.fail(accepted.number, 500, f"{_FRUITLESS} workers have ended while they served this request")
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import uvicorn
+import uvloop
 from starlette.applications import Starlette
 
 from dancemoe_jax.model.config import ModelConfig
@@ -33,6 +34,7 @@ from launch.http.pace import Pace
 from launch.http.protocol import LimitedProtocol
 from launch.http.service import Service
 from launch.http.supervisor import Supervisor
+from launch.http.traces import open_traces
 from launch.serve.lines import LineShare
 from placement import Cluster, InputError
 from placement.units import parse_seconds
@@ -65,28 +67,19 @@ def serve_http(
     if server not in names:
         raise InputError(f"server {server}: not in {args.cluster}; known are {', '.join(names)}")
     access = Access(args.tokens, args.operator_token)
-    bundle = load_tokenizer_bundle(path, config)
+    traces = open_traces(args.traces, server, path.resolve().name) if args.traces else None
     host, port = listening_at(args.http)
-    with listen(host, port, "--http") as listening, tempfile.TemporaryDirectory(prefix="front-door-") as folder:
+    with contextlib.ExitStack() as stack:
+        listening = stack.enter_context(listen(host, port, "--http"))
         listening.listen(2048)
-        slots = args.sequences * (len(cluster.servers[names.index(server)].devices) if cluster else 1)
-        pace = Pace(slots, None if args.wait == "auto" else parse_seconds(args.wait, "--wait"))
-        book = Book(args.queue, config.max_position, config.eos_token, pace)
-        supervisor = Supervisor(
-            _command(),
-            Path(folder),
-            args.secret,
-            book,
-            stuck=args.stuck,
-            hold=args.hold,
-            deadline=args.deadline,
-            alone=len(names) == 1,
-        )
-        book.cancel_in_worker = supervisor.cancel
-        metrics = Metrics(server, book, supervisor)
-        book.ended = metrics.ended
-        service = Service(bundle, config, (path.resolve().name,), names.index(server), book, supervisor)
-        health = Health(server, book, supervisor)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="front-door-")))
+        service = _service(args, cluster, path, config, folder)
+        metrics = Metrics(server, service.book, service.supervisor)
+        service.book.ended.append(metrics.ended)
+        if traces is not None:
+            service.book.ended.append(traces.ended)
+            stack.callback(traces.close)
+        health = Health(server, service.book, service.supervisor)
         operators = Operators(service, health, metrics, args.state if server == names[0] else None, args.secret)
         share = LineShare(names, names.index(server), args.requests not in (None, "-"), not args.join)
         client = LineClient(service, lines, share) if lines is not None else None
@@ -95,7 +88,32 @@ def serve_http(
         log.info("%s: %s://%s", server, "https" if args.tls_cert else "http", where)
         if access.open_to_all and not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:
             log.warning("%s: anyone who reaches %s can ask; give --tokens FILE to have them show one", server, where)
-        return asyncio.run(door.run(listening))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(door.run(listening))
+
+
+def _service(
+    args: argparse.Namespace, cluster: Cluster | None, path: Path, config: ModelConfig, folder: Path
+) -> Service:
+    """What owns requests and keeps a worker; folder: for sockets."""
+    names = cluster.names if cluster else (ALONE,)
+    own = names.index(args.server or ALONE)
+    slots = args.sequences * (len(cluster.servers[own].devices) if cluster else 1)
+    pace = Pace(slots, None if args.wait == "auto" else parse_seconds(args.wait, "--wait"))
+    book = Book(args.queue, config.max_position, config.eos_token, pace)
+    supervisor = Supervisor(
+        _command(),
+        folder,
+        args.secret,
+        book,
+        stuck=args.stuck,
+        hold=args.hold,
+        deadline=args.deadline,
+        alone=len(names) == 1,
+    )
+    book.cancel_in_worker = supervisor.cancel
+    bundle = load_tokenizer_bundle(path, config)
+    return Service(bundle, config, (path.resolve().name,), own, book, supervisor)
 
 
 def _command() -> list[str]:

@@ -138,7 +138,7 @@ class Supervisor:
                 *following([*self._command, "--front-door", path]),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=sys.stderr.fileno(),
-                process_group=0,
+                start_new_session=True,  # a process group of its own; uvloop knows no other way
             )
             worker = self.worker = Worker(process)
             try:

@@ -67,7 +67,7 @@ def test_who_would_wait_too_long_is_told_when_to_come_again(clock):
     for accepted in running:
         book.begun(accepted.number)
     for _ in range(3):
-        assert accept(book).queued
+        assert not accept(book).usual
     assert book.wait() == (4.0, 4.0)
     accept(book)
     with pytest.raises(Refused, match="would wait 5 s for its turn") as refused:
@@ -84,7 +84,7 @@ def test_waiting_does_not_count_as_usual(clock):
     for _ in range(8):
         serve(book, clock, accept(book), 1.0)
     first, second = accept(book), accept(book)
-    assert (first.queued, second.queued) == (False, True)
+    assert (first.usual, second.usual) == (True, False)
     serve(book, clock, first, 1.0)
     serve(book, clock, second, 1.0)
     assert pace.longest == pytest.approx(1.0)
