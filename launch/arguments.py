@@ -122,6 +122,11 @@ def _add_http(parser: argparse.ArgumentParser) -> None:
     add("--hold", type=float, default=60.0, metavar="S", help="seconds that requests wait for a lost server (60)")
     add("--stuck", type=float, default=30.0, metavar="S", help="seconds without a step until a worker is replaced (30)")
     add("--deadline", type=float, default=600.0, metavar="S", help="seconds for a request to be answered (600)")
+    add(
+        "--route",
+        action="store_true",
+        help="hand requests to the server whose experts their `user` needs, where that pays",
+    )
     add("--traces", metavar="URL", help="send a trace of each request to this OpenTelemetry collector (OTLP over HTTP)")
     add("--tokens", type=Path, metavar="FILE", help="bearer tokens of users, one a line (default: none is asked for)")
     add("--operator-token", type=Path, metavar="FILE", help="the operator's token (default: operators come from here)")

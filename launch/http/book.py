@@ -53,6 +53,7 @@ class Accepted:
         sent: whether the present worker has it; running: whether that has given it a batch slot, slot_at when; begun_at: when
             it first had one.
         usual: neither others nor another worker had to come before its answer.
+        away: ends its serving by another front door; None: it is served here, or by nobody yet.
         parent: the trace that it is part of, as its client says (`traceparent`), or "".
     """
 
@@ -67,6 +68,7 @@ class Accepted:
         self.accepted_at = time.monotonic()
         self.begun_at = self.slot_at = self.first_at = self.last_at = 0.0
         self.running, self.usual, self.parent = False, True, ""
+        self.away: Callable[[], object] | None = None
         self.fruitless, self.had = 0, 0
         self._news = asyncio.Event()
 
@@ -100,6 +102,7 @@ class Book:
 
     Attributes:
         refusing: why no more are accepted, as HTTP's status and a text, or None.
+        handed, returned: requests that were given to other front doors, and those that came back unanswered.
         ended: called with every request that has ended; changed: set when one has, for those who wait for room.
     """
 
@@ -119,6 +122,7 @@ class Book:
         self._open: dict[int, Accepted] = {}
         self._number = 0
         self._pace = pace
+        self.handed = self.returned = 0
         self.changed = asyncio.Event()
         self._flowing = False  # whether the present worker serves what it is sent
 
@@ -150,7 +154,7 @@ class Book:
         """Seconds that a newcomer would wait for its turn, and how many it may. While no worker serves, all wait for one."""
         if self._pace is None or not self._flowing:
             return 0.0, math.inf
-        everyone = self._open.values()
+        everyone = [accepted for accepted in self._open.values() if accepted.away is None]
         running = sum(accepted.running for accepted in everyone)
         first = next((accepted.accepted_at for accepted in everyone if not accepted.running), math.inf)
         oldest = max(0.0, time.monotonic() - first)
@@ -166,11 +170,11 @@ class Book:
         self._open[self._number] = accepted
         return accepted
 
-    def begun(self, number: int) -> None:
-        """The worker has given a request a batch slot."""
-        self._flowing = True
+    def begun(self, number: int, *, here: bool = True) -> None:
+        """A worker, the one here or another server's, has given a request a batch slot."""
+        self._flowing |= here
         if (accepted := self._open.get(number)) and not accepted.running:
-            accepted.running, accepted.slot_at = True, time.monotonic()
+            accepted.running, accepted.slot_at = here, time.monotonic()
             accepted.begun_at = accepted.begun_at or accepted.slot_at
 
     def take(self, number: int, token: int, logprobs: Any = None, served_by: list[int] | None = None) -> None:
@@ -199,6 +203,8 @@ class Book:
         if accepted.ending is None:
             accepted.ending = ending
             del self._open[accepted.number]
+            if accepted.away is not None:
+                accepted.away()
             if accepted.sent and not by_worker and ending.reason != "length":
                 self.cancel_in_worker(accepted.number)
             accepted.tell()
@@ -217,7 +223,8 @@ class Book:
                 gained = len(accepted.tokens) > accepted.had
                 accepted.fruitless = 0 if gained else accepted.fruitless + 1
                 accepted.had = len(accepted.tokens)
-            accepted.sent = accepted.running = accepted.usual = False
+            if accepted.away is None:
+                accepted.sent = accepted.running = accepted.usual = False
             if accepted.fruitless >= _FRUITLESS:
                 self.fail(accepted.number, 500, f"{_FRUITLESS} workers have ended while they served this request")
 
@@ -227,7 +234,7 @@ class Book:
         Where workers have ended one after another, those that they served are tried one at a time, until each has a token:
         the one that ends workers does not take the others with it.
         """
-        everyone = list(self._open.values())
+        everyone = [accepted for accepted in self._open.values() if accepted.away is None]
         suspects = [accepted for accepted in everyone if accepted.fruitless >= _SUSPECT]
         if suspects:
             chosen = [] if any(accepted.sent for accepted in everyone) else suspects[:1]
@@ -235,10 +242,11 @@ class Book:
             chosen = [accepted for accepted in everyone if not accepted.sent]
         for accepted in chosen:
             accepted.sent = True
-        return [_described(accepted) for accepted in chosen]
+        return [described(accepted) for accepted in chosen]
 
 
-def _described(accepted: Accepted) -> dict[str, Any]:
+def described(accepted: Accepted) -> dict[str, Any]:
+    """A request as a worker takes it (`launch.serve.front_messages.SUBMITTED`)."""
     request = accepted.request
     # Stop texts and the text itself are the front door's to watch.
     params = {name: getattr(request.params, name) for name in _PARAMS}
@@ -252,6 +260,7 @@ def _described(accepted: Accepted) -> dict[str, Any]:
         "logprobs": accepted.logprobs,
         "schema": accepted.schema,
         "servers": request.wants_servers,
+        "label": accepted.label,
     }
 
 

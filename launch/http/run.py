@@ -32,6 +32,7 @@ from launch.http.metrics import Metrics
 from launch.http.operators import Operators
 from launch.http.pace import Pace
 from launch.http.protocol import LimitedProtocol
+from launch.http.route import Router
 from launch.http.service import Service
 from launch.http.supervisor import Supervisor
 from launch.http.traces import open_traces
@@ -83,7 +84,8 @@ def serve_http(
         operators = Operators(service, health, metrics, args.state if server == names[0] else None, args.secret)
         share = LineShare(names, names.index(server), args.requests not in (None, "-"), not args.join)
         client = LineClient(service, lines, share) if lines is not None else None
-        door = _Door(service, make_app(service, health, metrics, operators, access), args, client)
+        router = Router(cluster, service, args.secret) if args.route and cluster else None
+        door = _Door(service, make_app(service, health, metrics, operators, access), args, client, router)
         where = join_address(*listening.getsockname()[:2])
         log.info("%s: %s://%s", server, "https" if args.tls_cert else "http", where)
         if access.open_to_all and not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:
@@ -124,8 +126,15 @@ def _command() -> list[str]:
 class _Door:
     """Serves HTTP and keeps a worker, until signals say that it is to end: the first drains, the second ends at once."""
 
-    def __init__(self, service: Service, app: Starlette, args: argparse.Namespace, lines: LineClient | None) -> None:
-        self._service, self._drain_s, self._lines = service, args.drain, lines
+    def __init__(
+        self,
+        service: Service,
+        app: Starlette,
+        args: argparse.Namespace,
+        lines: LineClient | None,
+        router: Router | None,
+    ) -> None:
+        self._service, self._drain_s, self._lines, self._router = service, args.drain, lines, router
         self._server = _Server(
             uvicorn.Config(
                 app,
@@ -157,6 +166,8 @@ class _Door:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._signal, number)
         self._service.supervisor.drained = self._begin_drain
+        if self._router is not None:
+            await self._router.open()
         worker = asyncio.create_task(self._service.supervisor.run())
         serving = asyncio.create_task(self._server.serve(sockets=[listening]))
         if self._lines is not None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -28,6 +28,7 @@ class Service:
         names: that the model answers to, the first of which it calls itself; server: index of this one.
 
     Attributes:
+        route: called with each accepted request, before it is served; may hand it to another server.
         book, supervisor: what is under way, and who serves it; created: when it began, seconds since 1970.
     """
 
@@ -46,6 +47,7 @@ class Service:
         self._maker = RequestMaker(bundle, config)
         self._grammars = Grammars(lambda: bundle, config)
         self._threads = ThreadPoolExecutor(2, "tokenizer")
+        self.route: Callable[[Accepted], None] = lambda _: None
 
     async def accept(self, wanted: Wanted) -> list[Accepted]:
         """Own an answer to each of the prompts, `n` times, from now on.
@@ -73,6 +75,8 @@ class Service:
         schema = wanted.schema.text if wanted.schema else None
         self.book.check_room(count)  # others may have come meanwhile
         accepted = [self.book.accept(request, text, wanted.logprobs, wanted.user, schema) for request, text in made]
+        for one in accepted:
+            self.route(one)
         self.supervisor.flush()
         return accepted
 

@@ -71,6 +71,7 @@ class Supervisor:
         servers: names of the cluster's servers, as the worker says.
         problem: what the last worker ended with before it served, or "".
         drained: called when the cluster drains.
+        door: where other front doors find this one, or ""; doors: where they are, by server.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Supervisor:
         self.restarts, self.served = 0, False
         self.servers: tuple[str, ...] = ()
         self.problem = ""
+        self.door, self.doors = "", dict[str, str]()
         self.lost_at = time.monotonic()
         self._alone, self._joining, self._ending, self._last = alone, False, False, False
         self._asked: dict[int, asyncio.Future[dict[str, Any]]] = {}
@@ -194,6 +196,7 @@ class Supervisor:
                 worker.moved_at = now
             worker.steps = beat["steps"]
             self._stats = beat.get("stats", self._stats)
+            self.doors = beat.get("doors", {})
         if "servers" in message:
             self.servers = tuple(message["servers"])
         for reply in message.get("reply", ()):
@@ -217,6 +220,8 @@ class Supervisor:
         if worker.serving:
             self.served, self.problem = True, ""
             worker.served = True
+            if self.door:
+                self._send({"door": self.door})
             self.flush()
 
     # ---- what it is told ----

@@ -23,6 +23,7 @@ from launch.engine.host import Host, Stream
 from launch.engine.loading import Loaded
 from launch.engine.request import Request
 from launch.migration.worker import MigrationWorker
+from launch.serve.doors import Doors
 from launch.serve.front_messages import LONGEST, PURPOSE, SUBMITTED, TO_WORKER
 from launch.serve.stats import Stats
 from placement import Cluster
@@ -59,6 +60,7 @@ class FrontLink:
         self._count, self._last, self._over = threading.Lock(), False, threading.Event()
         self._news: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._stats: Stats | None = None
+        self._doors, self._names = Doors(), ()
         for name, target in (("front door's requests", self._read), ("tokens", self._write), ("beat", self._beat)):
             threading.Thread(target=target, name=name, daemon=True).start()
 
@@ -82,6 +84,7 @@ class FrontLink:
 
     def take_in(self, cluster: Cluster) -> None:
         """The cluster has other servers from now on."""
+        self._names = cluster.names
         self._news.put(("servers", list(cluster.names)))
 
     def watch(self, host: Host, loaded: Loaded, worker: MigrationWorker | None) -> None:
@@ -138,6 +141,7 @@ class FrontLink:
             with self._count:
                 self._last = True
             self._finish_if_over()
+        self._doors.own = message.get("door", self._doors.own)
         if "ask" in message:
             threading.Thread(target=self._reply, args=(message["ask"],), name="operator", daemon=True).start()
 
@@ -155,6 +159,7 @@ class FrontLink:
                 fields["max_tokens"],
                 time.monotonic(),
                 params=SamplingParams(**params),
+                label=fields["label"],
                 stop_token_ids=frozenset(fields["stop_token_ids"]),
                 output=fields["output"],
                 logprobs=fields["logprobs"],
@@ -210,6 +215,8 @@ class FrontLink:
             if stats is not None:
                 with suppress(AttributeError, RuntimeError):  # the program is on its way to the next one
                     beat["stats"] = stats.report()
+            if host is not None and self._names:
+                beat["doors"] = self._doors.look(host.channel, self._names[host.server], self._names)
             self._news.put(("beat", beat))
             time.sleep(_BEAT_S)
 
