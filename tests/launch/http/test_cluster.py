@@ -101,12 +101,9 @@ def test_all_go_on_when_a_worker_ends(cluster, server):
 
 def test_a_users_requests_are_served_where_their_experts_are_with_the_same_text(cluster):
     def handed() -> int:
+        pattern = re.compile(r'^dancemoe_routed_total\{outcome="there"\} (.*)$', re.M)
         found = [httpx.get(f"http://127.0.0.1:{cluster.port + i}/metrics", timeout=30).text for i in range(3)]
-        return sum(
-            int(float(n))
-            for text in found
-            for n in re.findall(r'^dancemoe_routed_total\{outcome="there"\} (.*)$', text, re.M)
-        )
+        return sum(int(float(count)) for text in found for count in pattern.findall(text))
 
     prompts = [f"{number} + 30 = " for number in range(12, 15)]
     expected = [cluster.text(i, prompt, 100) for i, prompt in enumerate(prompts)]
