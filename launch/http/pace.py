@@ -13,7 +13,7 @@ class Pace:
     """Of the requests of one server.
 
     By default a newcomer may wait as long as its answer will be there within twice the usual time: the 95th percentile of those
-    that had a batch slot at once.
+    that had a batch slot at once. As many as are served at once may always wait, so that a burst of requests is taken.
 
     Args:
         slots: requests that it serves at once; longest: seconds that a newcomer may be expected to wait, instead.
@@ -41,7 +41,12 @@ class Pace:
             return self._longest
         if len(self._usual) < _FEWEST:
             return float("inf")
-        return max(0.0, 2 * _p95(self._usual) - _p95(self._lately))
+        return max(self._serving, 2 * _p95(self._usual) - _p95(self._lately))
+
+    @property
+    def _serving(self) -> float:
+        """Seconds that a request has had a slot lately, mean."""
+        return sum(self._lately) / len(self._lately)
 
     def wait(self, waiting: int, running: int, oldest: float) -> float:
         """Seconds that a newcomer would wait for its turn.
@@ -52,7 +57,7 @@ class Pace:
         """
         if not self._lately:
             return 0.0
-        serving = sum(self._lately) / len(self._lately)
+        serving = self._serving
         # Where memory for keys and values is short, slots stay free while requests wait.
         slots = self._slots if oldest <= serving else max(1, min(running, self._slots))
         return max(0, waiting + running + 1 - slots) * serving / slots
