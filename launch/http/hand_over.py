@@ -69,7 +69,7 @@ class Takes:
 
     def _accept(self, given: dict[str, Any]) -> Accepted:
         fields = {name: given[name] for name in SUBMITTED}
-        params = {name: tuple(v) if isinstance(v, list) else v for name, v in fields["params"].items()}
+        params: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields["params"].items()}
         request = Request(
             self._server,
             fields["prompt"],

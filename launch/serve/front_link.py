@@ -60,7 +60,7 @@ class FrontLink:
         self._count, self._last, self._over = threading.Lock(), False, threading.Event()
         self._news: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._stats: Stats | None = None
-        self._doors, self._names = Doors(), ()
+        self._doors, self._names = Doors(), tuple[str, ...]()
         for name, target in (("front door's requests", self._read), ("tokens", self._write), ("beat", self._beat)):
             threading.Thread(target=target, name=name, daemon=True).start()
 

@@ -17,7 +17,7 @@ from tests.helpers.front_door import Door, front_door
 from tests.helpers.paths import ROOT
 
 ARRIVALS = ROOT.parent / "shared" / "data" / "arrivals" / "azure_llm_2023_conv.csv"
-USUAL = 0.25  # of what the server can answer
+USUAL = 0.2  # of what the server can answer
 SECONDS = float(os.environ.get("ARRIVALS_SECONDS", "80"))
 OVERLOAD = min(120.0, SECONDS / 4)
 NORMAL_AGAIN = 10.0
