@@ -14,6 +14,7 @@ from launch.http.pace import Pace
 from launch.serve.requests import Text
 
 _SUSPECT = 2  # workers that ended so before a request is tried alone
+_CALM_S = 10.0  # after a request that would have waited too long, until what is answered counts as usual again
 _FRUITLESS = 3  # workers that a request may outlive without a token in between: it may be what ends them
 
 
@@ -52,7 +53,7 @@ class Accepted:
         tokens: of the answer; ending: why it ended, None until it has.
         sent: whether the present worker has it; running: whether that has given it a batch slot, slot_at when; begun_at: when
             it first had one.
-        usual: neither others nor another worker had to come before its answer.
+        usual: it came when nobody was refused, and one worker answered it.
         away: ends its serving by another front door; None: it is served here, or by nobody yet.
         parent: the trace that it is part of, as its client says (`traceparent`), or "".
     """
@@ -124,6 +125,7 @@ class Book:
         self._pace = pace
         self.handed = self.returned = 0
         self.changed = asyncio.Event()
+        self._refused_at = -math.inf
         self._flowing = False  # whether the present worker serves what it is sent
 
     def __len__(self) -> int:
@@ -145,6 +147,7 @@ class Book:
             raise Refused(429, f"{len(self._open)} requests are under way, and no more fit; try again", retry_after=1)
         wait, longest = self.wait()
         if wait > longest:
+            self._refused_at = time.monotonic()
             message = (
                 f"a request would wait {wait:.2g} s for its turn, longer than the {longest:.2g} s of --wait; try again"
             )
@@ -166,7 +169,7 @@ class Book:
         """Own a request from now on. `check_room` has to be asked first."""
         self._number += 1
         accepted = Accepted(self._number, request, text, logprobs, label, schema)
-        accepted.usual = self.wait()[0] == 0
+        accepted.usual = accepted.accepted_at - self._refused_at > _CALM_S
         self._open[self._number] = accepted
         return accepted
 

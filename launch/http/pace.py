@@ -13,7 +13,7 @@ class Pace:
     """Of the requests of one server.
 
     By default a newcomer may wait as long as its answer will be there within twice the usual time: the 95th percentile of those
-    that had a batch slot at once. As many as are served at once may always wait, so that a burst of requests is taken.
+    that came when nobody was refused. As many as are served at once may always wait, so that a burst of requests is taken.
 
     Args:
         slots: requests that it serves at once; longest: seconds that a newcomer may be expected to wait, instead.
@@ -28,7 +28,7 @@ class Pace:
         """A request has been answered.
 
         Args:
-            seconds: since it had a slot; whole: since it came, None where it had to wait for a slot.
+            seconds: since it had a slot; whole: since it came, None where that says nothing of what is usual.
         """
         self._lately.append(seconds)
         if whole is not None:
