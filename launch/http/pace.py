@@ -7,13 +7,15 @@ import numpy as np
 _ROUNDS = 4  # turns of all batch slots that show how fast requests are served now
 _USUAL = 256  # requests that show what is usual
 _FEWEST = 8  # of them, before anything is known
+_GUESS_S = 1.0  # for serving a request, before one has been served
 
 
 class Pace:
     """Of the requests of one server.
 
     By default a newcomer may wait as long as its answer will be there within twice the usual time: the 95th percentile of those
-    that came when nobody was refused. As many as are served at once may always wait, so that a burst of requests is taken.
+    that came when nobody was refused. As many as are served at once may always wait, so that a burst is taken; before
+    anything is known, no more.
 
     Args:
         slots: requests that it serves at once; longest: seconds that a newcomer may be expected to wait, instead.
@@ -36,17 +38,17 @@ class Pace:
 
     @property
     def longest(self) -> float:
-        """Seconds that a newcomer may be expected to wait; infinite where nothing is known yet."""
+        """Seconds that a newcomer may be expected to wait."""
         if self._longest is not None:
             return self._longest
         if len(self._usual) < _FEWEST:
-            return float("inf")
+            return self._serving
         return max(self._serving, 2 * _p95(self._usual) - _p95(self._lately))
 
     @property
     def _serving(self) -> float:
         """Seconds that a request has had a slot lately, mean."""
-        return sum(self._lately) / len(self._lately)
+        return sum(self._lately) / len(self._lately) if self._lately else _GUESS_S
 
     def wait(self, waiting: int, running: int, oldest: float) -> float:
         """Seconds that a newcomer would wait for its turn.
@@ -55,8 +57,6 @@ class Pace:
             waiting: requests before it that have no slot; running: those that have one; oldest: seconds that the first of those
                 that wait has waited.
         """
-        if not self._lately:
-            return 0.0
         serving = self._serving
         # Where memory for keys and values is short, slots stay free while requests wait.
         slots = self._slots if oldest <= serving else max(1, min(running, self._slots))
