@@ -1,4 +1,4 @@
-"""Front doors find each other by their workers: whoever takes requests is known to all, in the next program too."""
+"""Front doors find each other by their workers: all know those that take requests, in the next program too."""
 
 from launch.cluster.channel import ChannelLost, OwnChannel
 from launch.serve.doors import Doors

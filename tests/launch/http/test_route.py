@@ -1,4 +1,4 @@
-"""Routing of requests: where one should enter, and that its answer is the same wherever it is served and whoever leaves."""
+"""Routing of requests: where one should enter, and that its answer is the same wherever it is served, also when one leaves."""
 
 import asyncio
 from contextlib import suppress
