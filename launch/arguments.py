@@ -70,7 +70,11 @@ def serve(parser: argparse.ArgumentParser) -> None:
     add("--model", type=Path, metavar="DIR", help="model directory or store (default: the bundled model)")
     _add_http(parser)
     add("--placement", metavar="X.json", help="what is where (default: planned for users who are all alike)")
-    add("--requests", default="-", metavar="FILE", help="JSON lines; - for standard input (default)")
+    add(
+        "--requests",
+        metavar="FILE",
+        help="JSON lines; - for standard input (default without --http; with it there are none)",
+    )
     add("--coordinator", metavar="HOST:PORT", help="where the servers meet (default: the first server's host)")
     add(
         "--join",
@@ -113,9 +117,17 @@ def _add_http(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--http", metavar="HOST:PORT", help="answer HTTP there, as OpenAI's API has it, instead of JSON lines")
     add("--queue", type=int, default=256, metavar="N", help="HTTP requests that may be under way at once (256)")
+    text = "longest wait for a turn that a request is accepted with (auto: so long that it ends within twice the usual time)"
+    add("--wait", default="auto", metavar="auto|T", help=text)
     add("--hold", type=float, default=60.0, metavar="S", help="seconds that requests wait for a lost server (60)")
     add("--stuck", type=float, default=30.0, metavar="S", help="seconds without a step until a worker is replaced (30)")
     add("--deadline", type=float, default=600.0, metavar="S", help="seconds for a request to be answered (600)")
+    add(
+        "--route",
+        action="store_true",
+        help="hand requests to the server whose experts their `user` needs, where that pays",
+    )
+    add("--traces", metavar="URL", help="send a trace of each request to this OpenTelemetry collector (OTLP over HTTP)")
     add("--tokens", type=Path, metavar="FILE", help="bearer tokens of users, one a line (default: none is asked for)")
     add("--operator-token", type=Path, metavar="FILE", help="the operator's token (default: operators come from here)")
     add("--tls-cert", metavar="FILE", help="certificate chain, for https")

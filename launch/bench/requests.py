@@ -16,6 +16,7 @@ import numpy as np
 
 from launch.bench.requests_picture import check_picture, draw_requests
 from launch.bench.sent_request import Sent
+from launch.corpus import load_domains, prompts
 from placement import InputError
 from placement.data.arrivals import Arrivals
 from placement.files import parse_json
@@ -35,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--duration", type=float, default=60.0, metavar="S", help="seconds in which requests arrive (60)")
     add("--prompt", type=int, default=32, metavar="N", help="tokens of a prompt, longest one with --arrivals (32)")
     add("--output", type=int, default=32, metavar="N", help="tokens of an answer, longest one with --arrivals (32)")
+    add("--domain", help="prompts from held-out text of this domain of the bundled model: code, prose or arithmetic")
+    add("--user", help="who asks, as requests say it")
     add("--first", type=float, default=1.0, metavar="S", help="objective: seconds to the first token (1)")
     add("--each", type=float, default=0.1, metavar="S", help="objective: seconds for each further token (0.1)")
     add("--token-file", type=Path, metavar="FILE", help="the bearer token to send")
@@ -105,11 +108,12 @@ async def _send_all(args: argparse.Namespace, arrivals: Arrivals) -> tuple[list[
                 f"{args.url}: lists no models ({type(error).__name__}: {error}); is a server there?"
             ) from None
         rng, begin = np.random.default_rng(args.seed), time.monotonic()
+        who = {"user": args.user} if args.user else {}
 
-        async def one(due: float, prompt: list[int], most: int) -> Sent:
+        async def one(due: float, prompt: list[int] | str, most: int) -> Sent:
             sent = Sent(due=due)
             await asyncio.sleep(max(0.0, begin + due - time.monotonic()))
-            body = {"model": model, "prompt": prompt, "max_tokens": most, "temperature": 0, "stream": True}
+            body = {"model": model, "prompt": prompt, "max_tokens": most, "temperature": 0, "stream": True, **who}
             body["stream_options"] = {"include_usage": True}
             try:
                 async with client.stream("POST", "/v1/completions", json=body) as reply:
@@ -121,10 +125,22 @@ async def _send_all(args: argparse.Namespace, arrivals: Arrivals) -> tuple[list[
             return sent
 
         tasks = [
-            one(float(due), rng.integers(*_PROMPT_IDS, int(size)).tolist(), int(most))
-            for due, size, most in zip(arrivals.seconds, arrivals.prompt, arrivals.output, strict=True)
+            one(float(due), prompt, int(most))
+            for due, prompt, most in zip(arrivals.seconds, _prompts(args, arrivals, rng), arrivals.output, strict=True)
         ]
         return await asyncio.gather(*tasks), time.monotonic() - begin
+
+
+def _prompts(args: argparse.Namespace, arrivals: Arrivals, rng: np.random.Generator) -> list[list[int] | str]:
+    """Random tokens, or pieces of a domain's text."""
+    sizes = arrivals.prompt.tolist()
+    if args.domain is None:
+        return [rng.integers(*_PROMPT_IDS, size).tolist() for size in sizes]
+    domains = load_domains(args.seed, train=False)
+    if args.domain not in domains:
+        raise InputError(f"--domain {args.domain}: known are {', '.join(domains)}")
+    pieces = prompts(domains[args.domain], len(sizes), max(sizes), args.seed)
+    return [piece.decode("utf-8", "ignore")[-size:] for piece, size in zip(pieces, sizes, strict=True)]
 
 
 def _read(line: str, sent: Sent, now: float) -> None:

@@ -1,4 +1,4 @@
-"""The messages of `framing` for a process that waits for many things at once (asyncio): the listener's side."""
+"""The messages of `framing` for a process that waits for many things at once (asyncio)."""
 
 import asyncio
 import hmac
@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import secrets
+import socket
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -67,11 +68,11 @@ class AsyncConnection:
 Handle = Callable[[AsyncConnection], Awaitable[None]]
 
 
-async def listen_at(path: str, secret: bytes, purpose: str, handle: Handle) -> asyncio.Server:
-    """Take connections at a Unix socket until it is closed, each in a task of its own.
+async def listen_at(path: str | socket.socket, secret: bytes, purpose: str, handle: Handle) -> asyncio.Server:
+    """Take connections at a socket until it is closed, each in a task of its own.
 
     Args:
-        path: of a socket that does not exist yet, in a folder of this user alone.
+        path: of a Unix socket that does not exist yet, in a folder of this user alone; or a bound socket that listens.
         handle: called with every connection that has proved to know the secret; the connection ends with it.
     """
 
@@ -85,6 +86,8 @@ async def listen_at(path: str, secret: bytes, purpose: str, handle: Handle) -> a
         finally:
             connection.close()
 
+    if not isinstance(path, str):
+        return await asyncio.start_server(take, sock=path, limit=LONGEST)
     before = os.umask(0o077)
     try:
         return await asyncio.start_unix_server(take, path, limit=LONGEST)
@@ -101,3 +104,25 @@ async def _greet(connection: AsyncConnection, secret: bytes, purpose: str) -> No
         connection.send({"refused": "another secret"})
         raise MessageError("another cluster secret")
     connection.send({"proof": proof_of(secret, "listener", purpose, *nonces)})
+
+
+async def connect_to(address: tuple[str, int], secret: bytes, purpose: str, seconds: float) -> AsyncConnection:
+    """A connection to a listener for the same purpose, once both have proved that they know the secret.
+
+    Raises:
+        OSError: nobody listens there; TimeoutError, which is one: not within so many seconds.
+        MessageError: whatever listens there is none of ours.
+    """
+    async with asyncio.timeout(seconds):
+        connection = AsyncConnection(*await asyncio.open_connection(*address, limit=LONGEST))
+    try:
+        theirs = (await connection.receive({"nonce": str}, GREETING_SECONDS, LINE_BYTES))["nonce"]
+        ours = secrets.token_hex(16)
+        connection.send({"nonce": ours, "proof": proof_of(secret, "client", purpose, theirs, ours)})
+        reply = await connection.receive({"proof?": str, "refused?": str}, GREETING_SECONDS, LINE_BYTES)
+        if not hmac.compare_digest(reply.get("proof", ""), proof_of(secret, "listener", purpose, theirs, ours)):
+            raise MessageError("another cluster secret")
+    except BaseException:
+        connection.close()
+        raise
+    return connection

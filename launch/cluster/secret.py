@@ -38,9 +38,14 @@ def load_secret(path: Path | None = None) -> bytes:
         raise InputError(
             f"--secret-file {file}: holds {len(data)} bytes, must be {_SHORTEST} to {_LONGEST}; remove it to have one made"
         )
-    if mode & 0o077:
-        log.warning("--secret-file %s: others can read it; chmod 600 it", file)
+    warn_of_readers("--secret-file", file, mode)
     return data
+
+
+def warn_of_readers(flag: str, file: Path, mode: int) -> None:
+    """Say so where others may read a secret. A group may: secrets are mounted so into containers (mode 0440)."""
+    if mode & 0o026:
+        log.warning("%s %s: others can read or change it; chmod 600 it (440 for a group of its own)", flag, file)
 
 
 def _make(file: Path) -> None:

@@ -49,20 +49,20 @@ def run(args: argparse.Namespace) -> int:
     args.devices = 1
     config = read_shape(path, args)
     placed = Placement.load(args.placement) if args.placement else None
-    over_http = args.http is not None or args.front_door
     if args.http is not None:
         listening_at(args.http)
-        if args.requests != "-":
-            raise InputError("--requests: with --http requests come over HTTP; leave one of them out")
-    lines = None if over_http else open_lines(args.requests)
     found = None if args.server or cluster is None else from_environment(cluster)
     if found:
         args.server, args.coordinator = found
+    starts_others = cluster is not None and not args.server
+    # Beside HTTP lines come only where they are asked for; a worker has neither.
+    wanted = args.requests is not None if args.http is not None else True
+    lines = open_lines(args.requests or "-") if wanted and not args.front_door and not starts_others else None
     args.secret = load_secret(args.secret_file)
-    if cluster is not None and not args.server:
+    if cluster is not None and starts_others:
         return _start_all(args, cluster)
     if args.http is not None and not args.front_door:
-        return serve_http(args, cluster, path, config)
+        return serve_http(args, cluster, path, config, lines)
     return importlib.import_module("launch.serve.process").serve(args, cluster, path, config, placed, policy, lines)
 
 
@@ -70,7 +70,7 @@ def _start_all(args: argparse.Namespace, cluster: Cluster) -> int:
     """One process for each server of this machine; the exit status."""
     given = sys.argv[2:]
     with contextlib.ExitStack() as stack:
-        if args.http is None and args.requests == "-":
+        if args.requests == "-" or (args.http is None and args.requests is None):
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="serve-"))
             requests = Path(folder) / "requests.jsonl"
             with open(requests, "wb") as copy:

@@ -102,6 +102,8 @@ class Batch:
             return False
         request.done = request.found = found
         self.running[device][slot] = request
+        if request.on_begin is not None:
+            request.on_begin()
         return True
 
     def _leave(self, device: int, slot: int) -> None:

@@ -26,6 +26,7 @@ class Request:
         params: how its tokens are chosen.
         stop_token_ids: tokens that end it beside the model's own.
         on_token: called with every token of the answer, the last one too; true ends it.
+        on_begin: called whenever it gets a batch slot.
         done: tokens of its prompt that are in the cache, or will be after the steps under way; found: those that were there
             when it began.
         coming: tokens of its answer that steps under way will give it.
@@ -49,6 +50,7 @@ class Request:
     params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
     stop_token_ids: frozenset[int] = frozenset()
     on_token: Callable[[int], bool] | None = None
+    on_begin: Callable[[], None] | None = None
     routed: tuple[np.ndarray, np.ndarray] | None = None
     output: list[int] = dataclasses.field(default_factory=list)
     done: int = 0

@@ -3,16 +3,14 @@
 import hashlib
 import hmac
 import ipaddress
-import logging
 import os
 from pathlib import Path
 
 from starlette.requests import Request as HttpRequest
 
+from launch.cluster.secret import warn_of_readers
 from launch.http.book import Refused
 from placement import InputError
-
-log = logging.getLogger(__name__)
 
 _SHORTEST = 16  # characters of a token
 _LARGEST = 2**20  # bytes of a file
@@ -63,8 +61,7 @@ def _read(file: Path, flag: str) -> list[bytes]:
     tokens = [line for line in lines if line and not line.startswith(b"#")]
     if not tokens or min(map(len, tokens)) < _SHORTEST:
         raise InputError(f"{flag} {file}: must hold tokens of at least {_SHORTEST} characters, one a line")
-    if mode & 0o077:
-        log.warning("%s %s: others can read it; chmod 600 it", flag, file)
+    warn_of_readers(flag, file, mode)
     return [_digest(token) for token in tokens]
 
 

@@ -4,14 +4,17 @@ Knows no HTTP and no worker: tokens come in by number, and those who wait for an
 """
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, NamedTuple
 
 from launch.engine.request import Logprobs, Request
+from launch.http.pace import Pace
 from launch.serve.requests import Text
 
 _SUSPECT = 2  # workers that ended so before a request is tried alone
+_CALM_S = 10.0  # after a request that would have waited too long, until what is answered counts as usual again
 _FRUITLESS = 3  # workers that a request may outlive without a token in between: it may be what ends them
 
 
@@ -48,7 +51,11 @@ class Accepted:
         request: its prompt, parameters and tokens so far; text: that of these tokens.
         schema: the JSON schema that its answer has to fit, as text; None: it may be anything.
         tokens: of the answer; ending: why it ended, None until it has.
-        sent: whether the present worker has it.
+        sent: whether the present worker has it; running: whether that has given it a batch slot, slot_at when; begun_at: when
+            it first had one.
+        usual: it came when nobody was refused, and one worker answered it.
+        away: ends its serving by another front door; None: it is served here, or by nobody yet.
+        parent: the trace that it is part of, as its client says (`traceparent`), or "".
     """
 
     def __init__(
@@ -60,7 +67,9 @@ class Accepted:
         self.ending: Ending | None = None
         self.sent = False
         self.accepted_at = time.monotonic()
-        self.first_at = self.last_at = 0.0
+        self.begun_at = self.slot_at = self.first_at = self.last_at = 0.0
+        self.running, self.usual, self.parent = False, True, ""
+        self.away: Callable[[], object] | None = None
         self.fruitless, self.had = 0, 0
         self._news = asyncio.Event()
 
@@ -88,12 +97,14 @@ class Book:
     """All that is accepted and not yet answered, in the order it came.
 
     Args:
-        most: requests that may be under way at once.
+        most: requests that may be under way at once; pace: how long a newcomer may wait for its turn, None as long as it takes.
         context: longest sequence; eos: token that ends an answer.
-        ended: called with every request that has ended; cancel: with the number of one whose worker is to stop.
+        cancel: called with the number of a request whose worker is to stop.
 
     Attributes:
         refusing: why no more are accepted, as HTTP's status and a text, or None.
+        handed, returned: requests that were given to other front doors, and those that came back unanswered.
+        ended: called with every request that has ended; changed: set when one has, for those who wait for room.
     """
 
     def __init__(
@@ -101,15 +112,21 @@ class Book:
         most: int,
         context: int,
         eos: int | None,
-        ended: Callable[[Accepted], None] = lambda _: None,
+        pace: Pace | None = None,
         cancel: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.most = most
-        self.ended, self.cancel_in_worker = ended, cancel
+        self.ended: list[Callable[[Accepted], None]] = []
+        self.cancel_in_worker = cancel
         self.refusing: tuple[int, str] | None = None
         self._context, self._eos = context, eos
         self._open: dict[int, Accepted] = {}
         self._number = 0
+        self._pace = pace
+        self.handed = self.returned = 0
+        self.changed = asyncio.Event()
+        self._refused_at = -math.inf
+        self._flowing = False  # whether the present worker serves what it is sent
 
     def __len__(self) -> int:
         return len(self._open)
@@ -128,6 +145,23 @@ class Book:
             raise Refused(400, f"{count} answers in one request; at most {self.most} can be under way (--queue)")
         if len(self._open) + count > self.most:
             raise Refused(429, f"{len(self._open)} requests are under way, and no more fit; try again", retry_after=1)
+        wait, longest = self.wait()
+        if wait > longest:
+            self._refused_at = time.monotonic()
+            message = (
+                f"a request would wait {wait:.2g} s for its turn, longer than the {longest:.2g} s of --wait; try again"
+            )
+            raise Refused(429, message, retry_after=max(1, math.ceil(wait - longest)))
+
+    def wait(self) -> tuple[float, float]:
+        """Seconds that a newcomer would wait for its turn, and how many it may. While no worker serves, all wait for one."""
+        if self._pace is None or not self._flowing:
+            return 0.0, math.inf
+        everyone = [accepted for accepted in self._open.values() if accepted.away is None]
+        running = sum(accepted.running for accepted in everyone)
+        first = next((accepted.accepted_at for accepted in everyone if not accepted.running), math.inf)
+        oldest = max(0.0, time.monotonic() - first)
+        return self._pace.wait(len(everyone) - running, running, oldest), self._pace.longest
 
     def accept(
         self, request: Request, text: Text, logprobs: int | None = None, label: str = "", schema: str | None = None
@@ -135,8 +169,16 @@ class Book:
         """Own a request from now on. `check_room` has to be asked first."""
         self._number += 1
         accepted = Accepted(self._number, request, text, logprobs, label, schema)
+        accepted.usual = accepted.accepted_at - self._refused_at > _CALM_S
         self._open[self._number] = accepted
         return accepted
+
+    def begun(self, number: int, *, here: bool = True) -> None:
+        """A worker, the one here or another server's, has given a request a batch slot."""
+        self._flowing |= here
+        if (accepted := self._open.get(number)) and not accepted.running:
+            accepted.running, accepted.slot_at = here, time.monotonic()
+            accepted.begun_at = accepted.begun_at or accepted.slot_at
 
     def take(self, number: int, token: int, logprobs: Any = None, served_by: list[int] | None = None) -> None:
         """A worker has given a request its next token."""
@@ -164,19 +206,28 @@ class Book:
         if accepted.ending is None:
             accepted.ending = ending
             del self._open[accepted.number]
+            if accepted.away is not None:
+                accepted.away()
             if accepted.sent and not by_worker and ending.reason != "length":
                 self.cancel_in_worker(accepted.number)
             accepted.tell()
-            self.ended(accepted)
+            if self._pace is not None and ending.status == 200 and accepted.running:
+                now = time.monotonic()
+                self._pace.served(now - accepted.slot_at, now - accepted.accepted_at if accepted.usual else None)
+            for listener in self.ended:
+                listener(accepted)
+            self.changed.set()
 
     def lost_worker(self, *, serving: bool) -> None:
         """The worker has ended: what it had goes to the next one. serving: it had begun to serve."""
+        self._flowing = False
         for accepted in self:
             if accepted.sent and serving:
                 gained = len(accepted.tokens) > accepted.had
                 accepted.fruitless = 0 if gained else accepted.fruitless + 1
                 accepted.had = len(accepted.tokens)
-            accepted.sent = False
+            if accepted.away is None:
+                accepted.sent = accepted.running = accepted.usual = False
             if accepted.fruitless >= _FRUITLESS:
                 self.fail(accepted.number, 500, f"{_FRUITLESS} workers have ended while they served this request")
 
@@ -186,7 +237,7 @@ class Book:
         Where workers have ended one after another, those that they served are tried one at a time, until each has a token:
         the one that ends workers does not take the others with it.
         """
-        everyone = list(self._open.values())
+        everyone = [accepted for accepted in self._open.values() if accepted.away is None]
         suspects = [accepted for accepted in everyone if accepted.fruitless >= _SUSPECT]
         if suspects:
             chosen = [] if any(accepted.sent for accepted in everyone) else suspects[:1]
@@ -194,10 +245,11 @@ class Book:
             chosen = [accepted for accepted in everyone if not accepted.sent]
         for accepted in chosen:
             accepted.sent = True
-        return [_described(accepted) for accepted in chosen]
+        return [described(accepted) for accepted in chosen]
 
 
-def _described(accepted: Accepted) -> dict[str, Any]:
+def described(accepted: Accepted) -> dict[str, Any]:
+    """A request as a worker takes it (`launch.serve.front_messages.SUBMITTED`)."""
     request = accepted.request
     # Stop texts and the text itself are the front door's to watch.
     params = {name: getattr(request.params, name) for name in _PARAMS}
@@ -211,6 +263,7 @@ def _described(accepted: Accepted) -> dict[str, Any]:
         "logprobs": accepted.logprobs,
         "schema": accepted.schema,
         "servers": request.wants_servers,
+        "label": accepted.label,
     }
 
 

@@ -67,6 +67,8 @@ class Endpoints:
     async def _answer(self, request: HttpRequest, read: Callable[[Mapping[str, Any]], fields.Wanted]) -> Response:
         wanted = read(await read_body(request))
         answers = await self._service.accept(wanted)
+        for accepted in answers:
+            accepted.parent = request.headers.get("traceparent", "")
         form = Form(wanted, self._service.names[0], self._service.piece)
         return _Answer(self._service, answers, form, wanted.stream, wanted.chat)
 

@@ -74,7 +74,12 @@ class _State(Collector):
         running = sum(accepted.first_at > 0 for accepted in book)
         yield GaugeMetricFamily("dancemoe_requests_running", "Accepted requests with a first token", running)
         yield GaugeMetricFamily("dancemoe_requests_waiting", "Accepted requests without one", len(book) - running)
+        yield GaugeMetricFamily(
+            "dancemoe_expected_wait_seconds", "For its turn, of a request that came now", book.wait()[0]
+        )
         yield GaugeMetricFamily("dancemoe_worker_serving", "Whether the worker serves", float(supervisor.serving))
+        handed = {"there": book.handed, "returned": book.returned}
+        yield _by("dancemoe_routed", "Requests handed to other servers", ["outcome"], handed, CounterMetricFamily)
         yield CounterMetricFamily("dancemoe_worker_restarts", "Workers that were replaced", supervisor.restarts)
         if stats := supervisor.stats:
             yield from self._of_worker(stats)

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,11 +10,12 @@ from dancemoe_jax.errors import DanceMoEError, RequestError
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.text.grammar import Grammars
 from dancemoe_jax.text.tokenizer import TokenizerBundle
+from launch.engine.request import Request
 from launch.http.book import Accepted, Book, Refused
 from launch.http.fields import Wanted
 from launch.http.formats import AnswerSchema
 from launch.http.supervisor import Supervisor
-from launch.serve.requests import RequestMaker
+from launch.serve.requests import RequestMaker, Text
 from placement import InputError
 
 _SHORT = 2000  # characters of a prompt that are tokenized at once, without a thread: it takes less than handing over
@@ -27,6 +28,7 @@ class Service:
         names: that the model answers to, the first of which it calls itself; server: index of this one.
 
     Attributes:
+        route: called with each accepted request, before it is served; may hand it to another server.
         book, supervisor: what is under way, and who serves it; created: when it began, seconds since 1970.
     """
 
@@ -45,6 +47,7 @@ class Service:
         self._maker = RequestMaker(bundle, config)
         self._grammars = Grammars(lambda: bundle, config)
         self._threads = ThreadPoolExecutor(2, "tokenizer")
+        self.route: Callable[[Accepted], None] = lambda _: None
 
     async def accept(self, wanted: Wanted) -> list[Accepted]:
         """Own an answer to each of the prompts, `n` times, from now on.
@@ -72,6 +75,37 @@ class Service:
         schema = wanted.schema.text if wanted.schema else None
         self.book.check_room(count)  # others may have come meanwhile
         accepted = [self.book.accept(request, text, wanted.logprobs, wanted.user, schema) for request, text in made]
+        for one in accepted:
+            self.route(one)
+        self.supervisor.flush()
+        return accepted
+
+    async def accept_line(self, given: dict[str, Any]) -> Accepted:
+        """Own an answer to a line of requests, as soon as it gets a batch slot at once: others do not wait for it.
+
+        Raises:
+            Refused: it cannot be answered, or the server ends.
+        """
+
+        def make() -> tuple[Request, Text]:
+            with Refusing():
+                request, text = self._maker.make(given, self.server, time.monotonic())
+                request.check(self.config, replays=False)
+            return request, text
+
+        request, text = await asyncio.get_running_loop().run_in_executor(self._threads, make)
+        while True:
+            self.supervisor.check_hope()
+            try:
+                self.book.check_room(1)
+                if self.book.wait()[0] == 0:
+                    break
+            except Refused as error:
+                if error.status != 429:
+                    raise
+            self.book.changed.clear()
+            await self.book.changed.wait()
+        accepted = self.book.accept(request, text)
         self.supervisor.flush()
         return accepted
 

@@ -71,6 +71,7 @@ class Supervisor:
         servers: names of the cluster's servers, as the worker says.
         problem: what the last worker ended with before it served, or "".
         drained: called when the cluster drains.
+        door: where other front doors find this one, or ""; doors: where they are, by server.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Supervisor:
         self.restarts, self.served = 0, False
         self.servers: tuple[str, ...] = ()
         self.problem = ""
+        self.door, self.doors = "", dict[str, str]()
         self.lost_at = time.monotonic()
         self._alone, self._joining, self._ending, self._last = alone, False, False, False
         self._asked: dict[int, asyncio.Future[dict[str, Any]]] = {}
@@ -138,7 +140,7 @@ class Supervisor:
                 *following([*self._command, "--front-door", path]),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=sys.stderr.fileno(),
-                process_group=0,
+                start_new_session=True,  # a process group of its own; uvloop knows no other way
             )
             worker = self.worker = Worker(process)
             try:
@@ -177,6 +179,8 @@ class Supervisor:
 
     def _received(self, worker: Worker, message: dict[str, Any]) -> None:
         worker.spoke_at = now = time.monotonic()
+        for number in message.get("begun", ()):
+            self._book.begun(number)
         for number, token, *logprobs in message.get("tokens", ()):
             self._book.take(number, token, *logprobs)
         for number, reason, error in message.get("ended", ()):
@@ -192,6 +196,7 @@ class Supervisor:
                 worker.moved_at = now
             worker.steps = beat["steps"]
             self._stats = beat.get("stats", self._stats)
+            self.doors = beat.get("doors", {})
         if "servers" in message:
             self.servers = tuple(message["servers"])
         for reply in message.get("reply", ()):
@@ -215,6 +220,8 @@ class Supervisor:
         if worker.serving:
             self.served, self.problem = True, ""
             worker.served = True
+            if self.door:
+                self._send({"door": self.door})
             self.flush()
 
     # ---- what it is told ----

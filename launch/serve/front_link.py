@@ -1,7 +1,7 @@
 """Requests from a front door (launch/http) to a host, and their tokens back. The front door owns them: it starts this
 process, and gives what is unfinished to the next one if this one ends.
 
-    front door -> here    {submit, cancel, last, ask}    here -> front door    {phase, tokens, ended, beat, failed, ...}
+    front door -> here    {submit, cancel, last, ask}    here -> front door    {phase, begun, tokens, ended, beat, ...}
 
 Each way has a connection of its own, so that one thread reads and another writes.
 """
@@ -23,6 +23,7 @@ from launch.engine.host import Host, Stream
 from launch.engine.loading import Loaded
 from launch.engine.request import Request
 from launch.migration.worker import MigrationWorker
+from launch.serve.doors import Doors
 from launch.serve.front_messages import LONGEST, PURPOSE, SUBMITTED, TO_WORKER
 from launch.serve.stats import Stats
 from placement import Cluster
@@ -32,6 +33,9 @@ log = logging.getLogger(__name__)
 _CONNECT_S = 10.0
 _BEAT_S = 0.5
 _FLUSH_S = 5.0
+_TOGETHER_S = (
+    0.004  # after a message, before the next: what comes meanwhile goes with it, instead of waking three processes
+)
 
 
 class FrontLink:
@@ -56,6 +60,7 @@ class FrontLink:
         self._count, self._last, self._over = threading.Lock(), False, threading.Event()
         self._news: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._stats: Stats | None = None
+        self._doors, self._names = Doors(), tuple[str, ...]()
         for name, target in (("front door's requests", self._read), ("tokens", self._write), ("beat", self._beat)):
             threading.Thread(target=target, name=name, daemon=True).start()
 
@@ -79,6 +84,7 @@ class FrontLink:
 
     def take_in(self, cluster: Cluster) -> None:
         """The cluster has other servers from now on."""
+        self._names = cluster.names
         self._news.put(("servers", list(cluster.names)))
 
     def watch(self, host: Host, loaded: Loaded, worker: MigrationWorker | None) -> None:
@@ -135,6 +141,7 @@ class FrontLink:
             with self._count:
                 self._last = True
             self._finish_if_over()
+        self._doors.own = message.get("door", self._doors.own)
         if "ask" in message:
             threading.Thread(target=self._reply, args=(message["ask"],), name="operator", daemon=True).start()
 
@@ -152,6 +159,7 @@ class FrontLink:
                 fields["max_tokens"],
                 time.monotonic(),
                 params=SamplingParams(**params),
+                label=fields["label"],
                 stop_token_ids=frozenset(fields["stop_token_ids"]),
                 output=fields["output"],
                 logprobs=fields["logprobs"],
@@ -159,6 +167,7 @@ class FrontLink:
                 grammar=self._grammars.start(fields["schema"], fields["output"]) if fields["schema"] else None,
             )
             request.restart()
+            request.on_begin = lambda: self._news.put(("begun", number))
             stream = _Tokens(request, number, self)
             with self._count:
                 self._streams[number] = stream
@@ -206,6 +215,8 @@ class FrontLink:
             if stats is not None:
                 with suppress(AttributeError, RuntimeError):  # the program is on its way to the next one
                     beat["stats"] = stats.report()
+            if host is not None and self._names:
+                beat["doors"] = self._doors.look(host.channel, self._names[host.server], self._names)
             self._news.put(("beat", beat))
             time.sleep(_BEAT_S)
 
@@ -213,6 +224,7 @@ class FrontLink:
         try:
             while True:
                 self._send_all(self._news.get())
+                time.sleep(_TOGETHER_S)
         except MessageError:
             leave_at_once()
 
@@ -223,7 +235,7 @@ class FrontLink:
         for kind, value in _waiting(first, self._news):
             if kind == "sent":
                 sent.append(value)
-            elif kind in ("tokens", "ended", "phase", "reply"):
+            elif kind in ("begun", "tokens", "ended", "phase", "reply"):
                 message.setdefault(kind, []).append(value)
             else:
                 message[kind] = value

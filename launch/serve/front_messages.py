@@ -6,12 +6,14 @@ LONGEST = 2**27  # bytes of a message
 ROLE = {
     "role": str
 }  # the first message of a connection: "requests" go to the worker by it, or "tokens" come from there
-TO_WORKER = {"submit?": list, "cancel?": list, "last?": bool, "ask?": dict}
-"""submit: requests, each an object with `id` and SUBMITTED; cancel: ids; last: there is nothing more to come."""
-SUBMITTED = ("prompt", "output", "max_tokens", "params", "stop_token_ids", "logprobs", "schema", "servers")
+TO_WORKER = {"submit?": list, "cancel?": list, "last?": bool, "ask?": dict, "door?": str}
+"""submit: requests, each an object with `id` and SUBMITTED; cancel: ids; last: there is nothing more to come;
+door: where other front doors find this one."""
+SUBMITTED = ("prompt", "output", "max_tokens", "params", "stop_token_ids", "logprobs", "schema", "servers", "label")
 TO_FRONT = {
     "phase?": list,
     "servers?": list,
+    "begun?": list,
     "tokens?": list,
     "ended?": list,
     "beat?": dict,
@@ -20,5 +22,5 @@ TO_FRONT = {
     "draining?": bool,
     "reply?": list,
 }
-"""tokens: [id, token], then logprobs and calls by server where they are wanted; ended: [id, reason, error]; failed: ids and
-why, of a step that failed; problem: why the worker ends."""
+"""begun: ids of requests that have a batch slot; tokens: [id, token], then logprobs and calls by server where they are
+wanted; ended: [id, reason, error]; failed: ids and why, of a step that failed; problem: why the worker ends."""

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 from dancemoe_jax.errors import DanceMoEError
 from launch.engine.host import Host
 from launch.log import discard_output
-from launch.serve.lines import Line, read_lines
+from launch.serve.lines import Line, LineShare, answer_fields, check_server, read_lines
 from launch.serve.requests import RequestMaker, identity
 from placement import Cluster, InputError
 
@@ -40,6 +40,7 @@ class Feeder:
         self._printing = threading.Lock()
         self._room = threading.Semaphore(_AT_ONCE)
         self._count, self._open, self._started, self._closed = threading.Lock(), 0, False, False
+        self._share: LineShare | None = None
         self._pool = ThreadPoolExecutor(_AT_ONCE, "answer")
 
     def start(self, host: Host, cluster: Cluster) -> None:
@@ -49,11 +50,15 @@ class Feeder:
         if self._closed:
             self._finish()
             return
-        threading.Thread(target=self._feed, args=(len(cluster.names),), name="requests", daemon=True).start()
+        share = LineShare(self.names, host.server, self._shared, self._shares)
+        self._share = share
+        threading.Thread(target=self._feed, args=(share,), name="requests", daemon=True).start()
 
     def take_in(self, cluster: Cluster) -> None:
         """The cluster has other servers from now on."""
         self.names = cluster.names
+        if self._share is not None:
+            self._share.names = cluster.names
 
     @property
     def pending(self) -> int:
@@ -73,15 +78,11 @@ class Feeder:
         self.close()
         self.finished.wait(seconds)
 
-    def _feed(self, servers: int) -> None:
+    def _feed(self, share: LineShare) -> None:
         """Read all lines and have those that are this server's answered."""
-        unnamed = 0
         try:
             for line in read_lines(self._stream):
-                names_one = line.given is not None and line.given.get("server") is not None
-                mine = not self._shared or self._is_mine(line, unnamed, servers)
-                unnamed += not names_one
-                if mine:
+                if share.takes(line):
                     begin = time.monotonic()
                     self._room.acquire()
                     with self._count:
@@ -92,13 +93,6 @@ class Feeder:
         except Exception as error:  # the reader does not end without a word
             self._fail(f"requests cannot be read any more ({type(error).__name__}: {' '.join(str(error).split())})")
         self.close()
-
-    def _is_mine(self, line: Line, unnamed: int, servers: int) -> bool:
-        """Of lines that all servers read: whether this one answers."""
-        named = None if line.given is None else line.given.get("server")
-        if named is None:
-            return self._shares and unnamed % servers == self.host.server
-        return named == self.names[self.host.server] or (named not in self.names and self.host.server == 0)
 
     def _answer(self, line: Line, begin: float) -> None:
         answer: dict[str, Any] = {"id": line.number}
@@ -120,11 +114,7 @@ class Feeder:
 
     def _served(self, given: dict[str, Any], begin: float) -> dict[str, Any]:
         """What is answered. Raises InputError, DanceMoEError where nothing can be."""
-        server, own = given.get("server"), self.names[self.host.server]
-        if server is not None and server != own:
-            if server in self.names:
-                raise InputError(f"server {server!r} is another than {own}, whose lines these are; send it there")
-            raise InputError(f"server {str(server)[:100]!r} is unknown; known are {', '.join(self.names)}")
+        check_server(given, self.names, self.host.server)
         request, text = self._maker.make(given, self.host.server, begin)
         stream = self.host.submit(request)
         for _ in stream:
@@ -132,17 +122,8 @@ class Feeder:
         text.finish()
         if stream.reason == "error":
             raise DanceMoEError(request.error)
-        output = request.output
-        if output and output[-1] in request.stop_token_ids:
-            output = output[:-1]
-        return {
-            "server": own,
-            "text": text.text,
-            "tokens": output,
-            "prompt_tokens": len(request.prompt),
-            "finish_reason": stream.reason,
-            "seconds": round(time.monotonic() - begin, 4),
-        }
+        own = self.names[self.host.server]
+        return answer_fields(own, request, text.text, stream.reason, time.monotonic() - begin)
 
     def _print(self, answer: dict[str, Any]) -> None:
         with self._printing:

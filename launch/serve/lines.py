@@ -5,9 +5,11 @@ What a line holds becomes a request in `launch.serve.requests`.
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NamedTuple
 
+from launch.engine.request import Request
 from placement import InputError
 from placement.files import parse_json
 
@@ -55,6 +57,64 @@ def _parse(number: int, data: bytes) -> Line:
     if not isinstance(given, dict):
         return Line(number, None, "must be a JSON object with prompt or messages")
     return Line(number, given)
+
+
+@dataclass
+class LineShare:
+    """Which lines a server answers.
+
+    Attributes:
+        names: of all servers; server: index of this one.
+        shared: every server reads the same lines, and answers those that name it and its share of those that name none;
+            otherwise all lines are for this server.
+        shares: takes a share of the lines that name no server; one that has come later does not.
+        servers: how many share those lines.
+    """
+
+    names: Sequence[str]
+    server: int
+    shared: bool
+    shares: bool = True
+    servers: int = field(init=False)
+    _unnamed: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.servers = len(self.names)
+
+    def takes(self, line: Line) -> bool:
+        """Whether this server answers the next line; to be asked once for each, in order."""
+        named = None if line.given is None else line.given.get("server")
+        turn = self._unnamed
+        self._unnamed += named is None
+        if not self.shared:
+            return True
+        if named is None:
+            return self.shares and turn % self.servers == self.server
+        return named == self.names[self.server] or (named not in self.names and self.server == 0)
+
+
+def check_server(given: Mapping[str, Any], names: Sequence[str], server: int) -> None:
+    """Raises InputError where a line names another server than this one."""
+    named, own = given.get("server"), names[server]
+    if named is not None and named != own:
+        if named in names:
+            raise InputError(f"server {named!r} is another than {own}, whose lines these are; send it there")
+        raise InputError(f"server {str(named)[:100]!r} is unknown; known are {', '.join(names)}")
+
+
+def answer_fields(server: str, request: Request, text: str, reason: str, seconds: float) -> dict[str, Any]:
+    """What an answer has beside its line's identity."""
+    output = request.output
+    if output and output[-1] in request.stop_token_ids:
+        output = output[:-1]
+    return {
+        "server": server,
+        "text": text,
+        "tokens": output,
+        "prompt_tokens": len(request.prompt),
+        "finish_reason": reason,
+        "seconds": round(seconds, 4),
+    }
 
 
 def open_lines(file: str) -> BinaryIO:

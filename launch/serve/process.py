@@ -93,7 +93,7 @@ def _source(args: argparse.Namespace, path: Path, config: ModelConfig, lines: Bi
     if lines is None:
         return FrontLink(args.front_door, args.secret, Grammars(lambda: load_tokenizer_bundle(path, config), config))
     maker = RequestMaker(load_tokenizer_bundle(path, config), config)
-    return Feeder(maker, lines, shared=args.requests != "-", shares=not args.join)
+    return Feeder(maker, lines, shared=args.requests not in (None, "-"), shares=not args.join)
 
 
 def facts_of(args: argparse.Namespace, path: Path, config: ModelConfig, policy: Policy) -> dict[str, str]:

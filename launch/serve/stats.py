@@ -8,7 +8,7 @@ import dataclasses
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ import numpy as np
 from dancemoe_jax.expert_parallel.pool import resident_bytes
 from launch.engine.host import Host
 from launch.engine.loading import Loaded
+from launch.engine.request import Request
 from launch.migration.controller import CONTROLLER
 from launch.migration.worker import MigrationWorker
+from launch.serve.fits import Fits
 from launch.serve.pair_traffic import PairTraffic
 from placement import InputError, Placement
 
@@ -47,10 +49,11 @@ class Stats:
         self._recorded: tuple[np.ndarray, float] | None = None
         self._stopped: tuple[np.ndarray, float] | None = None
         self._controller = next((thread for thread in threading.enumerate() if thread.name == CONTROLLER), None)
+        self._fits = Fits(*shape[1:])
         self._pairs = PairTraffic(host.server, shape[0], self._serving)
         self._served: tuple[Placement, np.ndarray] | None = None
         if shape[0] > 1:
-            host.engine.on_routed = self._pairs.add
+            host.engine.on_routed = self._routed
         self._before, host.between = host.between, self.between
 
     def between(self) -> bool:
@@ -80,11 +83,19 @@ class Stats:
         """In force now."""
         return self._worker.placement if self._worker is not None else self._loaded.placement
 
+    def _routed(self, step: Sequence[tuple[Request, np.ndarray]]) -> None:
+        self._pairs.add(step)
+        self._fits.add(step)
+
     def _serving(self) -> np.ndarray:
         """Who serves each expert's calls from here now, int [layers, experts]."""
+        return self._all_serving()[self._host.server]
+
+    def _all_serving(self) -> np.ndarray:
+        """Who serves each expert's calls from each server now, int [servers, layers, experts]."""
         placement = self.placement
         if self._served is None or self._served[0] is not placement:
-            self._served = placement, self._loaded.serving(placement.resident)[self._host.server]
+            self._served = placement, self._loaded.serving(placement.resident)
         return self._served[1]
 
     def report(self) -> dict[str, Any]:
@@ -117,6 +128,7 @@ class Stats:
                 name: {"bytes": int(rows) * row, "exchanges": int(exchanges)}
                 for name, rows, exchanges in zip(names, self._pairs.rows, self._pairs.exchanges, strict=True)
             },
+            "fits": self._fits.report(self._all_serving(), config.top_k),
             "layer_steps": self._layer_steps,
             "layer_steps_crossing": self._crossing,
             "hottest": [

@@ -22,16 +22,16 @@ START_S = 300.0
 class Door:
     """`python -m launch serve --http …`, its log in a file."""
 
-    def __init__(self, folder: Path, *flags: str, command: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, folder: Path, *flags: str, command: tuple[str, ...] = (), stdin: int = subprocess.DEVNULL
+    ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_file = folder / f"door-{self.port}.log"
-        shape = ["--context", "128", "--sequences", "4", "--max-step-tokens", "16"]
+        shape = ["--context", "128", "--sequences", "4", "--max-step-tokens", "16", "--wait", "600s"]
         given = [sys.executable, "-m", "launch", "serve", "--http", f"127.0.0.1:{self.port}", *shape, *flags]
         with open(self.log_file, "wb") as log:
-            self.process = subprocess.Popen(
-                [*command, *given], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT
-            )
+            self.process = subprocess.Popen([*command, *given], stdin=stdin, stdout=log, stderr=log, cwd=ROOT)
         self.http = httpx.Client(base_url=self.url, timeout=400)
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=400)
 

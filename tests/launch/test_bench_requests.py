@@ -1,14 +1,18 @@
 """`bench requests`: what came of a load, and what cannot be sent."""
 
+import argparse
 import json
 import math
 
+import numpy as np
 import pytest
 
 from launch.__main__ import main
-from launch.bench.requests import summary
+from launch.bench.requests import _prompts, summary
 from launch.bench.requests_picture import draw_requests
 from launch.bench.sent_request import Sent
+from placement import InputError
+from placement.data.arrivals import Arrivals
 
 
 def test_the_summary_counts_what_was_answered_and_what_was_good():
@@ -73,3 +77,17 @@ def test_a_server_that_refuses_all_is_status_1(capsys, monkeypatch):
     found = json.loads(capsys.readouterr().out)
     assert found["statuses"] == {"429": found["requests"]}
     assert 15 < found["requests"] < 50
+
+
+def test_prompts_are_a_domains_text_or_random_tokens():
+    sizes = np.array([40, 20, 33])
+    arrivals = Arrivals(np.arange(3.0), np.zeros(3, int), sizes, sizes)
+
+    def made(domain: str | None) -> list:
+        return _prompts(argparse.Namespace(domain=domain, seed=0), arrivals, np.random.default_rng(0))
+
+    sums = made("arithmetic")
+    assert all(len(prompt) <= size and prompt.endswith(" =") for prompt, size in zip(sums, sizes, strict=True))
+    assert [len(prompt) for prompt in made(None)] == sizes.tolist()
+    with pytest.raises(InputError, match="--domain poems: known are code, prose, arithmetic"):
+        made("poems")

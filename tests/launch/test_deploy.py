@@ -15,6 +15,8 @@ import yaml
 
 from launch import arguments
 from launch.cluster.launchers import from_environment
+from launch.cluster.secret import load_secret
+from launch.http.access import Access
 from placement import Cluster
 from tests.helpers.paths import ROOT
 
@@ -46,6 +48,16 @@ def test_each_document_fits_its_published_schema(documents):
     broken = {**documents[-1], "spec": {**documents[-1]["spec"], "replica": 3}}
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(broken, KUBERNETES, strict=True)
+
+
+def test_the_mounted_secret_draws_no_warning(pods, tmp_path, caplog):
+    (volume,) = [v for v in pods["spec"]["template"]["spec"]["volumes"] if "secret" in v]
+    file = tmp_path / "secret"
+    file.write_text("x" * 32)
+    file.chmod(volume["secret"]["defaultMode"])
+    assert load_secret(file)
+    assert Access(file, None)
+    assert caplog.records == []
 
 
 def test_pods_are_the_servers_of_the_cluster_file(documents, pods, monkeypatch):

@@ -231,6 +231,15 @@ def test_a_secret_that_is_none_is_refused(tmp_path):
         load_secret(tmp_path / "file" / "secret")
 
 
+@pytest.mark.parametrize(("mode", "warned"), [(0o600, 0), (0o400, 0), (0o440, 0), (0o444, 1), (0o460, 1), (0o602, 1)])
+def test_a_secret_that_others_can_read_or_change_draws_a_warning(tmp_path, caplog, mode, warned):
+    file = tmp_path / "secret"
+    file.write_text("x" * 32)
+    file.chmod(mode)
+    assert load_secret(file) == b"x" * 32
+    assert len(caplog.records) == warned
+
+
 def test_a_listener_is_nowhere_but_at_its_address():
     with listen("127.0.0.1", 0, "test") as listening:
         port = listening.getsockname()[1]

@@ -26,7 +26,8 @@ def accept(book: Book, most: int = 5, stop: tuple[str, ...] = ()):
 def book():
     made = Book(3, 100, EOS)
     made.cancelled, made.done = [], []
-    made.cancel_in_worker, made.ended = made.cancelled.append, made.done.append
+    made.cancel_in_worker = made.cancelled.append
+    made.ended.append(made.done.append)
     return made
 
 

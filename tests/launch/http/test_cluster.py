@@ -48,19 +48,19 @@ class Cluster:
             time.sleep(0.2)
         raise AssertionError(self.log_file.read_text())
 
-    def text(self, server: int, prompt: str, tokens: int = 60) -> str:
+    def text(self, server: int, prompt: str, tokens: int = 60, **given: str) -> str:
         with openai.OpenAI(
             base_url=f"http://127.0.0.1:{self.port + server}/v1", api_key="none", max_retries=0
         ) as client:
             found = client.completions.create(
-                model="tiny-moe", prompt=prompt, max_tokens=tokens, temperature=0, timeout=300
+                model="tiny-moe", prompt=prompt, max_tokens=tokens, temperature=0, timeout=300, **given
             )
         return found.choices[0].text
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    opened = Cluster(tmp_path_factory.mktemp("cluster"), "--stuck", "15", "--hold", "300")
+    opened = Cluster(tmp_path_factory.mktemp("cluster"), "--stuck", "15", "--hold", "300", "--route")
     try:
         opened.wait_until_ready()
         yield opened
@@ -97,6 +97,28 @@ def test_all_go_on_when_a_worker_ends(cluster, server):
     assert all(any(NAMES[server] in reason["message"] for reason in found["reasons"]) for found in others)
     cluster.wait_until_ready()
     assert all(cluster.ready(i)["restarts"] > before[i] for i in range(3))
+
+
+def test_a_users_requests_are_served_where_their_experts_are_with_the_same_text(cluster):
+    def handed() -> int:
+        pattern = re.compile(r'^dancemoe_routed_total\{outcome="there"\} (.*)$', re.M)
+        found = [httpx.get(f"http://127.0.0.1:{cluster.port + i}/metrics", timeout=30).text for i in range(3)]
+        return sum(int(float(count)) for text in found for count in pattern.findall(text))
+
+    prompts = [f"{number} + 30 = " for number in range(12, 15)]
+    expected = [cluster.text(i, prompt, 100) for i, prompt in enumerate(prompts)]
+    assert handed() == 0  # nobody said who they are
+    assert [cluster.text(i, prompt, 100, user="arithmetic") for i, prompt in enumerate(prompts)] == expected
+    deadline = time.monotonic() + 30
+    while not (count := handed()) and time.monotonic() < deadline:
+        assert [cluster.text(i, prompt, 100, user="arithmetic") for i, prompt in enumerate(prompts)] == expected
+    assert count > 0
+    with ThreadPoolExecutor(6) as pool:  # a worker that ends takes none with it, wherever they are served
+        running = [pool.submit(cluster.text, i % 3, prompts[i % 3], 100, user="arithmetic") for i in range(6)]
+        time.sleep(0.2)
+        os.kill(cluster.ready(1)["worker"]["pid"], signal.SIGKILL)
+        assert [one.result(400) for one in running] == [*expected, *expected]
+    cluster.wait_until_ready()
 
 
 def test_traffic_by_pair_and_who_served_each_token(cluster):

@@ -45,6 +45,8 @@ class Machines:
             str(STUCK_S),
             "--hold",
             "500",
+            "--wait",
+            "600s",
         ]
         self.processes = {}
         for name in NAMES:
