@@ -13,9 +13,9 @@ from placement.data.statistics import distribution, divergence, divergence_of_ch
 # and none of the others': 68.1, 52.6 and 50.7. A server without any history, beside two with thousands of tokens: 50.7.
 DEFAULT_PRIOR = 32.0
 _OTHERS = 0.25
-# Users count as alike where their counts differ by at most so many times what chance makes, and where chance would not hide a
-# clear difference (bits). Texts are no independent draws: halves of one domain differ by more than chance has it.
-_ALIKE, _HIDDEN = 3.0, 0.05
+# Users count as alike where their counts differ by at most so many times what chance makes of independent tokens, and where
+# chance would not hide a clear difference (bits).
+_ALIKE, _HIDDEN = 1.5, 0.05
 _KINDS = 32  # of users that are told apart; servers beyond them count alone
 _POOLED, _EACH = (
     2**16,
