@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from placement.data.problem import Problem, Tokens
-from placement.data.statistics import distribution, divergence, divergence_of_chance, shrink
+from placement.data.statistics import divergence, divergence_of_chance, shrink
 
 # Tokens without preference that each server's statistics get, and as many of the others' for each of them. Measured on
 # DeepSeek-V2-Lite's routing (three unlike domains, `latency`, network time of a decode step on the other half): with 6 tokens
@@ -13,14 +13,13 @@ from placement.data.statistics import distribution, divergence, divergence_of_ch
 # and none of the others': 68.1, 52.6 and 50.7. A server without any history, beside two with thousands of tokens: 50.7.
 DEFAULT_PRIOR = 32.0
 _OTHERS = 0.25
-# Users count as alike where their counts differ by at most so many times what chance makes, and where chance would not hide a
-# clear difference (bits). Texts are no independent draws: halves of one domain differ by more than chance has it.
-_ALIKE, _HIDDEN = 3.0, 0.05
+# Users count as alike where their counts differ by at most so many times what chance makes of independent tokens, and where
+# chance would not hide a clear difference (bits).
+_ALIKE, _HIDDEN = 1.5, 0.05
 _KINDS = 32  # of users that are told apart; servers beyond them count alone
-_POOLED, _EACH = (
-    2**16,
-    1024,
-)  # token-level sets that all servers have together with those of alike users, and one server
+# Token-level sets that all servers have together with those of alike users, and one server; and so many of the tokens counted
+# are few.
+_POOLED, _EACH, _FEW = 2**16, 1024, 0.25
 
 
 def with_prior(problem: Problem, prior: float) -> Problem:
@@ -29,7 +28,7 @@ def with_prior(problem: Problem, prior: float) -> Problem:
     Counts get what these tokens choose in the mean; so do token-level sets, as sets: of the others' recorded tokens some,
     evenly taken, and sets drawn at random. A server without history is then one whose users want what the others' want,
     with little certainty; where nobody has any, all experts are alike. Statistics of thousands of tokens hardly change.
-    Servers whose users cannot be told apart (`kinds`) share their statistics.
+    A server with far fewer token-level sets than counts takes sets of users who cannot be told apart from its own (`kinds`).
 
     Args:
         problem: as counted; statistics that are exact (`counted` infinite) stay as they are.
@@ -40,8 +39,7 @@ def with_prior(problem: Problem, prior: float) -> Problem:
     _, layers, experts = problem.shape
     counts = problem.frequency * (problem.counted * problem.top_k)
     kind = kinds(counts)
-    worth = _drawn(counts, problem, prior).sum(-1, keepdims=True)  # each counts for what it brings itself
-    counts = distribution(_drawn(_together(counts, kind), problem, prior)) * worth
+    counts = shrink(counts, _OTHERS * prior * problem.top_k) + prior * problem.top_k / experts
     total = counts.sum()
     counted = float(total) / (layers * problem.top_k)
     return replace(problem, frequency=counts * (layers / total), tokens=_sets(problem, prior, kind), counted=counted)
@@ -71,26 +69,17 @@ def kinds(counts: np.ndarray) -> np.ndarray:
     return kind
 
 
-def _drawn(counts: np.ndarray, problem: Problem, prior: float) -> np.ndarray:
-    """Counts and what pseudo-tokens choose in the mean."""
-    flat = prior * problem.top_k / counts.shape[-1]
-    return shrink(counts, _OTHERS * prior * problem.top_k) + flat
-
-
-def _together(counts: np.ndarray, kind: np.ndarray) -> np.ndarray:
-    """Counts of all users of each server's kind, [N, L, E]."""
-    counts = counts.copy()
-    for first in np.flatnonzero(np.bincount(kind, minlength=len(counts)) > 1):
-        alike = np.flatnonzero(kind == first)
-        counts[alike] = counts[alike].sum(0)
-    return counts
-
-
-def _of_its_kind(tokens: Tokens, server: int, kind: np.ndarray) -> np.ndarray:
-    """Rows of recorded sets of other servers' users who are like this one's, evenly taken."""
-    room = min(_EACH, _POOLED // len(kind)) - int((tokens.server == server).sum())
+def _of_its_kind(problem: Problem, tokens: Tokens, server: int, kind: np.ndarray) -> np.ndarray:
+    """Rows of recorded sets of other servers' users who are like this one's, evenly taken; where its own are few."""
+    own, counted = (
+        int((tokens.server == server).sum()),
+        problem.frequency[server].sum() / problem.shape[1] * problem.counted,
+    )
+    room = min(_EACH, _POOLED // len(kind)) - own
+    if own >= _FEW * counted or room <= 0:
+        return np.zeros(0, np.int64)
     others = np.flatnonzero((kind[tokens.server] == kind[server]) & (tokens.server != server))
-    return others[np.linspace(0, len(others) - 1, min(len(others), max(0, room))).astype(np.int64)]
+    return others[np.linspace(0, len(others) - 1, min(len(others), room)).astype(np.int64)]
 
 
 def _sets(problem: Problem, prior: float, kind: np.ndarray) -> Tokens | None:
@@ -105,7 +94,7 @@ def _sets(problem: Problem, prior: float, kind: np.ndarray) -> Tokens | None:
         taken = others[np.linspace(0, len(others) - 1, min(len(others), round(_OTHERS * prior))).astype(np.int64)]
         chance = np.random.default_rng(int(server)).random((round(prior), layers, experts), np.float32)
         flat = np.argpartition(chance, problem.top_k - 1, axis=-1)[..., : problem.top_k]
-        taken = np.concatenate([taken, _of_its_kind(tokens, int(server), kind)])
+        taken = np.concatenate([taken, _of_its_kind(problem, tokens, int(server), kind)])
         parts += [tokens.ids[taken], flat.astype(tokens.ids.dtype)]
         sources.append(np.full(len(taken) + len(flat), server))
     ids = np.concatenate(parts)
