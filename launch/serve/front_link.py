@@ -33,9 +33,8 @@ log = logging.getLogger(__name__)
 _CONNECT_S = 10.0
 _BEAT_S = 0.5
 _FLUSH_S = 5.0
-_TOGETHER_S = (
-    0.004  # after a message, before the next: what comes meanwhile goes with it, instead of waking three processes
-)
+# After a message, before the next: what comes meanwhile goes with it, instead of waking three processes for each token.
+_TOGETHER_S = 0.004
 
 
 class FrontLink:
