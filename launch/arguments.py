@@ -117,8 +117,8 @@ def _add_http(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--http", metavar="HOST:PORT", help="answer HTTP there, as OpenAI's API has it, instead of JSON lines")
     add("--queue", type=int, default=256, metavar="N", help="HTTP requests that may be under way at once (256)")
-    text = "longest wait for a turn that a request is accepted with (auto: so long that it ends within twice the usual time)"
-    add("--wait", default="auto", metavar="auto|T", help=text)
+    text = "longest wait for its turn of a request that is accepted (--deadline); auto: its answer takes at most twice the usual time"
+    add("--wait", metavar="T|auto", help=text)
     add("--hold", type=float, default=60.0, metavar="S", help="seconds that requests wait for a lost server (60)")
     add("--stuck", type=float, default=30.0, metavar="S", help="seconds without a step until a worker is replaced (30)")
     add("--deadline", type=float, default=600.0, metavar="S", help="seconds for a request to be answered (600)")

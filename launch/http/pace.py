@@ -13,9 +13,9 @@ _GUESS_S = 1.0  # for serving a request, before one has been served
 class Pace:
     """Of the requests of one server.
 
-    By default a newcomer may wait as long as its answer will be there within twice the usual time: the 95th percentile of those
-    that came when nobody was refused. As many as are served at once may always wait, so that a burst is taken; before
-    anything is known, no more.
+    Without a limit in seconds a newcomer may wait as long as its answer will be there within twice the usual time: the 95th
+    percentile of those that came when nobody was refused. As many as are served at once may always wait, so that a burst is
+    taken; before anything is known, no more.
 
     Args:
         slots: requests that it serves at once; longest: seconds that a newcomer may be expected to wait, instead.

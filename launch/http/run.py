@@ -101,7 +101,10 @@ def _service(
     names = cluster.names if cluster else (ALONE,)
     own = names.index(args.server or ALONE)
     slots = args.sequences * (len(cluster.servers[own].devices) if cluster else 1)
-    pace = Pace(slots, None if args.wait == "auto" else parse_seconds(args.wait, "--wait"))
+    longest = (
+        args.deadline if args.wait is None else None if args.wait == "auto" else parse_seconds(args.wait, "--wait")
+    )
+    pace = Pace(slots, longest)
     book = Book(args.queue, config.max_position, config.eos_token, pace)
     supervisor = Supervisor(
         _command(),

@@ -28,7 +28,7 @@ class Door:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_file = folder / f"door-{self.port}.log"
-        shape = ["--context", "128", "--sequences", "4", "--max-step-tokens", "16", "--wait", "600s"]
+        shape = ["--context", "128", "--sequences", "4", "--max-step-tokens", "16"]
         given = [sys.executable, "-m", "launch", "serve", "--http", f"127.0.0.1:{self.port}", *shape, *flags]
         with open(self.log_file, "wb") as log:
             self.process = subprocess.Popen([*command, *given], stdin=stdin, stdout=log, stderr=log, cwd=ROOT)

@@ -22,16 +22,7 @@ SECONDS = float(os.environ.get("ARRIVALS_SECONDS", "80"))
 OVERLOAD = min(120.0, SECONDS / 4)
 NORMAL_AGAIN = 10.0
 PROMPT, OUTPUT = 48, 96  # tokens at most
-SERVER = (
-    "--sequences",
-    "4",
-    "--context",
-    "256",
-    "--max-step-tokens",
-    "64",
-    "--wait",
-    "auto",
-)  # queue and wait as by default
+SERVER = ("--sequences", "4", "--context", "256", "--max-step-tokens", "64", "--wait", "auto")
 
 
 def load(door: Door, capsys, per_second: float, seconds: float) -> dict[str, Any]:

@@ -45,8 +45,6 @@ class Machines:
             str(STUCK_S),
             "--hold",
             "500",
-            "--wait",
-            "600s",
         ]
         self.processes = {}
         for name in NAMES:
