@@ -101,9 +101,7 @@ def _service(
     names = cluster.names if cluster else (ALONE,)
     own = names.index(args.server or ALONE)
     slots = args.sequences * (len(cluster.servers[own].devices) if cluster else 1)
-    longest = (
-        args.deadline if args.wait is None else None if args.wait == "auto" else parse_seconds(args.wait, "--wait")
-    )
+    longest = None if args.wait == "auto" else parse_seconds(args.wait, "--wait") if args.wait else args.deadline
     pace = Pace(slots, longest)
     book = Book(args.queue, config.max_position, config.eos_token, pace)
     supervisor = Supervisor(
