@@ -25,6 +25,7 @@ for _name, _value in {
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.devices()  # now, before a command that a test runs here asks for fewer
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -58,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
     # Beside HTTP lines come only where they are asked for; a worker has neither.
     wanted = args.requests is not None if args.http is not None else True
     lines = open_lines(args.requests or "-") if wanted and not args.front_door and not starts_others else None
+    if starts_others and args.requests not in (None, "-"):
+        open_lines(args.requests).close()  # what is wrong with it is said once, not by every server
     args.secret = load_secret(args.secret_file)
     if cluster is not None and starts_others:
         return _start_all(args, cluster)

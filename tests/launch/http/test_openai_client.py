@@ -22,9 +22,9 @@ def test_a_completion_is_the_text_of_generate(door, generated, prompt):
 
 
 def test_a_stream_is_the_same_text_in_pieces(door, generated):
-    expected = generated("def main(", max_tokens=20, temperature=0.8, top_p=0.9, seed=5)
+    expected = generated("def main(", max_tokens=100, temperature=0.8, top_p=0.9, seed=5)
     stream = door.client.completions.create(
-        model=MODEL, prompt="def main(", max_tokens=20, temperature=0.8, top_p=0.9, seed=5, stream=True
+        model=MODEL, prompt="def main(", max_tokens=100, temperature=0.8, top_p=0.9, seed=5, stream=True
     )
     chunks = list(stream)
     assert len(chunks) > 5
