@@ -7,6 +7,7 @@ import numpy as np
 _ROUNDS = 4  # turns of all batch slots that show how fast requests are served now
 _USUAL = 256  # requests that show what is usual
 _FEWEST = 8  # of them, before anything is known
+_WITHIN = 1.8  # times the usual, as what is expected is not quite what comes
 _GUESS_S = 1.0  # for serving a request, before one has been served
 
 
@@ -14,8 +15,7 @@ class Pace:
     """Of the requests of one server.
 
     Without a limit in seconds a newcomer may wait as long as its answer will be there within twice the usual time: the 95th
-    percentile of those that came when nobody was refused. As many as are served at once may always wait, so that a burst is
-    taken; before anything is known, no more.
+    percentile of those that came when nobody was refused. Before anything is known, as many as are served at once may wait.
 
     Args:
         slots: requests that it serves at once; longest: seconds that a newcomer may be expected to wait, instead.
@@ -43,7 +43,7 @@ class Pace:
             return self._longest
         if len(self._usual) < _FEWEST:
             return self._serving
-        return max(self._serving, 2 * _p95(self._usual) - _p95(self._lately))
+        return max(0.0, _WITHIN * _p95(self._usual) - _p95(self._lately))
 
     @property
     def _serving(self) -> float:

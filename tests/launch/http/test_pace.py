@@ -34,14 +34,14 @@ def test_a_queue_takes_as_long_as_its_requests_need_slots():
 
 def test_an_answer_takes_at_most_twice_as_long_as_usual():
     pace = known(4, 1.0)
-    assert pace.longest == pytest.approx(1.0)
+    assert pace.longest == pytest.approx(0.8)  # and a fifth to spare
     for _ in range(16):  # these take less than those that count as usual; they had to wait
         pace.served(0.5, None)
-    assert pace.longest == pytest.approx(1.5)
-    for _ in range(16):  # all is slow for a while: as many may wait as there are slots
+    assert pace.longest == pytest.approx(1.3)
+    for _ in range(16):  # all is slow for a while: nobody waits
         pace.served(3.0, None)
-    assert pace.longest == pytest.approx(3.0)
-    assert pace.wait(3, 4, 0.0) <= pace.longest < pace.wait(4, 4, 0.0)
+    assert pace.longest == 0
+    assert pace.wait(0, 3, 0.0) == 0 < pace.wait(0, 4, 0.0)
     assert known(4, 1.0, longest=7.0).longest == 7.0
 
 
@@ -87,10 +87,10 @@ def test_what_outlives_a_worker_does_not_count_as_usual(clock):
     book = Book(100, 1000, EOS, pace := Pace(1))
     for _ in range(8):
         serve(book, clock, accept(book), 1.0)
-    assert pace.longest == pytest.approx(1.0)
+    assert pace.longest == pytest.approx(0.8)
     third = accept(book)
     book.begun(third.number)
     book.lost_worker(serving=True)
     clock[0] += 50
     serve(book, clock, third, 1.0)
-    assert pace.longest == pytest.approx(1.0)
+    assert pace.longest == pytest.approx(0.8)
