@@ -33,8 +33,9 @@ log = logging.getLogger(__name__)
 _CONNECT_S = 10.0
 _BEAT_S = 0.5
 _FLUSH_S = 5.0
-# After a message, before the next: what comes meanwhile goes with it, instead of waking three processes for each token.
-_TOGETHER_S = 0.004
+# After a message, before the next: tokens that come meanwhile go with it, instead of waking three processes for each. As
+# long as a screen shows one picture; what somebody waits for, an answer's first token or its end, goes at once.
+_TOGETHER_S = 0.016
 
 
 class FrontLink:
@@ -58,6 +59,7 @@ class FrontLink:
         self._left: dict[int, Request] = {}  # what the loop's end has cut off
         self._count, self._last, self._over = threading.Lock(), False, threading.Event()
         self._news: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._hurry = threading.Event()
         self._stats: Stats | None = None
         self._doors, self._names = Doors(), tuple[str, ...]()
         for name, target in (("front door's requests", self._read), ("tokens", self._write), ("beat", self._beat)):
@@ -73,7 +75,7 @@ class FrontLink:
 
     def phase(self, name: str) -> None:
         """Say what this process does on its way to serving."""
-        self._news.put(("phase", name))
+        self._say("phase", name)
 
     def start(self, host: Host, cluster: Cluster) -> None:
         """Requests go to a host from now on."""
@@ -84,7 +86,7 @@ class FrontLink:
     def take_in(self, cluster: Cluster) -> None:
         """The cluster has other servers from now on."""
         self._names = cluster.names
-        self._news.put(("servers", list(cluster.names)))
+        self._say("servers", list(cluster.names))
 
     def watch(self, host: Host, loaded: Loaded, worker: MigrationWorker | None) -> None:
         """Tell the front door what a program does."""
@@ -97,17 +99,17 @@ class FrontLink:
 
     def close(self) -> None:
         """The cluster drains: the front door is to send what it has accepted, and no more."""
-        self._news.put(("draining", True))
+        self._say("draining", True)
 
     def settle(self, seconds: float) -> None:
         """Wait at most so long until all that was said has been sent."""
         sent = threading.Event()
-        self._news.put(("sent", sent))
+        self._say("sent", sent)
         sent.wait(seconds)
 
     def end_because(self, problem: str) -> None:
         """Say why this process ends before it has served."""
-        self._news.put(("problem", " ".join(problem.split())))
+        self._say("problem", " ".join(problem.split()))
         self.settle(_FLUSH_S)
 
     def failed_step(self, why: str) -> None:
@@ -117,7 +119,7 @@ class FrontLink:
         open_here = {number: stream.request for number, stream in list(self._streams.items())}
         ids = [number for number, request in {**open_here, **self._left}.items() if id(request) in taken]
         log.error("a step has failed, and %d requests with it (%s); the worker starts again", len(ids), why)
-        self._news.put(("failed", {"ids": ids, "why": why}))
+        self._say("failed", {"ids": ids, "why": why})
         self.settle(_FLUSH_S)
         leave_at_once()
 
@@ -166,14 +168,14 @@ class FrontLink:
                 grammar=self._grammars.start(fields["schema"], fields["output"]) if fields["schema"] else None,
             )
             request.restart()
-            request.on_begin = lambda: self._news.put(("begun", number))
+            request.on_begin = lambda: self._say("begun", number, hurry=False)
             stream = _Tokens(request, number, self)
             with self._count:
                 self._streams[number] = stream
             self._host.submit(request, stream)
         except DanceMoEError as error:
             self._streams.pop(number, None)
-            self._news.put(("ended", [number, "refused", str(error)]))
+            self._say("ended", [number, "refused", str(error)])
 
     def _reply(self, request: Mapping[str, Any]) -> None:
         reply: dict[str, Any] = {"id": request.get("id")}
@@ -182,13 +184,20 @@ class FrontLink:
             reply["reply"] = self._stats.answer(request)
         except Exception as error:  # whatever it is, the operator is told
             reply["error"] = " ".join(str(error).split()) or type(error).__name__
-        self._news.put(("reply", reply))
+        self._say("reply", reply)
 
     # ---- to the front door ----
 
-    def given(self, number: int, token: int, *more: Any) -> None:
-        """A request has been given a token; more: its log probabilities and who served it, where they are wanted."""
-        self._news.put(("tokens", [number, token, *more]))
+    def given(self, number: int, token: int, *more: Any, first: bool) -> None:
+        """A request has been given a token, its first one perhaps; more: its log probabilities and who served it, where they
+        are wanted."""
+        self._say("tokens", [number, token, *more], hurry=first)
+
+    def _say(self, kind: str, value: Any, *, hurry: bool = True) -> None:
+        """Have something sent, from any thread."""
+        self._news.put((kind, value))
+        if hurry:
+            self._hurry.set()
 
     def ended(self, number: int, request: Request) -> None:
         """A request has ended here."""
@@ -196,7 +205,7 @@ class FrontLink:
             self._streams.pop(number, None)
         # One that the front door did not cancel goes on in the next process: this one ends.
         if request.reason != "cancelled" or request.cancelled:
-            self._news.put(("ended", [number, request.reason, request.error]))
+            self._say("ended", [number, request.reason, request.error])
         else:
             self._left[number] = request
         self._finish_if_over()
@@ -216,14 +225,16 @@ class FrontLink:
                     beat["stats"] = stats.report()
             if host is not None and self._names:
                 beat["doors"] = self._doors.look(host.channel, self._names[host.server], self._names)
-            self._news.put(("beat", beat))
+            self._say("beat", beat)
             time.sleep(_BEAT_S)
 
     def _write(self) -> None:
         try:
             while True:
-                self._send_all(self._news.get())
-                time.sleep(_TOGETHER_S)
+                first = self._news.get()
+                self._hurry.clear()
+                self._send_all(first)
+                self._hurry.wait(_TOGETHER_S)
         except MessageError:
             leave_at_once()
 
@@ -263,12 +274,8 @@ class _Tokens(Stream):
     def _take(self, token: int) -> bool:
         request = self.request
         logprobs = request.last_logprobs if request.logprobs is not None else None
-        if request.wants_servers:
-            self._link.given(self._number, token, logprobs, request.served_by)
-        elif logprobs is not None:
-            self._link.given(self._number, token, logprobs)
-        else:
-            self._link.given(self._number, token)
+        more = (logprobs, request.served_by) if request.wants_servers else () if logprobs is None else (logprobs,)
+        self._link.given(self._number, token, *more, first=len(request.output) == request.kept + 1)
         return False
 
     def close(self) -> None:

@@ -68,7 +68,7 @@ def test_answers_fit_their_schema_streamed_or_not(door, schema, sampling):
     assert fits(schema, json.loads(whole.choices[0].message.content)), whole.choices[0].message.content
     pieces = list(ask(door, schema, stream=True, **sampling))
     assert "".join(p.choices[0].delta.content or "" for p in pieces) == whole.choices[0].message.content
-    assert len(pieces) > 5
+    assert len(pieces) > 2
 
 
 def test_any_object_is_one(door):
