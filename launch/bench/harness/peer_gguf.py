@@ -11,17 +11,19 @@ import numpy as np
 from launch.bench.harness.peer_shapes import cut, random_numbers
 
 _ARCHITECTURES = {"qwen3_moe": "qwen3moe", "mixtral": "llama", "deepseek_v2": "deepseek2"}
-_SCALE = 0.02  # of weights
+_SCALE = 0.02  # of most weights
 _STEP = 1234560  # between the places that weights are cut from; a multiple of a block of q8_0
 
 
 class _Tensor(NamedTuple):
-    """One tensor: matrices have the file's type, the others are float32. `fill` takes the place of random numbers."""
+    """One tensor: matrices have the file's type, the others are float32. `fill` takes the place of random numbers, which
+    have `scale` as standard deviation."""
 
     name: str
     shape: tuple[int, ...]
     matrix: bool = True
     fill: float | None = None
+    scale: float = _SCALE
 
 
 def write_gguf(path: Path, config: dict[str, Any], kind: str) -> None:
@@ -34,10 +36,8 @@ def write_gguf(path: Path, config: dict[str, Any], kind: str) -> None:
     gguf: Any = importlib.import_module("gguf")
     stored = {"float32": gguf.GGMLQuantizationType.F32, "bfloat16": gguf.GGMLQuantizationType.BF16}
     of_matrix = stored.get(kind, gguf.GGMLQuantizationType.Q8_0)
-    numbers = random_numbers() * np.float32(_SCALE)
-    encoded = {
-        type_: gguf.quantize(numbers, type_).view(np.uint8).reshape(-1) for type_ in {of_matrix, stored["float32"]}
-    }
+    numbers = random_numbers()
+    encoded: dict[tuple[int, float], np.ndarray] = {}
     writer = gguf.GGUFWriter(path, _ARCHITECTURES[config["model_type"]])
     for key, value in _keys(config).items():
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
@@ -53,9 +53,12 @@ def write_gguf(path: Path, config: dict[str, Any], kind: str) -> None:
         if tensor.fill is not None:
             data = np.full(tensor.shape, tensor.fill, np.float32).view(np.uint8)
         else:
+            key = type_, tensor.scale
+            if key not in encoded:
+                encoded[key] = gguf.quantize(numbers * np.float32(tensor.scale), type_).view(np.uint8).reshape(-1)
             block, size = gguf.GGML_QUANT_SIZES[type_]
             count = math.prod(tensor.shape) // block * size
-            data = cut(encoded[type_], count, number * _STEP // block * size)
+            data = cut(encoded[key], count, number * _STEP // block * size)
         writer.write_tensor_data(data)
     writer.close()
 
@@ -111,7 +114,9 @@ def _latent_keys(c: dict[str, Any]) -> dict[str, Any]:
 def _tensors(c: dict[str, Any]) -> Iterator[_Tensor]:
     """All tensors, shapes as numpy has them: outputs before inputs."""
     h, vocabulary = c["hidden_size"], c["vocab_size"]
-    yield _Tensor("token_embd.weight", (vocabulary, h))
+    # Large, as in trained models: a token's experts depend on the token first. Else what all sequences share, their prompt,
+    # has them call the same experts, and a step reads fewer than ours does.
+    yield _Tensor("token_embd.weight", (vocabulary, h), scale=1.0)
     yield _Tensor("output.weight", (vocabulary, h))
     yield _Tensor("output_norm.weight", (h,), False, 1.0)
     for number in range(c["num_hidden_layers"]):

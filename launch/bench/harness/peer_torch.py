@@ -25,6 +25,8 @@ class Transformers:
         config = transformers.AutoConfig.for_model(fields["model_type"], **given)
         torch.set_default_dtype(getattr(torch, kind))
         self._model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        # As large as in trained models, so that sequences that share their prompt call experts of their own (peer_gguf).
+        torch.nn.init.normal_(self._model.get_input_embeddings().weight)
         self._vocabulary = config.vocab_size
         self._kept: tuple[int, Any] = (0, None)
 
