@@ -147,6 +147,9 @@ inline size_t rows_of_a_task(const Matrix& weights, size_t count) {
   return std::min<size_t>(std::max<size_t>(fitting / 8 * 8, 8), 256);
 }
 
+// Activations that one task prepares, or adds up.
+constexpr size_t kNumbersOfATask = 64 << 10;
+
 // Bytes that could be read in the time that such a product takes.
 inline size_t read_by(const Matrix& weights, size_t count) {
   return weights.rows * weights.width * size_of(weights.type) * (1 + count / 8);

@@ -46,8 +46,6 @@ float grid(const float* x, size_t width) {
   return std::ldexp(1.0f, std::max(exponent, -60) - 16);
 }
 
-constexpr size_t kPackedTask = 64 << 10;  // numbers that one task packs
-
 struct Assignment {
   int32_t slot;
   size_t at;  // token * k + its place among the token's
@@ -144,7 +142,7 @@ ffi::Error Experts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32>
     }
   }, groups.size() * read_by(any_in, of_a_group));
 
-  const size_t row_block = std::max<size_t>(1, kPackedTask / inner), row_blocks = (count + row_block - 1) / row_block;
+  const size_t row_block = std::max<size_t>(1, kNumbersOfATask / inner), row_blocks = (count + row_block - 1) / row_block;
   parallel(pool, row_blocks, [&](int64_t task) {
     for (size_t i = task * row_block; i < std::min(count, (task + 1) * row_block); i++) packed_gated.pack(i, gated_rows[i]);
   });
@@ -163,7 +161,7 @@ ffi::Error Experts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32>
   if (taken.size() < tokens) std::memset(out->typed_data(), 0, out->size_bytes());
   std::vector<const float*> of(tokens * k, nullptr);
   for (size_t i = 0; i < count; i++) of[assignments[i].at] = outputs.data() + i * hidden;
-  const size_t token_block = std::max<size_t>(1, (64 << 10) / (hidden * k)), token_blocks = (taken.size() + token_block - 1) / token_block;
+  const size_t token_block = std::max<size_t>(1, kNumbersOfATask / (hidden * k)), token_blocks = (taken.size() + token_block - 1) / token_block;
   parallel(pool, token_blocks, [&](int64_t task) {
     Scratch total(hidden);
     for (size_t i = task * token_block; i < std::min(taken.size(), (task + 1) * token_block); i++) {

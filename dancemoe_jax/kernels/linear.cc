@@ -1,7 +1,7 @@
 // Rows times one layer's weights out of arrays stacked over layers: nothing is sliced out or copied first.
 //
 // Its meaning is linear.py's `stacked_linear_xla`, for several weights that meet the same rows. With heads, each head of x has a
-// weight of its own.
+// weight of its own. Gated, x holds what silu gates, after its gates, and the rows that weights meet are half as wide.
 #include "buffers.h"
 #include "threads.h"
 
@@ -18,7 +18,7 @@ struct Product {
 };
 
 ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::PRED> active,
-                  ffi::RemainingArgs weights, ffi::RemainingRets results, bool transposed, bool scaled) {
+                  ffi::RemainingArgs weights, ffi::RemainingRets results, bool transposed, bool scaled, bool gated) {
   const VectorCode& code = vector_code();
   const size_t rows = x.dimensions()[0], parts = results.size();
   const int32_t index = layer.typed_data()[0];
@@ -48,7 +48,7 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> 
     if (scaled)
       own.scale = static_cast<const float*>(weights.get<ffi::AnyBuffer>(parts + part)->untyped_data()) + index * heads * own.outputs;
     own.to = y.untyped_data();
-    own.block = rows_of_a_task(own.weights, count), own.blocks = (own.outputs + own.block - 1) / own.block;
+    own.block = transposed ? std::min<size_t>(own.outputs, 512) : rows_of_a_task(own.weights, count), own.blocks = (own.outputs + own.block - 1) / own.block;
     tasks += heads * own.blocks, bytes += read_by(own.weights, count);
     // Rows that are not active get zeros and cost nothing else.
     if (count < rows) std::memset(own.to, 0, y.size_bytes());
@@ -56,17 +56,29 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> 
   }
   if (count == 0) return ffi::Error::Success();
 
-  const Rows from(x.untyped_data(), activations, heads, inputs, chosen);
-  PackedRows packed(count * heads, inputs, activations, transposed ? Type::kFloat32 : stored);
-  std::vector<const float*> by_head(count * heads);
-  std::vector<const uint16_t*> packed_by_head(count * heads);
-  for (size_t head = 0; head < heads; head++) {
-    for (size_t r = 0; r < count; r++) {
-      const size_t row = r * heads + head;
-      packed.pack(row, from[row]);
-      by_head[head * count + r] = from[row], packed_by_head[head * count + r] = packed[row];
+  const size_t given = inputs * (1 + gated), stride_of_gated = row_stride(inputs), taken = count * heads;
+  const Rows from(x.untyped_data(), activations, heads, given, chosen);
+  Scratch gated_rows(gated ? taken * stride_of_gated : 0);
+  PackedRows packed(taken, inputs, activations, transposed ? Type::kFloat32 : stored);
+  std::vector<const float*> by_head(taken);
+  std::vector<const uint16_t*> packed_by_head(taken);
+  const size_t row_block = std::max<size_t>(1, kNumbersOfATask / given), row_blocks = (taken + row_block - 1) / row_block;
+  parallel(pool, row_blocks, [&](int64_t task) {
+    for (size_t row = task * row_block; row < std::min(taken, (task + 1) * row_block); row++) {
+      const float* own = from[row];
+      if (gated) {
+        float* to = gated_rows.data() + row * stride_of_gated;
+        std::memcpy(to, own, inputs * sizeof(float));
+        code.gate(to, own + inputs, inputs, 0);
+        if (activations == Type::kBfloat16) code.round(to, inputs);
+        std::memset(to + inputs, 0, (padded(inputs) - inputs) * sizeof(float));
+        own = to;
+      }
+      packed.pack(row, own);
+      const size_t place = row % heads * count + row / heads;
+      by_head[place] = own, packed_by_head[place] = packed[row];
     }
-  }
+  });
 
   parallel(pool, tasks, [&](int64_t number) {
     size_t task = number;
@@ -108,6 +120,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dancemoe_linear, Linear,
                                   .RemainingArgs()
                                   .RemainingRets()
                                   .Attr<bool>("transposed")
-                                  .Attr<bool>("scaled"));
+                                  .Attr<bool>("scaled")
+                                  .Attr<bool>("gated"));
 
 }  // namespace dancemoe

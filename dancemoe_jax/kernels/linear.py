@@ -92,8 +92,12 @@ def stacked_linears_native(
     scales: Sequence[Array] = (),
     dtype: Any = None,
     transposed: bool = False,
+    gated: bool = False,
 ) -> list[Array]:
-    """`stacked_linear_native` of each of several weights of one type, in one call; `scales` of all of them or none."""
+    """`stacked_linear_native` of each of several weights of one type, in one call; `scales` of all of them or none.
+
+    With `gated` x is [*rows, 2 * inputs], gates in front: the weights meet silu(gate) * up, in the type of x.
+    """
     heads = weights[0].shape[1:-2]
     outputs = [weight.shape[-1 if transposed else -2] for weight in weights]
     rows = x.reshape(-1, *heads, x.shape[-1])
@@ -107,6 +111,7 @@ def stacked_linears_native(
         *(scale.astype(jnp.float32) for scale in scales),
         transposed=transposed,
         scaled=bool(scales),
+        gated=gated,
     )
     return [y.reshape(*x.shape[:-1], width) for y, width in zip(found, outputs, strict=True)]
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dancemoe_jax.kernels.linear import linear
+from dancemoe_jax.kernels.linear import StackedWeight, linear, stacked_linears_native
 
 # gpt-oss's SwiGLU: the sigmoid's argument is the gate times this.
 _CLAMPED_SLOPE = 1.702
@@ -35,6 +35,10 @@ def expert(
 ) -> Float[Array, "*tokens hidden"]:
     """One expert on each row: `(silu(x gate) * (x up)) down`, or gpt-oss's clamped form with a `limit`."""
     inner = _scaled_linear(x, weights.w_in, weights.s_in, weights.b_in)
+    w_out = weights.w_out
+    if isinstance(w_out, StackedWeight) and w_out.gpu is None and weights.s_out is None and not limit:
+        (y,) = stacked_linears_native(inner, [w_out.stack], w_out.layer, w_out.active, gated=True)
+        return y if weights.b_out is None else y + _along_last(weights.b_out, y)
     return _scaled_linear(gated(inner, limit), weights.w_out, weights.s_out, weights.b_out)
 
 

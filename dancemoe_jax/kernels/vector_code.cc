@@ -165,31 +165,34 @@ INLINE void mix_block(const T* v, const Matrix& m, const float* p, size_t p_stri
   Lanes sums[R][N];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int n = 0; n < N; n++) sums[r][n] = load(out + r * out_stride + n * kLanes);
   for (size_t s = 0; s < m.rows; s++) {
     if (ahead && s + kAhead < m.rows)
       for (size_t i = 0; i < N * kLanes; i += kLine) __builtin_prefetch(v + (s + kAhead) * m.stride + i, 0, 3);
     Lanes values[N];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int n = 0; n < N; n++) values[n] = load(v + s * m.stride + n * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
       const Lanes weight = all(p[r * p_stride + s]);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int n = 0; n < N; n++) sums[r][n] = fused(weight, values[n], sums[r][n]);
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int n = 0; n < N; n++) store(out + r * out_stride + n * kLanes, sums[r][n]);
 }
 
 template <class T, int R>
 void mix_rows(const Matrix& m, const float* p, size_t p_stride, bool ahead, float* out, size_t out_stride) {
   const T* v = static_cast<const T*>(m.data);
+  // As much of each row at once as there are registers for: memory gives neighbours sooner.
+  constexpr int kWide = R == 1 ? 4 * kColumns : R <= 3 ? 2 * kColumns : kColumns;
   size_t j = 0;
+  for (; j + kWide * kLanes <= m.width; j += kWide * kLanes) mix_block<T, R, kWide>(v + j, m, p, p_stride, ahead, out + j, out_stride);
   for (; j + kColumns * kLanes <= m.width; j += kColumns * kLanes)
     mix_block<T, R, kColumns>(v + j, m, p, p_stride, ahead, out + j, out_stride);
   for (; j + kLanes <= m.width; j += kLanes) mix_block<T, R, 1>(v + j, m, p, p_stride, ahead, out + j, out_stride);

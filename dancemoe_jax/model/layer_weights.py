@@ -25,16 +25,42 @@ class LayerWeights:
     Attributes:
         norm: (x, scale, eps) -> x normed, natively where products are native.
         rotated: (heads, cosines, sines, interleaved, norm, eps) -> the heads normed and rotated, in the same way.
+        split, joined: arrays cut along their last axis, (x, at) -> two, and put together, (first, second) -> one.
     """
 
     def __init__(self, names: Iterable[str], parts: dict[str, Any], native: bool, active: Bool[Array, " rows"] | None):
         self.norm = functools.partial(rms_norm_native, active=active) if native else rms_norm_xla
         self.rotated: Callable[..., Array] = functools.partial(rotated_native, active=active) if native else rotated_xla
+        # XLA makes float32 of bfloat16 and back again on CPUs, even to copy it; of integers it does not.
+        self.split: Callable[..., tuple[Array, Array]] = _by_bits(_split) if native else _split
+        self.joined: Callable[..., Array] = _by_bits(_joined) if native else _joined
         for name in names:
             setattr(self, name, parts.get(name))
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"a layer of this kind has no parameter {name!r}")
+
+
+def _split(x: Array, *, at: int) -> tuple[Array, Array]:
+    first, second = jnp.split(x, [at], axis=-1)
+    return first, second
+
+
+def _joined(first: Array, second: Array) -> Array:
+    return jnp.concatenate([first, second], axis=-1)
+
+
+def _by_bits(move: Callable[..., Any]) -> Callable[..., Any]:
+    """What moves numbers and computes nothing, done to their bits. Not differentiable."""
+
+    def moved(*arrays: Array, **where: Any) -> Any:
+        kind = arrays[0].dtype
+        if kind.itemsize != 2:
+            return move(*arrays, **where)
+        bits = [jax.lax.bitcast_convert_type(array, jnp.uint16) for array in arrays]
+        return jax.tree.map(lambda made: jax.lax.bitcast_convert_type(made, kind), move(*bits, **where))
+
+    return moved
 
 
 def scan_run(

@@ -48,9 +48,9 @@ def latent_qkv(config: ModelConfig, layer: LayerWeights, h, turns):
         queries = linear(layer.norm(low, layer.q_down_norm, _LATENT_EPS), layer.q)
     else:
         queries, kv = linears(h, (layer.q, layer.kv_down))
-    q_nope, q_rope = jnp.split(queries.reshape(*h.shape[:2], config.num_heads, -1), [part.nope_dim], axis=-1)
-    narrow, k_rope = jnp.split(kv, [part.kv_rank], axis=-1)
+    q_nope, q_rope = layer.split(queries.reshape(*h.shape[:2], config.num_heads, -1), at=part.nope_dim)
+    narrow, k_rope = layer.split(kv, at=part.kv_rank)
     narrow = layer.norm(narrow, layer.kv_norm, _LATENT_EPS)[:, :, None]
     k_rope, q_rope = (layer.rotated(rope, *turns, config.rope.interleaved) for rope in (k_rope[:, :, None], q_rope))
     q_narrow = linear_of_heads(q_nope, layer.k_up, transposed=True)
-    return jnp.concatenate([q_narrow, q_rope], axis=-1), jnp.concatenate([narrow, k_rope], axis=-1), None
+    return layer.joined(q_narrow, q_rope), layer.joined(narrow, k_rope), None

@@ -15,6 +15,7 @@ from dancemoe_jax.kernels.choice import choose_native, choose_xla
 from dancemoe_jax.kernels.experts import slot_experts_native, slot_experts_xla
 from dancemoe_jax.kernels.linear import stacked_linear_native, stacked_linear_xla, stacked_linears_native
 from dancemoe_jax.kernels.norm import rms_norm_native, rms_norm_xla, rotated_native, rotated_xla
+from dancemoe_jax.kernels.swiglu import gated
 from dancemoe_jax.kernels.zeros import zeros
 from dancemoe_jax.model.experts import ExpertWeights
 from tests.helpers.pages import over_whole_context, paged
@@ -224,6 +225,20 @@ def test_several_weights_in_one_call_give_what_each_gives_alone(kind, rng):
     got = stacked_linears_native(x, weights, 1, active, scales)
     for part, weight, scale in zip(got, weights, scales or [None] * 3, strict=True):
         np.testing.assert_array_equal(part, stacked_linear_native(x, weight, 1, active, scale))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [1, 5, 300])
+def test_gated_rows_meet_weights_as_if_they_had_been_gated_before(kind, rows, rng):
+    weight, scale = stored(rng, kind, 2, 70, 300)
+    x = jnp.asarray(rng.normal(size=(rows, 600)), "float32" if kind == "float32" else "bfloat16")
+    active = jnp.asarray(rng.random(rows) < 0.7).at[0].set(True)
+    scales = (scale,) if kind == "int8" else ()
+    (got,) = stacked_linears_native(x, [weight], 1, active, scales, gated=True)
+    expected = stacked_linear_xla(gated(x), weight, 1, active, *scales)
+    close(got, expected, "float32" if kind == "float32" else "bfloat16")
+    (alone,) = stacked_linears_native(x[:1], [weight], 1, active[:1], scales, gated=True)
+    np.testing.assert_array_equal(alone[0], got[0])
 
 
 HOW = {"k": 4, "sigmoid": False, "normalize": True, "scale": 1.0, "groups": 1, "top_groups": 1}
