@@ -47,7 +47,9 @@ def fuzz_seed() -> int:
 
 # Here the subject is what the compiler makes of a program: its bits, its copies, its time. These are compiled as users' are.
 _OPTIMIZED = {
+    "test_arrivals",
     "test_compile_cache",
+    "test_cost",
     "test_demo_and_train",
     "test_gpu_kernels",
     "test_gpu_programs",
