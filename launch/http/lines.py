@@ -13,7 +13,7 @@ from dancemoe_jax.errors import DanceMoEError
 from launch.http.book import Refused
 from launch.http.service import Service
 from launch.log import discard_output
-from launch.serve.lines import Line, LineShare, answer_fields, check_server, read_lines
+from launch.serve.lines import Line, LineShare, answer_fields, check_server, read_lines, why_unanswered
 from launch.serve.requests import identity
 from placement import InputError
 
@@ -87,17 +87,16 @@ class LineClient:
                 raise InputError(line.problem)
             answer["id"] = identity(line.given, line.number)
             answer |= await self._served(line.given, time.monotonic())
-        except (InputError, DanceMoEError, Refused) as error:
-            answer["error"] = f"line {line.number}: {' '.join(str(error).split())}"
         except Exception as error:  # whatever it is, the line is answered
-            log.debug("line %d", line.number, exc_info=True)
-            words = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-            answer["error"] = f"line {line.number}: cannot be served ({words})"
+            answer["error"] = why_unanswered(line, error)
         self._print(answer)
 
     async def _served(self, given: dict[str, Any], begin: float) -> dict[str, Any]:
         check_server(given, self._share.names, self._share.server)
-        accepted = await self._service.accept_line(given)
+        try:
+            accepted = await self._service.accept_line(given)
+        except Refused as error:
+            raise DanceMoEError(error.message) from None
         ending = await accepted.end()
         if ending.status != 200:
             raise DanceMoEError(ending.message)

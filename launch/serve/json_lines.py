@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 from dancemoe_jax.errors import DanceMoEError
 from launch.engine.host import Host
 from launch.log import discard_output
-from launch.serve.lines import Line, LineShare, answer_fields, check_server, read_lines
+from launch.serve.lines import Line, LineShare, answer_fields, check_server, read_lines, why_unanswered
 from launch.serve.requests import RequestMaker, identity
 from placement import Cluster, InputError
 
@@ -102,12 +102,8 @@ class Feeder:
                     raise InputError(line.problem)
                 answer["id"] = identity(line.given, line.number)
                 answer |= self._served(line.given, begin)
-            except (InputError, DanceMoEError) as error:
-                answer["error"] = f"line {line.number}: {' '.join(str(error).split())}"
             except Exception as error:  # whatever it is, the line is answered
-                log.debug("line %d", line.number, exc_info=True)
-                words = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-                answer["error"] = f"line {line.number}: cannot be served ({words})"
+                answer["error"] = why_unanswered(line, error)
             self._print(answer)
         finally:
             self._answered()

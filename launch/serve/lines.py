@@ -3,15 +3,19 @@
 What a line holds becomes a request in `launch.serve.requests`.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NamedTuple
 
+from dancemoe_jax.errors import DanceMoEError
 from launch.engine.request import Request
 from placement import InputError
 from placement.files import parse_json
+
+log = logging.getLogger(__name__)
 
 LONGEST = 8 * 2**20  # bytes of a line
 
@@ -26,6 +30,15 @@ class Line(NamedTuple):
     number: int
     given: dict[str, Any] | None
     problem: str = ""
+
+
+def why_unanswered(line: Line, error: Exception) -> str:
+    """What is said in place of an answer: what is known to happen in its own words, anything else with its name."""
+    words = " ".join(str(error).split())
+    if not isinstance(error, InputError | DanceMoEError):
+        log.debug("line %d", line.number, exc_info=error)
+        words = f"cannot be served ({type(error).__name__}: {words[:500]})"
+    return f"line {line.number}: {words}"
 
 
 def read_lines(stream: BinaryIO) -> Iterator[Line]:
