@@ -14,7 +14,7 @@ from launch.http.pace import Pace
 from launch.serve.requests import Text
 
 _SUSPECT = 2  # workers that ended so before a request is tried alone
-_CALM_S = 10.0  # after a request that would have waited too long, until what is answered counts as usual again
+_CALM_S = 10.0  # after a request that would have waited too long, until all counts as usual again
 _FRUITLESS = 3  # workers that a request may outlive without a token in between: it may be what ends them
 
 
@@ -161,7 +161,12 @@ class Book:
         running = sum(accepted.running for accepted in everyone)
         first = next((accepted.accepted_at for accepted in everyone if not accepted.running), math.inf)
         oldest = max(0.0, time.monotonic() - first)
-        return self._pace.wait(len(everyone) - running, running, oldest), self._pace.longest
+        return self._pace.wait(len(everyone) - running, running, oldest), self._pace.longest(self._calm)
+
+    @property
+    def _calm(self) -> bool:
+        """Whether nobody has been refused for a while."""
+        return time.monotonic() - self._refused_at > _CALM_S
 
     def accept(
         self, request: Request, text: Text, logprobs: int | None = None, label: str = "", schema: str | None = None
@@ -169,7 +174,7 @@ class Book:
         """Own a request from now on. `check_room` has to be asked first."""
         self._number += 1
         accepted = Accepted(self._number, request, text, logprobs, label, schema)
-        accepted.usual = accepted.accepted_at - self._refused_at > _CALM_S
+        accepted.usual = self._calm
         self._open[self._number] = accepted
         return accepted
 

@@ -17,10 +17,10 @@ def known(slots: int, seconds: float, longest: float | None = None) -> Pace:
 
 def test_as_many_as_are_served_at_once_may_wait_before_anything_is_known():
     pace = Pace(2)
-    assert pace.wait(1, 2, 0.0) <= pace.longest < pace.wait(2, 2, 0.0)
+    assert pace.wait(1, 2, 0.0) <= pace.longest(True) < pace.wait(2, 2, 0.0)
     for _ in range(7):
         pace.served(5.0, 5.0)
-    assert pace.wait(1, 2, 0.0) <= pace.longest < pace.wait(2, 2, 0.0)
+    assert pace.wait(1, 2, 0.0) <= pace.longest(False) < pace.wait(2, 2, 0.0)
 
 
 def test_a_queue_takes_as_long_as_its_requests_need_slots():
@@ -34,15 +34,16 @@ def test_a_queue_takes_as_long_as_its_requests_need_slots():
 
 def test_an_answer_takes_at_most_twice_as_long_as_usual():
     pace = known(4, 1.0)
-    assert pace.longest == pytest.approx(0.6)  # and some to spare
+    assert pace.longest(False) == pytest.approx(0.6)  # and some to spare
+    assert pace.longest(True) == pytest.approx(4.0)  # a bunch of requests is soon over
     for _ in range(16):  # these take less than those that count as usual; they had to wait
         pace.served(0.5, None)
-    assert pace.longest == pytest.approx(1.1)
+    assert pace.longest(False) == pytest.approx(1.1)
     for _ in range(16):  # all is slow for a while: nobody waits
         pace.served(3.0, None)
-    assert pace.longest == 0
+    assert pace.longest(False) == 0
     assert pace.wait(0, 3, 0.0) == 0 < pace.wait(0, 4, 0.0)
-    assert known(4, 1.0, longest=7.0).longest == 7.0
+    assert known(4, 1.0, longest=7.0).longest(False) == 7.0
 
 
 @pytest.fixture
@@ -87,10 +88,28 @@ def test_what_outlives_a_worker_does_not_count_as_usual(clock):
     book = Book(100, 1000, EOS, pace := Pace(1))
     for _ in range(8):
         serve(book, clock, accept(book), 1.0)
-    assert pace.longest == pytest.approx(0.6)
+    assert pace.longest(False) == pytest.approx(0.6)
     third = accept(book)
     book.begun(third.number)
     book.lost_worker(serving=True)
     clock[0] += 50
     serve(book, clock, third, 1.0)
-    assert pace.longest == pytest.approx(0.6)
+    assert pace.longest(False) == pytest.approx(0.6)
+
+
+def test_a_bunch_is_let_in_while_all_is_calm_and_nobody_waits_long_after_one_was_too_large(clock):
+    book = Book(100, 1000, EOS, known(2, 1.0))
+    running = [accept(book) for _ in range(2)]
+    for accepted in running:
+        book.begun(accepted.number)
+    waiting = [accept(book) for _ in range(8)]
+    assert book.wait() == (pytest.approx(4.5), pytest.approx(4.0))
+    with pytest.raises(Refused):
+        accept(book)
+    assert book.wait()[1] == pytest.approx(0.6)
+    for accepted in waiting[1:]:
+        book.fail(accepted.number, 499, "gone")
+    with pytest.raises(Refused, match="would wait 1 s"):
+        accept(book)
+    clock[0] += 11
+    assert book.wait()[1] == pytest.approx(4.0)
