@@ -117,7 +117,9 @@ def _add_http(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--http", metavar="HOST:PORT", help="answer HTTP there, as OpenAI's API has it, instead of JSON lines")
     add("--queue", type=int, default=256, metavar="N", help="HTTP requests that may be under way at once (256)")
-    text = "longest wait for a turn of a request that is accepted (--deadline); auto: answers take twice the usual at most"
+    text = (
+        "longest wait for a turn of a request that is accepted (--deadline); auto: answers take twice the usual at most"
+    )
     add("--wait", metavar="T|auto", help=text)
     add("--hold", type=float, default=60.0, metavar="S", help="seconds that requests wait for a lost server (60)")
     add("--stuck", type=float, default=30.0, metavar="S", help="seconds without a step until a worker is replaced (30)")

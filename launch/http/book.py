@@ -53,7 +53,7 @@ class Accepted:
         tokens: of the answer; ending: why it ended, None until it has.
         sent: whether the present worker has it; running: whether that has given it a batch slot, slot_at when; begun_at: when
             it first had one.
-        usual: it came when nobody was refused, and one worker answered it.
+        usual: it came when nobody was refused, in no bunch, and one worker answered it.
         away: ends its serving by another front door; None: it is served here, or by nobody yet.
         parent: the trace that it is part of, as its client says (`traceparent`), or "".
     """
@@ -126,6 +126,7 @@ class Book:
         self.handed = self.returned = 0
         self.changed = asyncio.Event()
         self._refused_at = -math.inf
+        self._bunched = False  # whether the last that was asked for would wait longer than at other times
         self._flowing = False  # whether the present worker serves what it is sent
 
     def __len__(self) -> int:
@@ -146,6 +147,7 @@ class Book:
         if len(self._open) + count > self.most:
             raise Refused(429, f"{len(self._open)} requests are under way, and no more fit; try again", retry_after=1)
         wait, longest = self.wait()
+        self._bunched = self._pace is not None and wait > self._pace.longest(False)
         if wait > longest:
             self._refused_at = time.monotonic()
             message = (
@@ -174,7 +176,7 @@ class Book:
         """Own a request from now on. `check_room` has to be asked first."""
         self._number += 1
         accepted = Accepted(self._number, request, text, logprobs, label, schema)
-        accepted.usual = self._calm
+        accepted.usual = self._calm and not self._bunched
         self._open[self._number] = accepted
         return accepted
 

@@ -7,7 +7,8 @@ import numpy as np
 _ROUNDS = 4  # turns of all batch slots that show how fast requests are served now
 _USUAL = 256  # requests that show what is usual
 _FEWEST = 8  # of them, before anything is known
-_WITHIN, _WITHIN_CALM = 1.6, 5.0  # times the usual; what is expected is not quite what comes
+_WITHIN = 1.6  # times the usual, as what is expected is not quite what comes
+_BUNCH = 5.0  # times a request's serving that it may wait in a bunch
 _GUESS_S = 1.0  # for serving a request, before one has been served
 
 
@@ -15,8 +16,8 @@ class Pace:
     """Of the requests of one server.
 
     Without a limit in seconds a newcomer may wait as long as its answer will be there within twice the usual time: the 95th
-    percentile of those that came when nobody was refused. While all is calm it is five times as long, as real requests come
-    in bunches, and a bunch is soon over. Before anything is known, as many as are served at once may wait.
+    percentile of those that came when nobody was refused. While all is calm it may wait for as long as serving five takes, as
+    real requests come in bunches, and a bunch is soon over. Before anything is known, as many as are served at once may wait.
 
     Args:
         slots: requests that it serves at once; longest: seconds that a newcomer may be expected to wait, instead.
@@ -43,8 +44,9 @@ class Pace:
             return self._longest
         if len(self._usual) < _FEWEST:
             return self._serving
-        within = _WITHIN_CALM if calm else _WITHIN
-        return max(0.0, within * _p95(self._usual) - _p95(self._lately))
+        # By serving alone: what waits because of it must not make it longer.
+        bunch = _BUNCH * self._serving if calm else 0.0
+        return max(bunch, _WITHIN * _p95(self._usual) - _p95(self._lately))
 
     @property
     def _serving(self) -> float:

@@ -48,7 +48,7 @@ def held(pid: int) -> tuple[int, int]:
 def test_arrivals_and_then_ten_times_as_many(tmp_path, capsys):
     with front_door(tmp_path, *SERVER) as door:
         # What it can answer: more arrive than that, and the rest is refused.
-        most = load(door, capsys, 40, 10)
+        most = load(door, capsys, 80, 10)
         usual = USUAL * most["answered"] / most["seconds"]
         load(door, capsys, usual, min(60, SECONDS))  # whatever is made once has been
         before = [held(pid) for pid in (door.process.pid, door.worker())]
