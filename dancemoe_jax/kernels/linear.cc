@@ -48,6 +48,7 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> 
     if (scaled)
       own.scale = static_cast<const float*>(weights.get<ffi::AnyBuffer>(parts + part)->untyped_data()) + index * heads * own.outputs;
     own.to = y.untyped_data();
+    // Transposed, a task takes so much of each row that memory is read in order.
     own.block = transposed ? std::min<size_t>(own.outputs, 512) : rows_of_a_task(own.weights, count), own.blocks = (own.outputs + own.block - 1) / own.block;
     tasks += heads * own.blocks, bytes += read_by(own.weights, count);
     // Rows that are not active get zeros and cost nothing else.

@@ -34,7 +34,8 @@ def said(tmp_path, monkeypatch):
     listening.bind(path)
     listening.listen()
     with Listener(listening, SECRET, PURPOSE, take):
-        link = front_link.FrontLink(path, SECRET, None)  # type: ignore[arg-type]
+        no_grammars: Any = None  # no request is submitted
+        link = front_link.FrontLink(path, SECRET, no_grammars)
         assert messages.get(timeout=SOON) == {"beat": {"steps": 0}}
         yield link, messages
 
