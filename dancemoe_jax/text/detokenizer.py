@@ -15,6 +15,9 @@ class IncrementalDetokenizer:
         stop: texts that end the output.
         context: tokens that the output continues; their last decide whether its first word begins with a space.
 
+    Attributes:
+        stop: as given; stopped: whether one of them has ended the output.
+
     >>> from dancemoe_jax.text.tokenizer import byte_tokenizer
     >>> detokenizer = IncrementalDetokenizer(byte_tokenizer(), stop=["!"])
     >>> [detokenizer.push(byte) for byte in "é 1!2".encode()], detokenizer.finish(), detokenizer.stopped
@@ -22,7 +25,7 @@ class IncrementalDetokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), context: Sequence[int] = ()):
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._tokenizer, self.stop = tokenizer, tuple(stop)
         self._special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         self._bytes = _byte_tokens(tokenizer)
         self._window = self._last([token for token in context if token not in self._special])
@@ -32,18 +35,24 @@ class IncrementalDetokenizer:
         self._withheld = ""
         self.stopped = False
 
-    def push(self, token: int) -> str:
-        """Take the next token; the text that is certain now."""
-        if self.stopped or token in self._special:
+    def push(self, *tokens: int) -> str:
+        """Take the next tokens; the text that is certain now. One by one, `stopped` tells which of them was the last."""
+        if self.stopped:
             return ""
-        self._window.append(token)
-        if token in self._bytes:
-            return ""
-        text = self._tokenizer.decode(self._window)
+        known = len(self._window)
+        self._window += [token for token in tokens if token not in self._special]
+        certain = len(self._window)
+        while certain > known and self._window[certain - 1] in self._bytes:
+            certain -= 1
+        return self._certain_of(certain) if certain > known else ""
+
+    def _certain_of(self, count: int) -> str:
+        """The text that is certain now, and not passed on, of so many tokens of the window."""
+        text = self._tokenizer.decode(self._window[:count])
         certain = self._certain(text)
         new = certain[self._given :]
         self._given = max(self._given, len(certain))
-        if self._given == len(text) and len(self._window) >= 2 * _WINDOW:
+        if self._given == len(text) and len(self._window) == count >= 2 * _WINDOW:
             self._window = self._last(self._window)
             self._given = len(self._tokenizer.decode(self._window))
         return self._pass_on(new)
@@ -70,12 +79,12 @@ class IncrementalDetokenizer:
     def _pass_on(self, new: str) -> str:
         """Cut at a stop string; hold back what may become one."""
         text = self._withheld + new
-        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        found = [(at + len(stop), at) for stop in self.stop if (at := text.find(stop)) >= 0]
         if found:
             # The first to be complete, as if characters came one by one: how they came in tokens must not matter.
             self.stopped, self._withheld = True, ""
             return text[: min(found)[1]]
-        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        keep = max((_overlap(text, stop) for stop in self.stop), default=0)
         self._withheld = text[len(text) - keep :]
         return text[: len(text) - keep]
 

@@ -6,7 +6,7 @@ Knows no HTTP and no worker: tokens come in by number, and those who wait for an
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from launch.engine.request import Logprobs, Request
@@ -27,12 +27,12 @@ class Ending(NamedTuple):
 
 
 class Token(NamedTuple):
-    """A token of an answer, where the text ended before and after it, and calls of experts by the server that served them."""
+    """A token of an answer; where the text ended before it, for those with log probabilities; and calls of experts by the
+    server that served them."""
 
     id: int
-    logprobs: Logprobs | None
-    start: int
-    end: int
+    logprobs: Logprobs | None = None
+    start: int = 0
     served_by: list[int] | None = None
 
 
@@ -71,7 +71,7 @@ class Accepted:
         self.running, self.usual, self.parent = False, True, ""
         self.away: Callable[[], object] | None = None
         self.fruitless, self.had = 0, 0
-        self._news = asyncio.Event()
+        self._news, self._over = asyncio.Event(), asyncio.Event()
 
     async def changes(self) -> AsyncIterator[None]:
         """Gives control whenever there is more, at the end for the last time."""
@@ -84,13 +84,15 @@ class Accepted:
 
     async def end(self) -> Ending:
         """Wait for the end."""
-        async for _ in self.changes():
-            pass
+        await self._over.wait()
         assert self.ending is not None
         return self.ending
 
     def tell(self) -> None:
+        """Have those who wait look at what has changed."""
         self._news.set()
+        if self.ending is not None:
+            self._over.set()
 
 
 class Book:
@@ -187,22 +189,25 @@ class Book:
             accepted.running, accepted.slot_at = here, time.monotonic()
             accepted.begun_at = accepted.begun_at or accepted.slot_at
 
-    def take(self, number: int, token: int, logprobs: Any = None, served_by: list[int] | None = None) -> None:
-        """A worker has given a request its next token."""
+    def take(
+        self, number: int, tokens: Sequence[int], logprobs: Any = None, served_by: list[int] | None = None
+    ) -> None:
+        """A worker has given a request its next tokens; a single one where there is more to say of it."""
         accepted = self._open.get(number)
         if accepted is None:
             return
         accepted.last_at = time.monotonic()
         accepted.first_at, accepted.fruitless = accepted.first_at or accepted.last_at, 0
-        start = len(accepted.text.text)
-        ended = accepted.request.take(token, self._eos, self._context)
-        if ended:
-            accepted.text.finish()
+        start = 0 if logprobs is None else len(accepted.text.text)
         found = None if logprobs is None else (logprobs[0], [(int(i), value) for i, value in logprobs[1]])
-        accepted.tokens.append(Token(token, found, start, len(accepted.text.text), served_by))
+        for token in tokens:
+            ended = accepted.request.take(token, self._eos, self._context)
+            accepted.tokens.append(Token(token, found, start, served_by))
+            if ended:
+                accepted.text.finish()
+                by_worker = token in accepted.request.stop_token_ids
+                return self._end(accepted, Ending(accepted.request.reason), by_worker=by_worker)
         accepted.tell()
-        if ended:
-            self._end(accepted, Ending(accepted.request.reason), by_worker=token in accepted.request.stop_token_ids)
 
     def fail(self, number: int, status: int, message: str) -> None:
         """Answer a request with an error; one that is not open any more is left alone."""

@@ -95,7 +95,12 @@ class NoText(Text):
     """In place of an answer's text, which is made where the client is."""
 
     def __init__(self) -> None:
-        self.text = ""
+        """It is given no tokens."""
+
+    @property
+    def text(self) -> str:
+        """There is none."""
+        return ""
 
     def finish(self) -> None:
         """There is nothing to finish."""
@@ -137,6 +142,6 @@ class Hands:
     def _take(self, accepted: Accepted, message: dict[str, Any]) -> None:
         self._book.begun(accepted.number, here=False)
         for token, logprobs, served_by in message.get("tokens", ()):
-            self._book.take(accepted.number, token, logprobs, served_by)
+            self._book.take(accepted.number, [token], logprobs, served_by)
         if "ended" in message and accepted.ending is None:
             raise MessageError(f"it ended there ({message['ended'][2] or message['ended'][0]})")

@@ -181,15 +181,17 @@ class Supervisor:
         worker.spoke_at = now = time.monotonic()
         for number in message.get("begun", ()):
             self._book.begun(number)
-        for number, token, *logprobs in message.get("tokens", ()):
-            self._book.take(number, token, *logprobs)
+        for number, *tokens in message.get("tokens", ()):
+            self._book.take(number, tokens)
+        for number, token, *more in message.get("detailed", ()):
+            self._book.take(number, [token], *more)
         for number, reason, error in message.get("ended", ()):
             # One that ended well is closed already: the book counts as the worker does.
             self._book.fail(number, 400 if reason == "refused" else 500, error or f"the worker ended it ({reason})")
         if failed := message.get("failed"):
             for number in failed["ids"]:
                 self._book.fail(number, 500, f"the step that served this request has failed: {failed['why']}")
-        if "tokens" in message:
+        if "tokens" in message or "detailed" in message:
             worker.moved_at = now
         if beat := message.get("beat"):
             if beat["steps"] != worker.steps:

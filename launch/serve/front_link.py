@@ -191,7 +191,10 @@ class FrontLink:
     def given(self, number: int, token: int, *more: Any, first: bool) -> None:
         """A request has been given a token, its first one perhaps; more: its log probabilities and who served it, where they
         are wanted."""
-        self._say("tokens", [number, token, *more], hurry=first)
+        if more:
+            self._say("detailed", [number, token, *more], hurry=first)
+        else:
+            self._say("tokens", (number, token), hurry=first)
 
     def _say(self, kind: str, value: Any, *, hurry: bool = True) -> None:
         """Have something sent, from any thread."""
@@ -242,13 +245,19 @@ class FrontLink:
         """One message with all that there is to say now."""
         message: dict[str, Any] = {}
         sent: list[threading.Event] = []
+        tokens: dict[int, list[int]] = {}
         for kind, value in _waiting(first, self._news):
-            if kind == "sent":
+            if kind == "tokens":
+                number, token = value
+                tokens.setdefault(number, [number]).append(token)
+            elif kind == "sent":
                 sent.append(value)
-            elif kind in ("begun", "tokens", "ended", "phase", "reply"):
+            elif kind in ("begun", "detailed", "ended", "phase", "reply"):
                 message.setdefault(kind, []).append(value)
             else:
                 message[kind] = value
+        if tokens:
+            message["tokens"] = list(tokens.values())
         if message:
             self._writing.send(message)
         for event in sent:
@@ -270,11 +279,13 @@ class _Tokens(Stream):
     def __init__(self, request: Request, number: int, link: FrontLink) -> None:
         super().__init__(request)
         self._number, self._link = number, link
+        self._detailed = request.logprobs is not None or request.wants_servers
 
     def _take(self, token: int) -> bool:
-        request = self.request
-        logprobs = request.last_logprobs if request.logprobs is not None else None
-        more = (logprobs, request.served_by) if request.wants_servers else () if logprobs is None else (logprobs,)
+        request, more = self.request, ()
+        if self._detailed:
+            logprobs = request.last_logprobs if request.logprobs is not None else None
+            more = (logprobs, request.served_by) if request.wants_servers else (logprobs,)
         self._link.given(self._number, token, *more, first=len(request.output) == request.kept + 1)
         return False
 

@@ -15,6 +15,7 @@ TO_FRONT = {
     "servers?": list,
     "begun?": list,
     "tokens?": list,
+    "detailed?": list,
     "ended?": list,
     "beat?": dict,
     "failed?": dict,
@@ -22,5 +23,6 @@ TO_FRONT = {
     "draining?": bool,
     "reply?": list,
 }
-"""begun: ids of requests that have a batch slot; tokens: [id, token], then logprobs and calls by server where they are
-wanted; ended: [id, reason, error]; failed: ids and why, of a step that failed; problem: why the worker ends."""
+"""begun: ids of requests that have a batch slot; tokens: [id, its next tokens ...]; detailed: [id, token, logprobs], then
+calls by server, where they are wanted; ended: [id, reason, error]; failed: ids and why, of a step that failed; problem: why
+the worker ends."""

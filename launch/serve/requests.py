@@ -17,6 +17,7 @@ MOST_STOPS, LONGEST_STOP = 64, 1024  # texts that end an answer, and characters 
 _MOST_STOP_TOKENS = 1024
 _LONGEST_ID = 1024
 _ENCODED_AT_ONCE = 2  # prompts: tokenizing takes memory in proportion
+_DECODED_AT_ONCE = 256  # tokens of an answer, in a fraction of a millisecond
 _FIELDS = {field.name for field in dataclasses.fields(SamplingParams)}
 _KNOWN = _FIELDS | {"id", "server", "prompt", "messages"}
 
@@ -25,17 +26,31 @@ class Text:
     """An answer's text, from its tokens."""
 
     def __init__(self, stream: IncrementalDetokenizer, stop_token_ids: frozenset[int]) -> None:
-        self._stream, self._stop_token_ids, self.text = stream, stop_token_ids, ""
+        self._stream, self._stop_token_ids = stream, stop_token_ids
+        self._text, self._coming = "", list[int]()  # the text so far, and tokens that nobody has asked the text of
 
     def on_token(self, token: int) -> bool:
         """Take a token; whether a stop text has ended the answer."""
         if token not in self._stop_token_ids:
-            self.text += self._stream.push(token)
+            self._coming.append(token)
+            if self._stream.stop or len(self._coming) == _DECODED_AT_ONCE:
+                self._decode()
         return self._stream.stopped
+
+    @property
+    def text(self) -> str:
+        """So far, as much as is certain."""
+        if self._coming:
+            self._decode()
+        return self._text
 
     def finish(self) -> None:
         """There are no more tokens."""
-        self.text += self._stream.finish()
+        self._text = self.text + self._stream.finish()
+
+    def _decode(self) -> None:
+        self._text += self._stream.push(*self._coming)
+        self._coming.clear()
 
 
 class RequestMaker:

@@ -1,5 +1,6 @@
 """Streamed text is the decoded text, whatever the tokenizer and however characters are cut into tokens."""
 
+import itertools
 import random
 
 import pytest
@@ -114,6 +115,10 @@ def test_streamed_text_is_the_decoded_text(name, data):
     token = st.integers(0, tokenizer.get_vocab_size() - 1)
     ids = data.draw(st.lists(token, max_size=60))
     assert stream(tokenizer, ids) == tokenizer.decode(ids)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(ids)), max_size=6)))
+    several = IncrementalDetokenizer(tokenizer)
+    pieces = [several.push(*ids[first:end]) for first, end in itertools.pairwise([0, *cuts, len(ids)])]
+    assert "".join([*pieces, several.finish()]) == tokenizer.decode(ids)
     context = data.draw(st.lists(token, max_size=30))
     before, both = tokenizer.decode(context), tokenizer.decode([*context, *ids])
     if both.startswith(before) and not before.endswith("\ufffd"):

@@ -48,7 +48,7 @@ def test_tokens_wait_for_others_but_first_ones_and_ends_for_nothing(said):
     with pytest.raises(queue.Empty):
         messages.get(timeout=A_WHILE)
     link.given(2, 60, [-0.5, []], first=True)
-    assert messages.get(timeout=SOON) == {"tokens": [[1, 51], [2, 60, [-0.5, []]]]}
+    assert messages.get(timeout=SOON) == {"tokens": [[1, 51]], "detailed": [[2, 60, [-0.5, []]]]}
     link.given(1, 52, first=False)
     link.ended(1, Request(0, [1], 3, 0.0, reason="length"))
     assert messages.get(timeout=SOON) == {"tokens": [[1, 52]], "ended": [[1, "length", ""]]}

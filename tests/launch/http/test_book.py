@@ -33,7 +33,7 @@ def book():
 
 def give(book: Book, accepted, text: bytes) -> None:
     for token in text:
-        book.take(accepted.number, token)
+        book.take(accepted.number, [token])
 
 
 def test_an_answer_ends_once_and_late_tokens_change_nothing(book):
@@ -50,12 +50,24 @@ def test_an_answer_ends_once_and_late_tokens_change_nothing(book):
     assert book.cancelled == []  # the worker ends it by itself
 
 
+@pytest.mark.parametrize("stop", [(), ("cd",)])
+def test_tokens_that_come_together_are_as_if_one_by_one(book, stop):
+    text = "aébcdé!".encode()
+    together, single = accept(book, 8, stop), accept(book, 8, stop)
+    give(book, single, text)
+    book.take(together.number, text[:3])
+    assert together.text.text == "aé"
+    book.take(together.number, text[3:])
+    assert (together.text.text, together.ending, together.tokens) == (single.text.text, single.ending, single.tokens)
+    assert (len(together.tokens), together.ending.reason) == ((6, "stop") if stop else (8, "length"))
+
+
 def test_a_stop_text_cancels_it_in_the_worker_and_an_end_of_text_does_not(book):
     stopped, ended = accept(book, 50, ("c",)), accept(book, 50)
     book.unsent()
     give(book, stopped, b"abcd")
     give(book, ended, b"ab")
-    book.take(ended.number, EOS)
+    book.take(ended.number, [EOS])
     assert (stopped.text.text, stopped.ending.reason) == ("ab", "stop")
     assert (ended.text.text, ended.ending.reason) == ("ab", "stop")
     assert book.cancelled == [stopped.number]
@@ -128,7 +140,7 @@ def test_those_who_wait_see_every_change_and_the_end(book):
         readers = [asyncio.create_task(read(accepted)) for _ in range(2)]
         for token in b"abc":
             await asyncio.sleep(0)
-            book.take(accepted.number, token)
+            book.take(accepted.number, [token])
         await asyncio.sleep(0)
         book.fail(accepted.number, 503, "gone")
         late = asyncio.create_task(read(accepted))

@@ -57,7 +57,7 @@ def clock(monkeypatch):
 def serve(book: Book, clock: list[float], accepted, seconds: float) -> None:
     book.begun(accepted.number)
     clock[0] += seconds
-    book.take(accepted.number, EOS)
+    book.take(accepted.number, [EOS])
     assert accepted.ending.status == 200
 
 
@@ -75,7 +75,7 @@ def test_who_would_wait_too_long_is_told_when_to_come_again(clock):
     with pytest.raises(Refused, match="would wait 5 s for its turn") as refused:
         accept(book)
     assert (refused.value.status, refused.value.retry_after) == (429, 1)
-    book.take(running[0].number, EOS)
+    book.take(running[0].number, [EOS])
     accept(book)
     book.lost_worker(serving=True)
     accept(book)  # while there is no worker, requests wait for one

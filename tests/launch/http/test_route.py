@@ -84,7 +84,7 @@ class Worker:
             self.served.append({**given, "output": list(given["output"])})
             last = min(given["max_tokens"], len(given["output"]) + self._most)
             for place in range(len(given["output"]), last):
-                asyncio.get_running_loop().call_soon(self._book.take, given["id"], 97 + place)
+                asyncio.get_running_loop().call_soon(self._book.take, given["id"], [97 + place])
 
 
 def handed_over(there_gives: int) -> tuple[str, Worker, Worker]:
@@ -165,4 +165,4 @@ def test_a_client_that_leaves_ends_it_there_too():
                             await asyncio.sleep(0.01)
                 return len(there)
 
-    assert asyncio.run(run()) == 0
+    assert asyncio.run(asyncio.wait_for(run(), 30)) == 0

@@ -45,7 +45,7 @@ def test_a_request_is_a_span_with_one_for_each_phase(book, clock, kept):
     accepted.parent = PARENT
     for wait, step in ((0.5, book.begun), (0.25, None), (1.0, None), (1.0, None)):
         clock[0] += wait
-        step(accepted.number) if step else book.take(accepted.number, 65)
+        step(accepted.number) if step else book.take(accepted.number, [65])
     assert seconds(kept) == pytest.approx({"queue": 0.5, "prefill": 0.25, "decode": 2.0, "request": 2.75})
     whole = next(span for span in kept.get_finished_spans() if span.name == "request")
     assert f"{whole.context.trace_id:032x}" in PARENT
