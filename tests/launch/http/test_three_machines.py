@@ -5,95 +5,16 @@ import os
 import signal
 import statistics
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
-from launch.bench.harness.namespaces import Testbed, inside, missing
-from tests.helpers.paths import HELPERS, ROOT
+from launch.bench.harness.namespaces import Testbed, missing
+from tests.helpers.machines import NAMES, Machines
 
-NAMES = ("edge-a", "edge-b", "edge-c")
 STUCK_S = 12
 LENGTH = 118
 KINDS = ({"temperature": 0}, {"temperature": 0.9, "top_p": 0.9, "seed": 7})
-SERVER = """
-[[server]]
-name = "{name}"
-host = "{host}"
-devices = [{{ memory = "32MB" }}]
-"""
-
-
-class Machines:
-    """Three front doors, each inside the namespace of its server."""
-
-    def __init__(self, folder: Path, bed: Testbed) -> None:
-        self.bed, self.folder = bed, folder
-        file = folder / "cluster.toml"
-        network = '[network]\nbandwidth = "500Mbps"\nlatency = "0.2ms"\n'
-        file.write_text("".join(SERVER.format(name=n, host=bed.addresses[n]) for n in NAMES) + network)
-        shape = [
-            "--context",
-            "128",
-            "--sequences",
-            "4",
-            "--max-step-tokens",
-            "16",
-            "--stuck",
-            str(STUCK_S),
-            "--hold",
-            "500",
-        ]
-        self.processes = {}
-        for name in NAMES:
-            given = [sys.executable, "-m", "launch", "serve", "--cluster", str(file), "--server", name]
-            with open(self.log_file(name), "wb") as log:
-                self.processes[name] = subprocess.Popen(
-                    [*inside(bed.namespaces[name]), *given, "--http", f"{bed.addresses[name]}:8000", *shape],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    cwd=ROOT,
-                )
-
-    def log_file(self, name: str) -> Path:
-        return self.folder / f"{name}.log"
-
-    def worker(self, name: str) -> int:
-        """Process id of a front door's worker."""
-        pid = self.processes[name].pid
-        (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return int(child)
-
-    def start_clients(self, name: str, requests: list[dict]) -> subprocess.Popen:
-        """Clients inside a server's namespace, of that server."""
-        client = subprocess.Popen(
-            [*inside(self.bed.namespaces[name]), sys.executable, str(HELPERS / "stream_client.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-        )
-        url = f"http://{self.bed.addresses[name]}:8000/v1"
-        client.stdin.write(json.dumps({"url": url, "requests": requests}))
-        client.stdin.close()
-        return client
-
-    def stop(self) -> list[int]:
-        for process in self.processes.values():
-            process.send_signal(signal.SIGTERM)
-        try:
-            return [process.wait(120) for process in self.processes.values()]
-        finally:
-            for process in self.processes.values():
-                process.kill()
-                process.wait()
-
-    @property
-    def log(self) -> str:
-        return "\n".join(self.log_file(name).read_text(errors="replace")[-3000:] for name in NAMES)
 
 
 def answers(client: subprocess.Popen) -> list[list]:
@@ -107,7 +28,7 @@ def answers(client: subprocess.Popen) -> list[list]:
 def machines(tmp_path_factory):
     assert missing() is None
     with Testbed(NAMES, 500e6) as bed:
-        opened = Machines(tmp_path_factory.mktemp("machines"), bed)
+        opened = Machines(tmp_path_factory.mktemp("machines"), bed, "--stuck", str(STUCK_S), "--hold", "500")
         try:
             yield opened
         finally:
