@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from dancemoe_jax.errors import ModelError, RequestError
+from placement.files import InputError, parse_json
 
 LARGEST_TEMPLATE = 2**20  # characters; published ones have 20,000
 
@@ -36,6 +37,33 @@ def read_chat_templates(path: Path, field: Any) -> tuple[str | None, str | None]
         if template is not None and len(template) > LARGEST_TEMPLATE:
             raise ModelError(f"{where}: the chat template has {len(template)} characters; download it again")
     return field, tools
+
+
+def with_objects(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose calls of tools have their arguments as objects, as templates are written for, and not as JSON in a text,
+    as OpenAI's API has them. What is no such text stays as it is.
+
+    >>> call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    >>> with_objects([{"role": "assistant", "content": None, "tool_calls": [call]}])[0]["tool_calls"][0]["function"]
+    {'name': 'add', 'arguments': {'a': 1}}
+    """
+    return [
+        {**message, "tool_calls": [_with_object(call) for call in message["tool_calls"]]}
+        if isinstance(message.get("tool_calls"), list)
+        else message
+        for message in messages
+    ]
+
+
+def _with_object(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = parse_json(function["arguments"], "arguments")
+    except InputError:
+        return call
+    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
 
 
 def plain_messages(messages: Any) -> list[dict[str, Any]]:

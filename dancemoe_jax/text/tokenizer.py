@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from dancemoe_jax.errors import DanceMoEError, ModelError, RequestError, show
 from dancemoe_jax.files import read_json
 from dancemoe_jax.model.config import ModelConfig
-from dancemoe_jax.text.chat import plain_messages, read_chat_templates
+from dancemoe_jax.text.chat import plain_messages, read_chat_templates, with_objects
 from dancemoe_jax.text.template_process import TEMPLATES, TemplateError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -137,9 +137,17 @@ class TokenizerBundle:
         if source is None:
             raise RequestError(f"{self.source}: has no chat template; give plain text, or add chat_template.jinja")
         known: dict[str, Any] = {"tools": None, "documents": None, **self.special, **variables}
-        known |= {"messages": plain_messages(messages), "add_generation_prompt": add_generation_prompt}
+        plain = plain_messages(messages)
+        known |= {"messages": with_objects(plain), "add_generation_prompt": add_generation_prompt}
         try:
-            return TEMPLATES.render(source, known, now())
+            try:
+                return TEMPLATES.render(source, known, now())
+            except TemplateError:
+                if known["messages"] == plain:
+                    raise
+                return TEMPLATES.render(
+                    source, {**known, "messages": plain}, now()
+                )  # one that wants arguments as a text
         except TemplateError as error:
             raise RequestError(
                 f"{self.source}: the chat template cannot take these messages ({error}); change their roles or contents"

@@ -3,12 +3,13 @@
 import json
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from launch.http.book import Accepted, Token
 from launch.http.fields import Wanted
-from launch.http.tool_calls import tool_calls
+from launch.http.harmony import Messages, read_messages
+from launch.http.tool_calls import Types, named_calls, tool_calls
 
 Piece = Callable[[int], str]  # the text of a token by itself
 
@@ -18,14 +19,19 @@ class Form:
 
     Args:
         model: name that answers carry; piece: text of a token id by itself, for logprobs.
+        harmony: in chats the model writes messages with headers (harmony.py).
 
     Attributes:
-        logprobs: they are wanted; tools: calls are looked for, so an answer is read as a whole.
+        logprobs, servers: they are wanted; tools: calls are looked for, so an answer is read as a whole.
+        plain: what it says is its text as it is.
     """
 
-    def __init__(self, wanted: Wanted, model: str, piece: Piece) -> None:
+    def __init__(self, wanted: Wanted, model: str, piece: Piece, *, harmony: bool = False) -> None:
         self._wanted, self._piece = wanted, piece
-        self.logprobs, self.tools = wanted.logprobs is not None, wanted.tools
+        self.logprobs, self.servers, self.tools = wanted.logprobs is not None, wanted.servers, wanted.tools
+        self._harmony = harmony and wanted.chat
+        self.plain = not (self._harmony or self.tools)
+        self._types = _types(wanted.prompts[0]) if self.tools else {}
         self._demanded = wanted.schema is not None and wanted.schema.call
         kind = "chat.completion" if wanted.chat else "text_completion"
         prefix = "chatcmpl" if wanted.chat else "cmpl"
@@ -56,26 +62,48 @@ class Form:
 
     def _with_servers(self, choice: dict[str, Any], tokens: Sequence[Token]) -> dict[str, Any]:
         """A choice with the calls of experts of each token by the server that served them, where they are wanted."""
-        if self._wanted.servers:
+        if self.servers:
             choice["served_by"] = [token.served_by or [] for token in tokens]
         return choice
 
     def _message(self, text: str, reason: str | None) -> tuple[dict[str, Any], str | None]:
-        """Content and calls of tools, and the reason that these make."""
-        rest, calls = tool_calls(text, demanded=self._demanded) if self.tools else (text, [])
-        if not calls:
-            return {"content": text}, reason
-        return {"content": rest or None, "tool_calls": calls}, "tool_calls" if reason == "stop" else reason
+        """Content, reasoning and calls of tools of a whole text, and the reason that the calls make."""
+        said = read_messages(text, tools=self.tools) if self._harmony else Messages(text, "", [])
+        content, calls = said.content, list[dict[str, Any]]()
+        if self.tools:
+            content, calls = tool_calls(content, demanded=self._demanded, types=self._types)
+        if (named := named_calls(said.calls)) is None:
+            content = "\n\n".join([*filter(None, [content]), *(arguments for _, arguments in said.calls)])
+        calls += named or []
+        message: dict[str, Any] = {"content": content if content or not calls else None}
+        if said.reasoning:
+            message["reasoning_content"] = said.reasoning
+        if calls:
+            message["tool_calls"] = calls
+        return message, "tool_calls" if calls and reason == "stop" else reason
+
+    def said(self, text: str) -> tuple[str, str]:
+        """Reasoning and content of a text that grows; the whole text where it is read only at its end."""
+        if self.plain or self.tools:
+            return "", text
+        said = read_messages(text)
+        return said.reasoning, said.content
 
     def first(self, index: int) -> bytes:
         """What a chat's stream begins with."""
         return self._event(self._delta(index, {"role": "assistant", "content": ""}, None, None))
 
+    def thought(self, index: int, text: str) -> bytes:
+        """More of what a chat's model thinks."""
+        return self._event(self._delta(index, {"reasoning_content": text}, None, None))
+
     def next(self, index: int, text: str, tokens: Sequence[Token], reason: str | None) -> bytes:
         """More of an answer."""
         logprobs = self._logprobs(tokens)
         if self._wanted.chat:
-            delta, reason = self._message(text, reason)
+            delta: dict[str, Any] = {"content": text}
+            if self.tools:
+                delta, reason = self._message(text, reason)
             if "tool_calls" in delta:
                 delta["tool_calls"] = [{"index": i, **call} for i, call in enumerate(delta["tool_calls"])]
             choice = self._delta(index, delta if text else {}, logprobs, reason)
@@ -120,6 +148,19 @@ class Form:
     def _one(self, token: int, logprob: float) -> dict[str, Any]:
         text = self._piece(token)
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+def _types(prompt: Mapping[str, Any]) -> Types:
+    """The types of the parameters of the tools that a prompt knows of, as far as their schemas have any."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for tool in prompt["variables"]["tools"]:
+        schema = tool["function"].get("parameters")
+        properties = schema.get("properties") if isinstance(schema, Mapping) else None
+        known = properties.items() if isinstance(properties, Mapping) else ()
+        found[tool["function"]["name"]] = {
+            name: about.get("type") for name, about in known if isinstance(about, Mapping)
+        }
+    return found
 
 
 def usage(answers: Sequence[Accepted]) -> dict[str, int]:

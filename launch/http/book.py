@@ -27,8 +27,8 @@ class Ending(NamedTuple):
 
 
 class Token(NamedTuple):
-    """A token of an answer; where the text ended before it, for those with log probabilities; and calls of experts by the
-    server that served them."""
+    """A token of an answer; its log probabilities and its calls of experts by the server that served them, where they are
+    wanted; and for those with either, where the text ended before it."""
 
     id: int
     logprobs: Logprobs | None = None
@@ -198,7 +198,7 @@ class Book:
             return
         accepted.last_at = time.monotonic()
         accepted.first_at, accepted.fruitless = accepted.first_at or accepted.last_at, 0
-        start = 0 if logprobs is None else len(accepted.text.text)
+        start = len(accepted.text.text) if logprobs is not None or served_by is not None else 0
         found = None if logprobs is None else (logprobs[0], [(int(i), value) for i, value in logprobs[1]])
         for token in tokens:
             ended = accepted.request.take(token, self._eos, self._context)

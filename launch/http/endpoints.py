@@ -1,6 +1,7 @@
 """The paths of OpenAI's API: bodies in, answers out, whole or streamed."""
 
 import asyncio
+import itertools
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -12,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from launch.http import fields
 from launch.http.answers import Form, problem
-from launch.http.book import Accepted, Refused
+from launch.http.book import Accepted, Refused, Token
 from launch.http.service import Service
 from placement.files import InputError, parse_json
 
@@ -69,7 +70,7 @@ class Endpoints:
         answers = await self._service.accept(wanted)
         for accepted in answers:
             accepted.parent = request.headers.get("traceparent", "")
-        form = Form(wanted, self._service.names[0], self._service.piece)
+        form = Form(wanted, self._service.names[0], self._service.piece, harmony=self._service.harmony)
         return _Answer(self._service, answers, form, wanted.stream, wanted.chat)
 
     async def models(self, request: HttpRequest) -> Response:
@@ -153,12 +154,24 @@ class _Answer(Response):
     async def _one(self, index: int, accepted: Accepted, more: Callable[[bytes], Awaitable[None]]) -> None:
         if self._chat:
             await more(self._form.first(index))
-        tokens = characters = 0
+        tokens = characters = thoughts = 0
         async for _ in accepted.changes():
             if self._form.tools and accepted.ending is None:
                 continue  # what looks like text may become a call
-            new, text = accepted.tokens[tokens:], accepted.text.text[characters:]
-            tokens, characters = tokens + len(new), characters + len(text)
-            reason = accepted.ending.reason if accepted.ending and accepted.ending.status == 200 else None
-            if reason or text or (new and self._form.logprobs):
-                await more(self._form.next(index, text, new, reason))
+            ending, new = accepted.ending, accepted.tokens[tokens:]
+            thought, text = self._form.said(accepted.text.text)
+            if len(thought) > thoughts:
+                await more(self._form.thought(index, thought[thoughts:]))
+            parts = self._parts(new, text, characters)
+            tokens, characters, thoughts = tokens + len(new), len(text), len(thought)
+            for number, (part, words) in enumerate(parts, 1):
+                ended = number == len(parts) and ending is not None and ending.status == 200
+                if ended or words or (part and (self._form.logprobs or self._form.servers)):
+                    await more(self._form.next(index, words, part, ending.reason if ended and ending else None))
+
+    def _parts(self, tokens: list[Token], text: str, start: int) -> list[tuple[list[Token], str]]:
+        """New tokens, and the text from a place on, as they are sent: one by one where each has servers to tell."""
+        if len(tokens) < 2 or not self._form.servers or not self._form.plain:
+            return [(tokens, text[start:])]
+        places = [start, *(token.start for token in tokens[1:]), len(text)]
+        return [([t], text[first:end]) for t, (first, end) in zip(tokens, itertools.pairwise(places), strict=True)]

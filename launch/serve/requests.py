@@ -2,7 +2,7 @@
 
 import dataclasses
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from dancemoe_jax.inference.prompts import check_prompt
@@ -74,9 +74,12 @@ class RequestMaker:
         return self.request(self.prompt(given), given, server, arrival_s)
 
     def request(
-        self, prompt: list[int], given: Mapping[str, Any], server: int, arrival_s: float
+        self, prompt: list[int], given: Mapping[str, Any], server: int, arrival_s: float, keep: Collection[str] = ()
     ) -> tuple[Request, Text]:
         """A request whose prompt is token ids already; of the rest only the sampling fields are looked at.
+
+        Args:
+            keep: special tokens that are part of the answer's text.
 
         Raises:
             InputError, ModelError: a field is too large, or means nothing.
@@ -85,7 +88,7 @@ class RequestMaker:
         params = _params(given)
         own = set() if self._config.eos_token is None else {self._config.eos_token}
         stop_token_ids = frozenset(self._bundle.eos_tokens | own | set(params.stop_tokens))
-        text = Text(IncrementalDetokenizer(self._bundle.tokenizer, params.stop, prompt), stop_token_ids)
+        text = Text(IncrementalDetokenizer(self._bundle.tokenizer, params.stop, prompt, keep), stop_token_ids)
         request = Request(
             server,
             prompt,

@@ -66,6 +66,18 @@ def test_tools_have_a_template_of_their_own(model):
     assert bundle.render_chat(HELLO, tools=[{}]) == "T1"
 
 
+@pytest.mark.parametrize("template", ["{{ f.arguments | tojson }}", "{{ '' + f.arguments }}", "{{ f.arguments.a }}"])
+def test_arguments_of_calls_are_objects_unless_the_template_wants_a_text(model, template):
+    bundle = model("{% set f = messages[0].tool_calls[0].function %}" + template)
+    call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call]}
+    assert bundle.render_chat([message]) == ("1" if template.endswith(".a }}") else '{"a": 1}')
+    assert call["function"]["arguments"] == '{"a": 1}'
+    cut = {**call, "function": {"name": "add", "arguments": '{"a": '}}
+    if "''" in template:
+        assert bundle.render_chat([{**message, "tool_calls": [cut]}]) == '{"a": '
+
+
 def test_a_model_without_a_template_says_so(model):
     with pytest.raises(RequestError, match=r"has no chat template; give plain text, or add chat_template\.jinja"):
         model().encode_chat(HELLO)

@@ -1,5 +1,6 @@
 """Front doors of a cluster: every server answers its own users, and all go on when a worker of any of them ends."""
 
+import json
 import os
 import re
 import signal
@@ -128,6 +129,12 @@ def test_traffic_by_pair_and_who_served_each_token(cluster):
     served_by = found["choices"][0]["served_by"]
     assert len(served_by) == 20
     assert all(len(calls) == 3 and sum(calls) == 6 * 4 for calls in served_by)  # layers x experts of a token
+    streamed = httpx.post(f"{url}/v1/completions", json={**body, "stream": True}, timeout=300).text.split("\n\n")[:-2]
+    pieces = [json.loads(event.removeprefix("data: "))["choices"][0] for event in streamed]
+    assert [piece["served_by"] for piece in pieces if piece["served_by"]] == [
+        [calls] for calls in served_by
+    ]  # one by one
+    assert "".join(piece["text"] for piece in pieces) == found["choices"][0]["text"]
     expected = sum(calls[1] for calls in served_by) > 0
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:

@@ -1,0 +1,81 @@
+"""Special tokens that say what an answer is: read where they do, and never shown."""
+
+import asyncio
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken
+
+from dancemoe_jax.checkpoint.bundled import bundled_model
+from dancemoe_jax.checkpoint.families import read_config
+from dancemoe_jax.text.tokenizer import TokenizerBundle, byte_tokenizer
+from launch.http import fields, harmony
+from launch.http.answers import Form
+from launch.http.book import Book
+from launch.http.service import Service
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+EOS, CONTEXT = 256, 512
+
+
+class Supervisor:
+    """Has no worker."""
+
+    def check_hope(self) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+
+def answered(marks: tuple[str, ...], text: str, body: dict[str, Any]) -> dict[str, Any]:
+    """The choice that a client gets where a model with such special tokens has given a text."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks])
+    template = "{{ messages[0].content }}"
+    bundle = TokenizerBundle(Path("model"), tokenizer, False, frozenset({EOS}), {}, template)
+    config = dataclasses.replace(
+        read_config(bundled_model()), vocab_size=tokenizer.get_vocab_size(), max_position=CONTEXT
+    )
+    book, supervisor = Book(4, CONTEXT, EOS), Supervisor()
+    service = Service(bundle, config, ("m",), 0, book, supervisor)  # pyright: ignore
+
+    async def run() -> dict[str, Any]:
+        wanted = fields.chat(body) if "messages" in body else fields.completion(body)
+        (accepted,) = await service.accept(wanted)
+        book.take(accepted.number, [*tokenizer.encode(text).ids, EOS])
+        form = Form(wanted, "m", service.piece, harmony=service.harmony)
+        return form.whole([accepted])["choices"][0]
+
+    return asyncio.run(run())
+
+
+CHAT = {"messages": [{"role": "user", "content": "1 + 1"}]}
+SPOKEN = "<|channel|>analysis<|message|>Easy.<|end|><|start|>assistant<|channel|>final<|message|>It is 2é."
+
+
+def test_headers_are_read_and_not_shown():
+    message = answered(harmony.MARKS, SPOKEN, CHAT)["message"]
+    assert message == {"role": "assistant", "content": "It is 2é.", "reasoning_content": "Easy."}
+    call = '<|channel|>commentary to=functions.add <|constrain|>json<|message|>{"a": 1}'
+    choice = answered(harmony.MARKS, call, {**CHAT, "tools": [TOOL]})
+    assert (choice["message"]["content"], choice["finish_reason"]) == (None, "tool_calls")
+    assert choice["message"]["tool_calls"][0]["function"] == {"name": "add", "arguments": '{"a": 1}'}
+
+
+def test_a_completion_is_the_text_without_special_tokens():
+    choice = answered(harmony.MARKS, SPOKEN, {"prompt": "1 + 1", "max_tokens": 200})
+    assert choice["text"] == "analysisEasy.assistantfinalIt is 2é."
+
+
+@pytest.mark.parametrize("tools", [True, False])
+def test_a_mark_that_is_a_special_token_is_for_calls_alone(tools):
+    text = '[TOOL_CALLS][{"name": "add", "arguments": {"a": 1}}]'
+    choice = answered(("[TOOL_CALLS]", "[OTHER]"), "[OTHER]" + text, {**CHAT, **({"tools": [TOOL]} if tools else {})})
+    if tools:
+        assert choice["message"]["content"] is None
+        assert choice["message"]["tool_calls"][0]["function"]["name"] == "add"
+    else:
+        assert choice["message"] == {"role": "assistant", "content": text.removeprefix("[TOOL_CALLS]")}
