@@ -7,7 +7,7 @@ import numpy as np
 _ROUNDS = 4  # turns of all batch slots that show how fast requests are served now
 _USUAL = 256  # requests that show what is usual
 _FEWEST = 8  # of them, before anything is known
-_WITHIN = 1.6  # times the usual, as what is expected is not quite what comes
+_WITHIN = 1.4  # times the usual, as what is expected is not quite what comes
 _BUNCH = 5.0  # times a request's serving that it may wait in a bunch
 _GUESS_S = 1.0  # for serving a request, before one has been served
 
