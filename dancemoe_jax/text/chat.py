@@ -1,10 +1,10 @@
 """Chat templates: where a model keeps its template, and what of a conversation it is given."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from dancemoe_jax.errors import ModelError, RequestError
-from placement.files import InputError, parse_json
 
 LARGEST_TEMPLATE = 2**20  # characters; published ones have 20,000
 
@@ -60,8 +60,8 @@ def _with_object(call: Any) -> Any:
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
     try:
-        arguments = parse_json(function["arguments"], "arguments")
-    except InputError:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
         return call
     return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
 

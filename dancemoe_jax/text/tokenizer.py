@@ -16,6 +16,7 @@ from dancemoe_jax.errors import DanceMoEError, ModelError, RequestError, show
 from dancemoe_jax.files import read_json
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.text.chat import plain_messages, read_chat_templates, with_objects
+from dancemoe_jax.text.harmony import MARKS
 from dancemoe_jax.text.template_process import TEMPLATES, TemplateError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -82,6 +83,11 @@ class TokenizerBundle:
     special: Mapping[str, str]
     chat_template: str | None
     tool_template: str | None = None
+
+    @property
+    def harmony(self) -> bool:
+        """Whether in chats the model writes messages with headers (`dancemoe_jax.text.harmony`)."""
+        return {token.content for token in self.tokenizer.get_added_tokens_decoder().values()}.issuperset(MARKS)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text that a model is to continue, with the special tokens it was trained to see in front.

@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from dancemoe_jax.text.harmony import Messages, read_messages
 from launch.http.book import Accepted, Token
 from launch.http.fields import Wanted
-from launch.http.harmony import Messages, read_messages
 from launch.http.tool_calls import Types, named_calls, tool_calls
 
 Piece = Callable[[int], str]  # the text of a token by itself
@@ -19,7 +19,7 @@ class Form:
 
     Args:
         model: name that answers carry; piece: text of a token id by itself, for logprobs.
-        harmony: in chats the model writes messages with headers (harmony.py).
+        harmony: in chats the model writes messages with headers (dancemoe_jax.text.harmony).
 
     Attributes:
         logprobs, servers: they are wanted; tools: calls are looked for, so an answer is read as a whole.

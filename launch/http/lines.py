@@ -101,7 +101,7 @@ class LineClient:
         if ending.status != 200:
             raise DanceMoEError(ending.message)
         own = self._share.names[self._share.server]
-        return answer_fields(own, accepted.request, accepted.text.text, ending.reason, time.monotonic() - begin)
+        return answer_fields(own, accepted.request, accepted.text.messages, ending.reason, time.monotonic() - begin)
 
     def _print(self, answer: dict[str, Any]) -> None:
         try:

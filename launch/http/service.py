@@ -11,7 +11,7 @@ from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.text.grammar import Grammars
 from dancemoe_jax.text.tokenizer import TokenizerBundle
 from launch.engine.request import Request
-from launch.http import harmony, tool_calls
+from launch.http import tool_calls
 from launch.http.book import Accepted, Book, Refused
 from launch.http.fields import Wanted
 from launch.http.formats import AnswerSchema
@@ -31,7 +31,6 @@ class Service:
     Attributes:
         route: called with each accepted request, before it is served; may hand it to another server.
         book, supervisor: what is under way, and who serves it; created: when it began, seconds since 1970.
-        harmony: in chats the model writes messages with headers (harmony.py).
     """
 
     def __init__(
@@ -47,8 +46,6 @@ class Service:
         self.book, self.supervisor = book, supervisor
         self.created = int(time.time())
         self._maker = RequestMaker(bundle, config)
-        added = {token.content for token in bundle.tokenizer.get_added_tokens_decoder().values()}
-        self.harmony = added.issuperset(harmony.MARKS)
         self._grammars = Grammars(lambda: bundle, config)
         self._threads = ThreadPoolExecutor(2, "tokenizer")
         self.route: Callable[[Accepted], None] = lambda _: None
@@ -67,13 +64,14 @@ class Service:
         await self._check_schema(wanted.schema)
         prompts = [await self.encode(prompt) for prompt in wanted.prompts]
         most = self.config.max_position if wanted.max_tokens is None else wanted.max_tokens
-        keep = (*(harmony.MARKS if self.harmony and wanted.chat else ()), *(tool_calls.MARKS if wanted.tools else ()))
+        keep = tool_calls.MARKS if wanted.tools else ()
         made = []
         with Refusing():
             for prompt in prompts:
                 for choice in range(wanted.n):
                     given = {**wanted.params, "max_tokens": most, "seed": (wanted.seed + choice) % 2**32}
-                    request, text = self._maker.request(prompt, given, self.server, time.monotonic(), keep)
+                    own = {"chat": wanted.chat, "keep": keep}
+                    request, text = self._maker.request(prompt, given, self.server, time.monotonic(), **own)
                     request.wants_servers = wanted.servers
                     request.check(self.config, replays=False)
                     made.append((request, text))

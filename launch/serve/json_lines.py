@@ -119,7 +119,7 @@ class Feeder:
         if stream.reason == "error":
             raise DanceMoEError(request.error)
         own = self.names[self.host.server]
-        return answer_fields(own, request, text.text, stream.reason, time.monotonic() - begin)
+        return answer_fields(own, request, text.messages, stream.reason, time.monotonic() - begin)
 
     def _print(self, answer: dict[str, Any]) -> None:
         with self._printing:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NamedTuple
 
 from dancemoe_jax.errors import DanceMoEError
+from dancemoe_jax.text.harmony import Messages
 from launch.engine.request import Request
 from placement import InputError
 from placement.files import parse_json
@@ -115,14 +116,15 @@ def check_server(given: Mapping[str, Any], names: Sequence[str], server: int) ->
         raise InputError(f"server {str(named)[:100]!r} is unknown; known are {', '.join(names)}")
 
 
-def answer_fields(server: str, request: Request, text: str, reason: str, seconds: float) -> dict[str, Any]:
+def answer_fields(server: str, request: Request, said: Messages, reason: str, seconds: float) -> dict[str, Any]:
     """What an answer has beside its line's identity."""
     output = request.output
     if output and output[-1] in request.stop_token_ids:
         output = output[:-1]
     return {
         "server": server,
-        "text": text,
+        "text": said.content,
+        **({"reasoning": said.reasoning} if said.reasoning else {}),
         "tokens": output,
         "prompt_tokens": len(request.prompt),
         "finish_reason": reason,

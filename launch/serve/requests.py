@@ -9,6 +9,7 @@ from dancemoe_jax.inference.prompts import check_prompt
 from dancemoe_jax.inference.sampling_params import SamplingParams
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.text.detokenizer import IncrementalDetokenizer
+from dancemoe_jax.text.harmony import MARKS, Messages, read_messages
 from dancemoe_jax.text.tokenizer import TokenizerBundle
 from launch.engine.request import Request
 from placement import InputError
@@ -23,10 +24,12 @@ _KNOWN = _FIELDS | {"id", "server", "prompt", "messages"}
 
 
 class Text:
-    """An answer's text, from its tokens."""
+    """An answer's text, from its tokens; harmony: it is messages with headers (`dancemoe_jax.text.harmony`)."""
 
-    def __init__(self, stream: IncrementalDetokenizer, stop_token_ids: frozenset[int]) -> None:
-        self._stream, self._stop_token_ids = stream, stop_token_ids
+    def __init__(
+        self, stream: IncrementalDetokenizer, stop_token_ids: frozenset[int], *, harmony: bool = False
+    ) -> None:
+        self._stream, self._stop_token_ids, self._harmony = stream, stop_token_ids, harmony
         self._text, self._coming = "", list[int]()  # the text so far, and tokens that nobody has asked the text of
 
     def on_token(self, token: int) -> bool:
@@ -44,6 +47,11 @@ class Text:
             self._decode()
         return self._text
 
+    @property
+    def messages(self) -> Messages:
+        """What it says, to whom."""
+        return read_messages(self.text) if self._harmony else Messages(self.text, "", [])
+
     def finish(self) -> None:
         """There are no more tokens."""
         self._text = self.text + self._stream.finish()
@@ -57,7 +65,7 @@ class RequestMaker:
     """Makes requests of a model."""
 
     def __init__(self, bundle: TokenizerBundle, config: ModelConfig) -> None:
-        self._bundle, self._config = bundle, config
+        self._bundle, self._config, self._harmony = bundle, config, bundle.harmony
         self._encoding = threading.Semaphore(_ENCODED_AT_ONCE)
         longest = max((len(token) for token in bundle.tokenizer.get_vocab(with_added_tokens=True)), default=1)
         self._most_characters = config.max_position * longest
@@ -71,15 +79,22 @@ class RequestMaker:
         given = {key: value for key, value in given.items() if value is not None}
         if unknown := sorted(set(given) - _KNOWN):
             raise InputError(f"{unknown[0][:100]!r} is unknown; known are {', '.join(sorted(_FIELDS))}")
-        return self.request(self.prompt(given), given, server, arrival_s)
+        return self.request(self.prompt(given), given, server, arrival_s, chat="messages" in given)
 
     def request(
-        self, prompt: list[int], given: Mapping[str, Any], server: int, arrival_s: float, keep: Collection[str] = ()
+        self,
+        prompt: list[int],
+        given: Mapping[str, Any],
+        server: int,
+        arrival_s: float,
+        *,
+        chat: bool = False,
+        keep: Collection[str] = (),
     ) -> tuple[Request, Text]:
         """A request whose prompt is token ids already; of the rest only the sampling fields are looked at.
 
         Args:
-            keep: special tokens that are part of the answer's text.
+            chat: the prompt is of messages; keep: special tokens that are part of the answer's text.
 
         Raises:
             InputError, ModelError: a field is too large, or means nothing.
@@ -88,7 +103,10 @@ class RequestMaker:
         params = _params(given)
         own = set() if self._config.eos_token is None else {self._config.eos_token}
         stop_token_ids = frozenset(self._bundle.eos_tokens | own | set(params.stop_tokens))
-        text = Text(IncrementalDetokenizer(self._bundle.tokenizer, params.stop, prompt, keep), stop_token_ids)
+        harmony = chat and self._harmony
+        keep = (*keep, *(MARKS if harmony else ()))
+        stream = IncrementalDetokenizer(self._bundle.tokenizer, params.stop, prompt, keep)
+        text = Text(stream, stop_token_ids, harmony=harmony)
         request = Request(
             server,
             prompt,

@@ -10,11 +10,14 @@ from tokenizers import AddedToken
 
 from dancemoe_jax.checkpoint.bundled import bundled_model
 from dancemoe_jax.checkpoint.families import read_config
+from dancemoe_jax.text.harmony import MARKS
 from dancemoe_jax.text.tokenizer import TokenizerBundle, byte_tokenizer
-from launch.http import fields, harmony
+from launch.http import fields
 from launch.http.answers import Form
 from launch.http.book import Book
 from launch.http.service import Service
+from launch.serve.lines import answer_fields
+from launch.serve.requests import RequestMaker
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 EOS, CONTEXT = 256, 512
@@ -46,7 +49,7 @@ def answered(marks: tuple[str, ...], text: str, body: dict[str, Any]) -> dict[st
         wanted = fields.chat(body) if "messages" in body else fields.completion(body)
         (accepted,) = await service.accept(wanted)
         book.take(accepted.number, [*tokenizer.encode(text).ids, EOS])
-        form = Form(wanted, "m", service.piece, harmony=service.harmony)
+        form = Form(wanted, "m", service.piece, harmony=bundle.harmony)
         return form.whole([accepted])["choices"][0]
 
     return asyncio.run(run())
@@ -57,16 +60,16 @@ SPOKEN = "<|channel|>analysis<|message|>Easy.<|end|><|start|>assistant<|channel|
 
 
 def test_headers_are_read_and_not_shown():
-    message = answered(harmony.MARKS, SPOKEN, CHAT)["message"]
+    message = answered(MARKS, SPOKEN, CHAT)["message"]
     assert message == {"role": "assistant", "content": "It is 2é.", "reasoning_content": "Easy."}
     call = '<|channel|>commentary to=functions.add <|constrain|>json<|message|>{"a": 1}'
-    choice = answered(harmony.MARKS, call, {**CHAT, "tools": [TOOL]})
+    choice = answered(MARKS, call, {**CHAT, "tools": [TOOL]})
     assert (choice["message"]["content"], choice["finish_reason"]) == (None, "tool_calls")
     assert choice["message"]["tool_calls"][0]["function"] == {"name": "add", "arguments": '{"a": 1}'}
 
 
 def test_a_completion_is_the_text_without_special_tokens():
-    choice = answered(harmony.MARKS, SPOKEN, {"prompt": "1 + 1", "max_tokens": 200})
+    choice = answered(MARKS, SPOKEN, {"prompt": "1 + 1", "max_tokens": 200})
     assert choice["text"] == "analysisEasy.assistantfinalIt is 2é."
 
 
@@ -79,3 +82,20 @@ def test_a_mark_that_is_a_special_token_is_for_calls_alone(tools):
         assert choice["message"]["tool_calls"][0]["function"]["name"] == "add"
     else:
         assert choice["message"] == {"role": "assistant", "content": text.removeprefix("[TOOL_CALLS]")}
+
+
+def test_lines_with_messages_have_the_content_too():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in MARKS])
+    bundle = TokenizerBundle(Path("model"), tokenizer, False, frozenset({EOS}), {}, "{{ messages[0].content }}")
+    maker = RequestMaker(bundle, dataclasses.replace(read_config(bundled_model()), vocab_size=300))
+    for given, content, reasoning in (
+        ({"messages": CHAT["messages"]}, "It is 2é.", "Easy."),
+        ({"prompt": "1 + 1"}, "analysisEasy.assistantfinalIt is 2é.", None),
+    ):
+        request, text = maker.make(given, 0, 0.0)
+        for token in tokenizer.encode(SPOKEN).ids:
+            request.take(token, EOS, CONTEXT)
+        text.finish()
+        answer = answer_fields("a", request, text.messages, "stop", 1.0)
+        assert (answer["text"], answer.get("reasoning")) == (content, reasoning)
