@@ -57,10 +57,11 @@ def with_objects(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _with_object(call: Any) -> Any:
     function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+    given = function.get("arguments", "") if isinstance(function, dict) else None
+    if not isinstance(function, dict) or not isinstance(given, str | None):
         return call
     try:
-        arguments = json.loads(function["arguments"])
+        arguments = json.loads(given) if given else {}
     except (ValueError, RecursionError):
         return call
     return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call

@@ -1,6 +1,6 @@
 """Incremental detokenizer: text of tokens that come one by one, the same as decoding them all at once."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
@@ -14,7 +14,6 @@ class IncrementalDetokenizer:
     Args:
         stop: texts that end the output.
         context: tokens that the output continues; their last decide whether its first word begins with a space.
-        keep: special tokens that are part of the text; the others are not.
 
     Attributes:
         stop: as given; stopped: whether one of them has ended the output.
@@ -25,20 +24,14 @@ class IncrementalDetokenizer:
     (['', 'é', ' ', '1', '', ''], '', True)
     """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        stop: Sequence[str] = (),
-        context: Sequence[int] = (),
-        keep: Collection[str] = (),
-    ):
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), context: Sequence[int] = ()):
         self._tokenizer, self.stop = tokenizer, tuple(stop)
-        added = tokenizer.get_added_tokens_decoder()
-        self._special = {i for i, token in added.items() if token.special and token.content not in keep}
-        self._skips = not keep
+        self._special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         self._bytes = _byte_tokens(tokenizer)
         self._window = self._last([token for token in context if token not in self._special])
-        self._given = len(self._certain(self._decode(self._window)))  # characters of its text that are passed on
+        self._given = len(
+            self._certain(self._tokenizer.decode(self._window))
+        )  # characters of its text that are passed on
         self._withheld = ""
         self.stopped = False
 
@@ -55,25 +48,24 @@ class IncrementalDetokenizer:
 
     def _certain_of(self, count: int) -> str:
         """The text that is certain now, and not passed on, of so many tokens of the window."""
-        text = self._decode(self._window[:count])
+        text = self._tokenizer.decode(self._window[:count])
         certain = self._certain(text)
         new = certain[self._given :]
         self._given = max(self._given, len(certain))
         if self._given == len(text) and len(self._window) == count >= 2 * _WINDOW:
             self._window = self._last(self._window)
-            self._given = len(self._decode(self._window))
+            self._given = len(self._tokenizer.decode(self._window))
         return self._pass_on(new)
 
     def finish(self) -> str:
-        """The output has ended: the text that was waiting for more."""
-        new = self._decode(self._window)[self._given :]
+        """The text that was waiting for more: the output has ended, or goes on with something that is no text."""
+        if self.stopped:
+            return ""
+        new = self._tokenizer.decode(self._window)[self._given :]
         self._given += len(new)
         text = self._pass_on(new) + self._withheld
         self._withheld = ""
-        return "" if self.stopped and not text else text
-
-    def _decode(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=self._skips)
+        return text
 
     def _last(self, tokens: list[int]) -> list[int]:
         """The last tokens, as many as those after them may depend on: no run of byte tokens is cut."""

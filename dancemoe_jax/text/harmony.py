@@ -10,9 +10,15 @@ import re
 from typing import NamedTuple
 
 MARKS = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>")
-_ENDS = re.compile(r"<\|(?:start|end|call|return)\|>")
-_CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
+_SIGN = "\ue000"  # of private use: tells a mark from text that only spells one
+_MARK = re.compile(rf"{_SIGN}(<\|\w+\|>)")
 _RECIPIENT = re.compile(r"\bto=(?:functions\.)?([\w.-]+)")
+_PERHAPS_RECIPIENT = re.compile(r"\s*(?:t(?:o(?:=\S*)?)?)?\s*")
+
+
+def written(mark: str) -> str:
+    """How the special token of a mark stands in the text that `read_messages` takes."""
+    return _SIGN + mark
 
 
 class Messages(NamedTuple):
@@ -27,23 +33,37 @@ def read_messages(text: str, *, tools: bool = False) -> Messages:
     """The messages of a text so far. More of the text makes content and reasoning longer, and changes nothing of them.
 
     Args:
+        text: with special tokens as `written` has them.
         tools: there are any; without them what is said to one is content.
 
-    >>> read_messages("<|channel|>analysis<|message|>So.<|end|><|start|>assistant<|channel|>final<|message|>Hi")
+    >>> marks = {mark: written(mark) for mark in MARKS}
+    >>> text = "<|channel|>analysis<|message|>So.<|end|><|start|>assistant<|channel|>final<|message|>Hi"
+    >>> for mark in MARKS:
+    ...     text = text.replace(mark, written(mark))
+    >>> read_messages(text)
     Messages(content='Hi', reasoning='So.', calls=[])
     """
-    if "<|" not in text:
-        return Messages(text, "", [])  # as answers that are held to a schema
-    content, reasoning, calls = list[str](), list[str](), list[tuple[str, str]]()
-    for message in _ENDS.split(text):
-        header, mark, body = message.partition("<|message|>")
-        channel, recipient = _CHANNEL.search(header), _RECIPIENT.search(header)
-        if not mark or not body:
-            continue
-        if recipient and tools:
-            calls.append((recipient[1], body))
-        elif channel and channel[1] == "analysis":
-            reasoning.append(body)
-        else:
-            content.append(body)
-    return Messages("\n\n".join(content), "\n\n".join(reasoning), calls)
+    found: dict[str, list[str]] = {"content": [], "reasoning": []}
+    calls: list[tuple[str, str]] = []
+    first, *rest = _MARK.split(text)
+    if _PERHAPS_RECIPIENT.fullmatch(first):
+        header, first = first, ""
+    else:
+        header = ""  # a model that writes no headers
+    found["content"] += [first] if first else []
+    channel = ""
+    for mark, piece in zip(rest[::2], rest[1::2], strict=True):
+        if mark == "<|message|>":
+            recipient = _RECIPIENT.search(header)
+            if recipient and tools:
+                calls.append((recipient[1], piece))
+            elif piece:
+                found["reasoning" if channel == "analysis" and not recipient else "content"].append(piece)
+        elif mark == "<|channel|>":
+            channel = (re.findall(r"\w+", piece) or [""])[0]
+            header += piece
+        elif mark == "<|start|>":
+            header, channel = piece, ""
+        elif mark in ("<|end|>", "<|call|>", "<|return|>"):
+            header = channel = ""
+    return Messages("\n\n".join(found["content"]), "\n\n".join(found["reasoning"]), calls)

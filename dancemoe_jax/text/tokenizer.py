@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ class TokenizerBundle:
         """The text of token ids without the special tokens."""
         return self.tokenizer.decode(list(ids))
 
-    def encode_chat(self, messages: Any, **variables: Any) -> list[int]:
+    def encode_chat(self, messages: Any, /, **variables: Any) -> list[int]:
         """Token ids of a conversation, ready for the model's answer; arguments as `render_chat`."""
         # The template has written the special tokens already.
         return self._encode(self.render_chat(messages, **variables), add_special_tokens=False)
@@ -124,6 +125,7 @@ class TokenizerBundle:
     def render_chat(
         self,
         messages: Any,
+        /,
         *,
         add_generation_prompt: bool = True,
         now: Callable[[], datetime.datetime] = datetime.datetime.now,
@@ -146,15 +148,11 @@ class TokenizerBundle:
         plain = plain_messages(messages)
         known |= {"messages": with_objects(plain), "add_generation_prompt": add_generation_prompt}
         try:
-            try:
-                return TEMPLATES.render(source, known, now())
-            except TemplateError:
-                if known["messages"] == plain:
-                    raise
-                return TEMPLATES.render(
-                    source, {**known, "messages": plain}, now()
-                )  # one that wants arguments as a text
+            return TEMPLATES.render(source, known, now())
         except TemplateError as error:
+            if known["messages"] != plain:  # it may want arguments as a text
+                with suppress(TemplateError):
+                    return TEMPLATES.render(source, {**known, "messages": plain}, now())
             raise RequestError(
                 f"{self.source}: the chat template cannot take these messages ({error}); change their roles or contents"
             ) from None

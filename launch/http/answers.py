@@ -9,7 +9,8 @@ from typing import Any
 from dancemoe_jax.text.harmony import Messages, read_messages
 from launch.http.book import Accepted, Token
 from launch.http.fields import Wanted
-from launch.http.tool_calls import Types, named_calls, tool_calls
+from launch.http.tool_calls import Types, named_call, tool_calls
+from placement import InputError
 
 Piece = Callable[[int], str]  # the text of a token by itself
 
@@ -29,7 +30,7 @@ class Form:
     def __init__(self, wanted: Wanted, model: str, piece: Piece, *, harmony: bool = False) -> None:
         self._wanted, self._piece = wanted, piece
         self.logprobs, self.servers, self.tools = wanted.logprobs is not None, wanted.servers, wanted.tools
-        self._harmony = harmony and wanted.chat
+        self._harmony = harmony and wanted.chat and wanted.schema is None  # whose grammar knows no headers
         self.plain = not (self._harmony or self.tools)
         self._types = _types(wanted.prompts[0]) if self.tools else {}
         self._demanded = wanted.schema is not None and wanted.schema.call
@@ -72,9 +73,11 @@ class Form:
         content, calls = said.content, list[dict[str, Any]]()
         if self.tools:
             content, calls = tool_calls(content, demanded=self._demanded, types=self._types)
-        if (named := named_calls(said.calls)) is None:
-            content = "\n\n".join([*filter(None, [content]), *(arguments for _, arguments in said.calls)])
-        calls += named or []
+        for name, arguments in said.calls:
+            try:
+                calls.append(named_call(name, arguments))
+            except InputError:
+                content = "\n\n".join(filter(None, (content, arguments)))
         message: dict[str, Any] = {"content": content if content or not calls else None}
         if said.reasoning:
             message["reasoning_content"] = said.reasoning
@@ -152,15 +155,25 @@ class Form:
 
 def _types(prompt: Mapping[str, Any]) -> Types:
     """The types of the parameters of the tools that a prompt knows of, as far as their schemas have any."""
-    found: dict[str, Mapping[str, Any]] = {}
+    found = {}
     for tool in prompt["variables"]["tools"]:
         schema = tool["function"].get("parameters")
         properties = schema.get("properties") if isinstance(schema, Mapping) else None
         known = properties.items() if isinstance(properties, Mapping) else ()
-        found[tool["function"]["name"]] = {
-            name: about.get("type") for name, about in known if isinstance(about, Mapping)
-        }
+        found[tool["function"]["name"]] = {name: _kinds(about) for name, about in known}
     return found
+
+
+def _kinds(about: Any) -> list[str]:
+    """The types of a schema, those of its alternatives included."""
+    if not isinstance(about, Mapping):
+        return []
+    kind, ways = about.get("type"), [about.get(name) for name in ("anyOf", "oneOf")]
+    own = kind if isinstance(kind, list) else [kind]
+    others = [
+        way.get("type") for several in ways if isinstance(several, list) for way in several if isinstance(way, Mapping)
+    ]
+    return [found for found in (*own, *others) if isinstance(found, str)]
 
 
 def usage(answers: Sequence[Accepted]) -> dict[str, int]:

@@ -70,7 +70,7 @@ class Endpoints:
         answers = await self._service.accept(wanted)
         for accepted in answers:
             accepted.parent = request.headers.get("traceparent", "")
-        form = Form(wanted, self._service.names[0], self._service.piece, harmony=self._service.bundle.harmony)
+        form = Form(wanted, self._service.names[0], self._service.piece, harmony=self._service.harmony)
         return _Answer(self._service, answers, form, wanted.stream, wanted.chat)
 
     async def models(self, request: HttpRequest) -> Response:
@@ -90,6 +90,7 @@ class Endpoints:
             "created": service.created,
             "owned_by": "dancemoe",
             "max_model_len": service.config.max_position,
+            "chat": service.bundle.chat_template is not None,
         }
 
     async def tokenize(self, request: HttpRequest) -> Response:

@@ -58,8 +58,6 @@ class Operators:
             {
                 **self._health.report(),
                 "model": service.names[0],
-                "max_model_len": service.config.max_position,
-                "chat": service.bundle.chat_template is not None,
                 "servers": list(supervisor.servers),
                 "under_way": under_way,
                 "stats": supervisor.stats,

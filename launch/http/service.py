@@ -31,6 +31,7 @@ class Service:
     Attributes:
         route: called with each accepted request, before it is served; may hand it to another server.
         book, supervisor: what is under way, and who serves it; created: when it began, seconds since 1970.
+        harmony: as the bundle has it.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Service:
         self.config, self.bundle, self.names, self.server = config, bundle, names, server
         self.book, self.supervisor = book, supervisor
         self.created = int(time.time())
-        self._maker = RequestMaker(bundle, config)
+        self._maker, self.harmony = RequestMaker(bundle, config), bundle.harmony
         self._grammars = Grammars(lambda: bundle, config)
         self._threads = ThreadPoolExecutor(2, "tokenizer")
         self.route: Callable[[Accepted], None] = lambda _: None

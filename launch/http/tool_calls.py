@@ -3,40 +3,33 @@
 import json
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from placement.files import InputError, parse_json
 
-Types = Mapping[str, Mapping[str, Any]]
+Types = Mapping[str, Mapping[str, Sequence[str]]]
 """By the name of a tool, its parameters and their types as JSON schema calls them."""
 
-MARKS = (
-    "<tool_call>",
-    "</tool_call>",
-    "[TOOL_CALLS]",
-    "<｜tool▁calls▁begin｜>",
-    "<｜tool▁call▁begin｜>",
-    "<｜tool▁sep｜>",
-    "<｜tool▁call▁end｜>",
-    "<｜tool▁calls▁end｜>",
-)
-"""What calls are known by; special tokens of some vocabularies."""
-
-# Qwen's (and Hermes'), a call each: <tool_call>{"name": …, "arguments": {…}}</tool_call>
-_TAGGED = re.compile(r"<tool_call>\s*(\{.*?\})\s*(?:</tool_call>|\Z)", re.DOTALL)
-# Qwen3-Coder's: <tool_call><function=NAME><parameter=NAME>value</parameter></function></tool_call>
-_WRITTEN = re.compile(
-    r"(?:<tool_call>\s*)?<function=([^>\n]+)>(.*?)</function>\s*(?:</tool_call>|(?=<tool_call>)|\Z)", re.DOTALL
-)
-_PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
+# Qwen's and Hermes': <tool_call>{"name": …, "arguments": {…}}</tool_call>; Qwen3-Coder's:
+# <tool_call><function=NAME><parameter=NAME>value</parameter></function></tool_call>
+_TAG, _TAG_END = "<tool_call>", "</tool_call>"
+_FUNCTION, _FUNCTION_END = "<function=", "</function>"
+_PARAMETER, _PARAMETER_END = "<parameter=", "</parameter>"
 # Mixtral's, all of them: [TOOL_CALLS] [{"name": …, "arguments": {…}}, …]
-_LISTED = re.compile(r"\[TOOL_CALLS\]\s*(\[.*\])", re.DOTALL)
+_LIST = "[TOOL_CALLS]"
 # DeepSeek's: <｜tool▁call▁begin｜>NAME<｜tool▁sep｜>{…}<｜tool▁call▁end｜>, before V3.1 with `function` in the name's place,
 # and the name and the arguments, fenced as code, in those of the arguments.
-_SEPARATED = re.compile(r"<｜tool▁call▁begin｜>(.*?)<｜tool▁sep｜>(.*?)(?:<｜tool▁call▁end｜>|\Z)\s*", re.DOTALL)
-_FENCED = re.compile(r"\s*([^\n]+)\n```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
-_AROUND = re.compile(r"<｜tool▁calls▁(?:begin|end)｜>")
+_BEGIN, _SEPARATOR, _END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
+_AROUND = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
+
+MARKS = (_TAG, _TAG_END, _LIST, _BEGIN, _SEPARATOR, _END, *_AROUND)
+"""What calls are known by; special tokens of some vocabularies."""
+
+_OPENING = re.compile("|".join(map(re.escape, (_TAG, _FUNCTION, _LIST, _BEGIN))))
+_SPACE = re.compile(r"\s*")
+_LONGEST_NAME = 256
+_WORDS = {"true": True, "false": False, "none": None, "null": None}  # as Python and as JSON write them
 
 
 def tool_calls(text: str, *, demanded: bool = False, types: Types | None = None) -> tuple[str, list[dict[str, Any]]]:
@@ -50,61 +43,128 @@ def tool_calls(text: str, *, demanded: bool = False, types: Types | None = None)
     >>> text, call["type"], call["function"]
     ('So:', 'function', {'name': 'add', 'arguments': '{"a": 1}'})
     """
-    calls: list[dict[str, Any]] = []
-
-    def taken(read: Callable[[re.Match[str]], Sequence[Any]]) -> Callable[[re.Match[str]], str]:
-        def take(match: re.Match[str]) -> str:
-            try:
-                made = [_call(one) for one in read(match)]
-            except InputError:
-                return match[0]
-            if not all(made):
-                return match[0]
-            calls.extend(call for call in made if call)
-            return ""
-
-        return take
-
     if demanded:
-        found = re.fullmatch(r"\s*(\{.*\})\s*", text, re.DOTALL)
-        return (taken(_of_json)(found) if found else text, calls)
-    rest = _LISTED.sub(taken(_of_json), _TAGGED.sub(taken(_of_json), text))
-    rest = _WRITTEN.sub(taken(lambda match: [_of_parameters(match, types or {})]), rest)
-    rest = _SEPARATED.sub(taken(_of_separated), rest)
-    return (_AROUND.sub("", rest).strip(), calls) if calls else (text, [])
+        try:
+            return "", [_call(parse_json(text, "tool call"))]
+        except InputError:
+            return text, []
+    scan, rest, calls, at = _Scan(text, types or {}), list[str](), list[dict[str, Any]](), 0
+    while opening := _OPENING.search(text, at):
+        try:
+            found, end = scan.read(opening)
+            made = [_call(one) for one in found]
+        except InputError:
+            rest.append(text[at : opening.end()])
+            at = opening.end()
+        else:
+            rest.append(text[at : opening.start()])
+            calls += made
+            at = end
+    rest.append(text[at:])
+    if not calls:
+        return text, []
+    left = "".join(rest)
+    for mark in _AROUND:
+        left = left.replace(mark, "")
+    return left.strip(), calls
 
 
-def named_calls(found: Sequence[tuple[str, str]]) -> list[dict[str, Any]] | None:
-    """Calls of tools by name, with arguments as JSON, in the form of OpenAI's API; None where one is no whole call."""
-    try:
-        return [call for name, text in found if (call := _call({"name": name, "arguments": _arguments(text)}))]
-    except InputError:
-        return None
+def named_call(name: str, arguments: str) -> dict[str, Any]:
+    """A call in the form of OpenAI's API. Raises InputError where the arguments are no JSON object."""
+    return _call({"name": name, "arguments": _arguments(arguments)})
 
 
-def _of_json(match: re.Match[str]) -> Sequence[Any]:
-    found = parse_json(match[1], "tool call")
-    return found if isinstance(found, list) else [found]
+class _Scan:
+    """Reads calls from a text, each part of which is looked at a few times at most, however often a mark stands in it."""
+
+    def __init__(self, text: str, types: Types) -> None:
+        self._text, self._types = text, types
+        self._next: dict[str, tuple[int, int]] = {}
+
+    def read(self, opening: re.Match[str]) -> tuple[Sequence[Any], int]:
+        """What is called at an opening, and where that ends. Raises InputError where it is no whole call."""
+        at, mark = opening.end(), opening[0]
+        if mark == _BEGIN:
+            return self._separated(at)
+        if mark == _FUNCTION:
+            return self._function(at)
+        at = self._space(at)
+        if mark == _LIST:
+            found, at = self._json(at)
+            return found if isinstance(found, list) else [found], at
+        if self._text.startswith(_FUNCTION, at):
+            return self._function(at + len(_FUNCTION))
+        found, at = self._json(at)
+        return [found], self._skipped(_TAG_END, at)
+
+    def _function(self, at: int) -> tuple[Sequence[Any], int]:
+        name, at = self._name(at)
+        end = self._find(_FUNCTION_END, at)
+        if end < 0:
+            raise InputError("tool call: has no end")
+        known, arguments = self._types.get(name, {}), {}
+        start = self._find(_PARAMETER, at)
+        while 0 <= start < end:
+            parameter, start = self._name(start + len(_PARAMETER))
+            after, own = self._find(_PARAMETER, start), self._find(_PARAMETER_END, start)
+            stop = min(place for place in (after, own, end) if place >= 0)
+            arguments[parameter] = _typed(self._text[start:stop], known.get(parameter, ()))
+            start = after
+        return [{"name": name, "arguments": arguments}], self._skipped(_TAG_END, end + len(_FUNCTION_END))
+
+    def _separated(self, at: int) -> tuple[Sequence[Any], int]:
+        separator = self._find(_SEPARATOR, at)
+        if not 0 <= separator - at <= _LONGEST_NAME:
+            raise InputError("tool call: has no name")
+        name, start = self._text[at:separator], separator + len(_SEPARATOR)
+        end, after = self._find(_END, start), self._find(_BEGIN, start)
+        stop = min([place for place in (end, after) if place >= 0], default=len(self._text))
+        body = self._text[start:stop].strip()
+        fenced, fence, rest = body.partition("\n```")
+        if fence and "\n" not in fenced:
+            name, body = fenced, rest.removeprefix("json").strip().removesuffix("```")
+        return [{"name": name.strip(), "arguments": _arguments(body)}], self._skipped(_END, stop)
+
+    def _name(self, at: int) -> tuple[str, int]:
+        """A name up to ">", and what comes after it."""
+        end = self._text.find(">", at, at + _LONGEST_NAME)
+        name = self._text[at:end].strip()
+        if end < 0 or "\n" in name:
+            raise InputError("tool call: has no name")
+        return name, end + 1
+
+    def _json(self, at: int) -> tuple[Any, int]:
+        try:
+            _, end = json.JSONDecoder().raw_decode(self._text, at)
+        except (ValueError, RecursionError):
+            raise InputError("tool call: no JSON") from None
+        return parse_json(self._text[at:end], "tool call"), end
+
+    def _find(self, mark: str, at: int) -> int:
+        """Where a mark is next, or -1; places that are asked for do not go back."""
+        since, found = self._next.get(mark, (len(self._text) + 1, -1))
+        if since <= at and (found < 0 or found >= at):
+            return found
+        found = self._text.find(mark, at)
+        self._next[mark] = at, found
+        return found
+
+    def _space(self, at: int) -> int:
+        return at + len(_SPACE.match(self._text, at)[0])  # pyright: ignore
+
+    def _skipped(self, mark: str, at: int) -> int:
+        """After a mark, if it is next."""
+        after = self._space(at)
+        return after + len(mark) if self._text.startswith(mark, after) else at
 
 
-def _of_separated(match: re.Match[str]) -> Sequence[Any]:
-    name, text = match[1], match[2]
-    if fenced := _FENCED.fullmatch(text):
-        name, text = fenced[1], fenced[2]
-    return [{"name": name.strip(), "arguments": _arguments(text)}]
-
-
-def _of_parameters(match: re.Match[str], types: Types) -> dict[str, Any]:
-    known = types.get(match[1].strip(), {})
-    found = {name.strip(): _typed(value, known.get(name.strip())) for name, value in _PARAMETER.findall(match[2])}
-    return {"name": match[1].strip(), "arguments": found}
-
-
-def _typed(value: str, kind: Any) -> Any:
+def _typed(value: str, kinds: Sequence[str]) -> Any:
     """A parameter's value as its schema has it: a text, unless that says otherwise and the value is such a one."""
-    kinds = kind if isinstance(kind, list) else [kind]
-    if kind is None or "string" in kinds:
+    value = value.removeprefix("\n").removesuffix("\n")
+    if not kinds or "string" in kinds:
         return value
+    if (word := value.strip().lower()) in _WORDS:
+        return _WORDS[word]
     try:
         return parse_json(value, "parameter")
     except InputError:
@@ -112,22 +172,24 @@ def _typed(value: str, kind: Any) -> Any:
 
 
 def _arguments(text: str) -> dict[str, Any]:
-    """Raises InputError where they are no JSON object."""
-    found = parse_json(text, "arguments")
+    """Raises InputError where they are no JSON object; nothing is an empty one."""
+    found = parse_json(text, "arguments") if text.strip() else {}
     if not isinstance(found, dict):
         raise InputError("arguments: must be an object")
     return found
 
 
-def _call(found: Any) -> dict[str, Any] | None:
-    if not isinstance(found, dict) or not isinstance(found.get("name"), str):
-        return None
-    arguments = found.get("arguments", found.get("parameters", {}))
-    if not isinstance(arguments, dict | str):
-        return None
+def _call(found: Any) -> dict[str, Any]:
+    """Raises InputError where it is no call."""
+    name = found.get("name") if isinstance(found, dict) else None
+    arguments = found.get("arguments", found.get("parameters", {})) if isinstance(found, dict) else None
+    if not isinstance(name, str) or not name or not isinstance(arguments, dict | str):
+        raise InputError("tool call: must have a name and arguments")
     text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    # JSON can hold halves of surrogate pairs, which are no characters.
+    name, text = (part.encode(errors="replace").decode() for part in (name, text))
     return {
         "id": f"call_{secrets.token_hex(12)}",
         "type": "function",
-        "function": {"name": found["name"], "arguments": text},
+        "function": {"name": name, "arguments": text},
     }

@@ -9,7 +9,7 @@ from dancemoe_jax.inference.prompts import check_prompt
 from dancemoe_jax.inference.sampling_params import SamplingParams
 from dancemoe_jax.model.config import ModelConfig
 from dancemoe_jax.text.detokenizer import IncrementalDetokenizer
-from dancemoe_jax.text.harmony import MARKS, Messages, read_messages
+from dancemoe_jax.text.harmony import MARKS, Messages, read_messages, written
 from dancemoe_jax.text.tokenizer import TokenizerBundle
 from launch.engine.request import Request
 from placement import InputError
@@ -24,17 +24,30 @@ _KNOWN = _FIELDS | {"id", "server", "prompt", "messages"}
 
 
 class Text:
-    """An answer's text, from its tokens; harmony: it is messages with headers (`dancemoe_jax.text.harmony`)."""
+    """An answer's text, from its tokens.
+
+    Args:
+        marks: how special tokens are written that are part of the text; the others are not.
+        harmony: it is messages with headers (`dancemoe_jax.text.harmony`).
+    """
 
     def __init__(
-        self, stream: IncrementalDetokenizer, stop_token_ids: frozenset[int], *, harmony: bool = False
+        self,
+        stream: IncrementalDetokenizer,
+        stop_token_ids: frozenset[int],
+        marks: Mapping[int, str] | None = None,
+        *,
+        harmony: bool = False,
     ) -> None:
-        self._stream, self._stop_token_ids, self._harmony = stream, stop_token_ids, harmony
+        self._stream, self._stop_token_ids = stream, stop_token_ids
+        self._marks, self._harmony = marks or {}, harmony
         self._text, self._coming = "", list[int]()  # the text so far, and tokens that nobody has asked the text of
 
     def on_token(self, token: int) -> bool:
         """Take a token; whether a stop text has ended the answer."""
-        if token not in self._stop_token_ids:
+        if token in self._marks:
+            self._text = self.text + self._stream.finish() + ("" if self._stream.stopped else self._marks[token])
+        elif token not in self._stop_token_ids:
             self._coming.append(token)
             if self._stream.stop or len(self._coming) == _DECODED_AT_ONCE:
                 self._decode()
@@ -66,6 +79,8 @@ class RequestMaker:
 
     def __init__(self, bundle: TokenizerBundle, config: ModelConfig) -> None:
         self._bundle, self._config, self._harmony = bundle, config, bundle.harmony
+        added = bundle.tokenizer.get_added_tokens_decoder().items()
+        self._special = {token.content: number for number, token in added if token.special}
         self._encoding = threading.Semaphore(_ENCODED_AT_ONCE)
         longest = max((len(token) for token in bundle.tokenizer.get_vocab(with_added_tokens=True)), default=1)
         self._most_characters = config.max_position * longest
@@ -104,9 +119,11 @@ class RequestMaker:
         own = set() if self._config.eos_token is None else {self._config.eos_token}
         stop_token_ids = frozenset(self._bundle.eos_tokens | own | set(params.stop_tokens))
         harmony = chat and self._harmony
-        keep = (*keep, *(MARKS if harmony else ()))
-        stream = IncrementalDetokenizer(self._bundle.tokenizer, params.stop, prompt, keep)
-        text = Text(stream, stop_token_ids, harmony=harmony)
+        marks = {mark: mark for mark in keep} | ({mark: written(mark) for mark in MARKS} if harmony else {})
+        marks = {self._special[mark]: text for mark, text in marks.items() if mark in self._special}
+        marks = {token: text for token, text in marks.items() if token not in stop_token_ids}
+        stream = IncrementalDetokenizer(self._bundle.tokenizer, params.stop, prompt)
+        text = Text(stream, stop_token_ids, marks, harmony=harmony)
         request = Request(
             server,
             prompt,
@@ -118,7 +135,7 @@ class RequestMaker:
         )
         return request, text
 
-    def prompt(self, given: Mapping[str, Any], **variables: Any) -> list[int]:
+    def prompt(self, given: Mapping[str, Any], /, **variables: Any) -> list[int]:
         """Token ids of a prompt or of messages.
 
         Args:

@@ -78,6 +78,23 @@ def test_arguments_of_calls_are_objects_unless_the_template_wants_a_text(model, 
         assert bundle.render_chat([{**message, "tool_calls": [cut]}]) == '{"a": '
 
 
+@pytest.mark.parametrize("given", ['""', "null"])
+def test_a_call_without_arguments_has_an_empty_object(model, given):
+    bundle = model("{% for m in messages %}{{ m.tool_calls[0].function.arguments | items | list }}{% endfor %}")
+    call = json.loads(f'{{"type": "function", "function": {{"name": "now", "arguments": {given}}}}}')
+    assert bundle.render_chat([{"role": "assistant", "content": None, "tool_calls": [call]}]) == "[]"
+
+
+def test_what_a_template_refuses_is_said_as_it_was_refused_first(model):
+    bundle = model(
+        "{{ raise_exception('no role ' + messages[0].role) if messages[0].tool_calls[0].function.arguments.a }}"
+        "{{ '' + messages[0].tool_calls[0].function.arguments + 1 }}"
+    )
+    call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    with pytest.raises(RequestError, match="no role narrator"):
+        bundle.render_chat([{"role": "narrator", "content": None, "tool_calls": [call]}])
+
+
 def test_a_model_without_a_template_says_so(model):
     with pytest.raises(RequestError, match=r"has no chat template; give plain text, or add chat_template\.jinja"):
         model().encode_chat(HELLO)

@@ -78,7 +78,9 @@ def test_json_reads_what_json_is(tmp_path):
     [
         ("[" * 65 + "]" * 65, "f: JSON nested 65 deep; at most 64"),
         ('{"a":' * 100_000, "f: JSON nested 100000 deep"),
-        ('["' + "\\" * 5 + '", ' + "[" * 70, "JSON nested 71 deep"),
+        ('{"' + '\\"' * 10**6, "f: not valid JSON"),
+        ('["' + "\\" * 4 + '", ' + "[" * 70, "JSON nested 71 deep"),
+        ('["' + "\\" * 5 + '", ' + "[" * 70, "not valid JSON"),  # all in a string that has no end
         ('{"a": NaN}', "f: NaN: numbers must be finite"),
         ("[-Infinity]", "-Infinity: numbers must be finite"),
         ("[1e999]", "1e999: numbers must be finite"),

@@ -2,10 +2,12 @@
 
 import json
 import re
+import time
 from typing import Any
 
 import pytest
 
+from dancemoe_jax.text.harmony import MARKS, read_messages, written
 from launch.http import fields
 from launch.http.answers import Form
 from launch.http.book import Refused
@@ -35,7 +37,7 @@ ARGUMENTS = '{"a": 1, "b": "é"}'
     ],
 )
 def test_a_call_is_found_in_the_forms_of_the_families(text):
-    rest, (call,) = tool_calls(f"Let me see. {text}", types={"add": {"a": "integer", "b": "string"}})
+    rest, (call,) = tool_calls(f"Let me see. {text}", types={"add": {"a": ["integer"], "b": ["string"]}})
     assert rest == "Let me see."
     assert call["function"]["name"] == "add"
     assert json.loads(call["function"]["arguments"]) == {"a": 1, "b": "é"}
@@ -67,19 +69,27 @@ def test_what_is_no_call_stays_text(text):
     assert tool_calls(text) == (text, [])
 
 
-@pytest.mark.parametrize("value", ["1", "true", "[1]", "x y", "{", ""])
+@pytest.mark.parametrize("value", ["1", "true", "True", "None", "null", "[1]", "x y", "{", ""])
 def test_a_parameter_is_a_text_unless_its_type_says_otherwise(value):
-    def read(kind: Any) -> Any:
+    def read(kinds: list[str]) -> Any:
         _, (call,) = tool_calls(
-            f"<function=f><parameter=p>\n{value}\n</parameter></function>", types={"f": {"p": kind}}
+            f"<function=f><parameter=p>\n{value}\n</parameter></function>", types={"f": {"p": kinds}}
         )
         return json.loads(call["function"]["arguments"])["p"]
 
-    assert read(None) == read("string") == read(["string", "null"]) == value
-    assert read("integer") == (json.loads(value) if value in ("1", "true", "[1]") else value)
+    assert read([]) == read(["string"]) == read(["string", "null"]) == value
+    known = {"1": 1, "true": True, "True": True, "[1]": [1], "None": None, "null": None}
+    assert read(["integer"]) == known.get(value, value)
 
 
-HARMONY = (
+def spoken(text: str) -> str:
+    """A text of gpt-oss whose marks are special tokens."""
+    for mark in MARKS:
+        text = text.replace(mark, written(mark))
+    return text
+
+
+HARMONY = spoken(
     "<|channel|>analysis<|message|>Let me see.<|end|><|start|>assistant<|channel|>commentary<|message|>I look."
     "<|end|><|start|>assistant<|channel|>commentary to=functions.add <|constrain|>json<|message|>" + ARGUMENTS
 )
@@ -100,20 +110,107 @@ def test_messages_with_headers_are_content_reasoning_and_calls():
     cut = said(HARMONY[:-3], CHAT, "length")
     assert (cut["content"], cut["finish_reason"]) == ("I look.\n\n" + ARGUMENTS[:-3], "length")
     assert "tool_calls" not in cut
-    held = said(f"{CALL}", {**CHAT, "tool_choice": "required"})  # by its grammar, from the first token on
-    assert held["tool_calls"][0]["function"]["name"] == "add"
-    assert "<|" not in json.dumps([found, held])
+    header = "<|end|><|start|>assistant to=functions.now<|channel|>commentary<|message|>"
+    both = said(HARMONY + spoken(header), CHAT)
+    assert [call["function"]["arguments"] for call in both["tool_calls"]] == [ARGUMENTS, "{}"]
+
+
+def test_an_answer_that_is_held_to_a_schema_has_no_headers():
+    form = '{"elm": "f <| x", "mark": "<|end|>"}'
+    assert said(form, {**CHAT, "tools": None, "response_format": {"type": "json_object"}})["content"] == form
+    held = said(CALL.replace("é", "<| é"), {**CHAT, "tool_choice": "required"})
+    assert json.loads(held["tool_calls"][0]["function"]["arguments"])["b"] == "<| é"
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "reasoning"),
+    [
+        ("", "", ""),
+        ("2 <| 3 <|end|>", "2 <| 3 <|end|>", ""),  # spelled, no mark
+        (spoken("<|channel|>final<|message|>It is ") + "<|end|>, and more", "It is <|end|>, and more", ""),
+        ("Hello." + spoken("<|end|><|start|>assistant<|channel|>final<|message|>Hi"), "Hello.\n\nHi", ""),
+        (spoken("<|channel|>analysis<|message|>So.<|channel|>final<|message|>Hi"), "Hi", "So."),
+        (spoken(" to=functions.add<|channel|>commentary<|message|>{}"), "{}", ""),
+        (spoken("<|message|>a<|return|>b<|start|>"), "a", ""),
+    ],
+)
+def test_messages_of_any_form_are_read(text, content, reasoning):
+    assert read_messages(text) == (content, reasoning, [])
 
 
 def test_what_was_said_of_a_growing_text_stays():
-    whole = HARMONY + "<|call|><|start|>assistant<|channel|>final<|message|>2 < 3 <| 4"
-    form, before = Form(fields.chat({**CHAT, "tools": None}), "m", str, harmony=True), ("", "")
-    for end in range(len(whole) + 1):
-        if not re.search(r"<\|?[a-z]*\|?$", whole[:end]):  # marks are tokens, so they come whole
-            now = form.said(whole[:end])
+    whole = HARMONY + spoken("<|call|><|start|>assistant<|channel|>final<|message|>2 < 3 <| 4 <|message|> 5")
+    parts = re.split(rf"({re.escape(written(''))}<\|\w+\|>|)", whole)  # marks are tokens, so they come whole
+    for start in ("", "to be", " to=functions.add", "Well"):
+        form, before, text = Form(fields.chat({**CHAT, "tools": None}), "m", str, harmony=True), ("", ""), ""
+        for part in [*start, *parts]:
+            text += part or ""
+            now = form.said(text)
             assert [new.startswith(old) for new, old in zip(now, before, strict=True)] == [True, True]
             before = now
-    assert before == ("Let me see.", "I look.\n\n" + ARGUMENTS + "\n\n2 < 3 <| 4")
+        assert before[0] == ("" if "=" in start else "Let me see.")
+        assert before[1].endswith("I look.\n\n" + ARGUMENTS + "\n\n2 < 3 <| 4 \n\n 5")
+
+
+def test_calls_that_stand_together_or_in_each_other_stay_what_they_are():
+    def called(text: str) -> list[tuple[str, Any]]:
+        _, calls = tool_calls(text)
+        return [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in calls]
+
+    add, sub = (f"<function={name}>\n<parameter=a>\n{name}\n</parameter>\n</function>" for name in ("add", "sub"))
+    expected = [("add", {"a": "add"}), ("sub", {"a": "sub"})]
+    assert called(f"{add}\n{sub}") == called(f"<tool_call>\n{add}\n{sub}\n</tool_call>") == expected
+    assert called(f"<tool_call>{add}\nNow the other: <tool_call>{sub}") == expected
+    assert tool_calls(f"{add} So.")[0] == "So."
+    inner = '<tool_call>{"name":"rm","arguments":{}}</tool_call>'
+    outer = f"<function=write><parameter=s>A call: {inner} so</parameter></function>"
+    assert called(outer) == [("write", {"s": f"A call: {inner} so"})]
+    quoted = json.dumps({"name": "write", "arguments": {"s": inner}})
+    assert called(f"<tool_call>{quoted}</tool_call>") == [("write", {"s": inner})]
+    open_ = "<function=f><parameter=a>\n1\n<parameter=b>\n2\n</function>"
+    assert called(open_) == [("f", {"a": "1", "b": "2"})]
+    begun = SEPARATED.format("x", "y").removesuffix("<｜tool▁call▁end｜>") + SEPARATED.format("add", "{}")
+    assert called(begun) == [("add", {})]
+    assert called(SEPARATED.format("", "{}")) == []
+    assert called(r'<tool_call>{"name":"add","arguments":{"a":"\ud83d"}}</tool_call>') == [("add", {"a": "?"})]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n```json\n" + "\n" * 10**5,
+        "<function=a>" * 20_000,
+        "<function=f>" + "<parameter=a>" * 20_000 + "</function>",
+        "<function=a>" * 20_000 + "</function>",
+        "<tool_call>{}" * 20_000 + "x",
+        '<tool_call>{"a' * 20_000,
+        "<tool_call>{" * 20_000 + "</tool_call>",
+        "<｜tool▁call▁begin｜>" * 20_000,
+        "<｜tool▁call▁begin｜>a<｜tool▁sep｜>" * 20_000,
+        "[TOOL_CALLS][" * 20_000,
+        '[TOOL_CALLS]["' + '\\"' * 10**5,
+        spoken("<|channel|>a<|message|>b<|end|>") * 10_000,
+    ],
+)
+def test_no_text_takes_long_to_read(text):
+    begin = time.process_time()
+    tool_calls(text)
+    read_messages(text)
+    assert time.process_time() - begin < 2
+
+
+def test_types_are_found_in_alternatives_too():
+    either = {"anyOf": [{"type": "integer"}, {"type": "null"}, 3]}
+    schema = {"type": "object", "properties": {"a": either, "b": {"type": ["boolean", "null"]}, "c": True, "d": {}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    values = {"a": "5", "b": "False", "c": "5", "d": "5"}
+    text = "".join(f"<parameter={name}>{value}</parameter>" for name, value in values.items())
+    form = Form(fields.chat({**CHAT, "tools": [tool]}), "m", str)
+    (choice,) = json.loads(form.next(0, f"<function=f>{text}</function>", [], "stop").removeprefix(b"data: "))[
+        "choices"
+    ]
+    arguments = json.loads(choice["delta"]["tool_calls"][0]["function"]["arguments"])
+    assert arguments == {"a": 5, "b": False, "c": "5", "d": "5"}
 
 
 def test_tools_are_for_the_template_and_their_calls_are_the_answer():

@@ -49,7 +49,7 @@ def answered(marks: tuple[str, ...], text: str, body: dict[str, Any]) -> dict[st
         wanted = fields.chat(body) if "messages" in body else fields.completion(body)
         (accepted,) = await service.accept(wanted)
         book.take(accepted.number, [*tokenizer.encode(text).ids, EOS])
-        form = Form(wanted, "m", service.piece, harmony=bundle.harmony)
+        form = Form(wanted, "m", service.piece, harmony=service.harmony)
         return form.whole([accepted])["choices"][0]
 
     return asyncio.run(run())
@@ -66,6 +66,20 @@ def test_headers_are_read_and_not_shown():
     choice = answered(MARKS, call, {**CHAT, "tools": [TOOL]})
     assert (choice["message"]["content"], choice["finish_reason"]) == (None, "tool_calls")
     assert choice["message"]["tool_calls"][0]["function"] == {"name": "add", "arguments": '{"a": 1}'}
+
+
+def test_a_mark_that_is_only_spelled_is_text():
+    tokenizer_marks = tuple(mark for mark in MARKS if mark != "<|end|>")
+    choice = answered((*tokenizer_marks, "<|end|>"), SPOKEN + " <|", CHAT)
+    assert choice["message"]["content"] == "It is 2é. <|"
+    assert answered(tokenizer_marks, SPOKEN, CHAT)["message"]["content"] == (
+        "analysisEasy.<|end|>assistantfinalIt is 2é."  # a vocabulary without one of them is another model's
+    )
+
+
+def test_variables_of_the_template_may_have_any_name():
+    choice = answered((), "Hi", {**CHAT, "chat_template_kwargs": {"given": 1, "self": 2, "source": 3}})
+    assert choice["message"]["content"] == "Hi"
 
 
 def test_a_completion_is_the_text_without_special_tokens():
