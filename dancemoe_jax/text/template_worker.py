@@ -60,7 +60,7 @@ def main() -> None:
             request = json.loads(line)
             now = datetime.datetime.fromisoformat(request["now"])
             environment.globals["strftime_now"] = now.strftime
-            answer = {"text": compiled(request["template"]).render(**request["variables"])}
+            answer = {"text": compiled(request["template"]).render(request["variables"])}
         except MemoryError:
             answer = {"error": f"it takes more than {MEMORY >> 20} MiB"}
         except Exception as error:  # a template can fail in any way
