@@ -71,7 +71,7 @@ class Form:
         """Content, reasoning and calls of tools of a whole text, and the reason that the calls make."""
         said = read_messages(text, tools=self.tools) if self._harmony else Messages(text, "", [])
         content, calls = said.content, list[dict[str, Any]]()
-        if self.tools:
+        if self.tools and not self._harmony:
             content, calls = tool_calls(content, demanded=self._demanded, types=self._types)
         for name, arguments in said.calls:
             try:
