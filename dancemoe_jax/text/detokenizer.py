@@ -65,6 +65,10 @@ class IncrementalDetokenizer:
         self._given += len(new)
         text = self._pass_on(new) + self._withheld
         self._withheld = ""
+        if self._window and self._window[-1] in self._bytes:  # no later token continues that run
+            while self._window and self._window[-1] in self._bytes:
+                self._window.pop()
+            self._given = len(self._tokenizer.decode(self._window))
         return text
 
     def _last(self, tokens: list[int]) -> list[int]:

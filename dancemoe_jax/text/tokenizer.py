@@ -88,7 +88,8 @@ class TokenizerBundle:
     @property
     def harmony(self) -> bool:
         """Whether in chats the model writes messages with headers (`dancemoe_jax.text.harmony`)."""
-        return {token.content for token in self.tokenizer.get_added_tokens_decoder().values()}.issuperset(MARKS)
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        return {token.content for token in added if token.special}.issuperset(MARKS)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text that a model is to continue, with the special tokens it was trained to see in front.

@@ -71,9 +71,10 @@ class Form:
         """Content, reasoning and calls of tools of a whole text, and the reason that the calls make."""
         said = read_messages(text, tools=self.tools) if self._harmony else Messages(text, "", [])
         content, calls = said.content, list[dict[str, Any]]()
-        if self.tools and not self._harmony:
+        if self.tools and not self._harmony and (self._wanted.schema is None or self._demanded):
             content, calls = tool_calls(content, demanded=self._demanded, types=self._types)
-        for name, arguments in said.calls:
+        cut = reason == "length" and bool(said.calls) and not said.calls[-1][1].strip()
+        for name, arguments in said.calls[:-1] if cut else said.calls:
             try:
                 calls.append(named_call(name, arguments))
             except InputError:

@@ -14,8 +14,9 @@ Types = Mapping[str, Mapping[str, Sequence[str]]]
 # Qwen's and Hermes': <tool_call>{"name": …, "arguments": {…}}</tool_call>; Qwen3-Coder's:
 # <tool_call><function=NAME><parameter=NAME>value</parameter></function></tool_call>
 _TAG, _TAG_END = "<tool_call>", "</tool_call>"
-_FUNCTION, _FUNCTION_END = "<function=", "</function>"
-_PARAMETER, _PARAMETER_END = "<parameter=", "</parameter>"
+_FUNCTION, _PARAMETER_END = "<function=", "</parameter>"
+# Marks within a text that a parameter quotes are none: they do not stand behind white space or another mark.
+_FUNCTION_END, _PARAMETER = re.compile(r"(?<=[\s>])</function>"), re.compile(r"(?<=[\s>])<parameter=([^<>\n]{1,256})>")
 # Mixtral's, all of them: [TOOL_CALLS] [{"name": …, "arguments": {…}}, …]
 _LIST = "[TOOL_CALLS]"
 # DeepSeek's: <｜tool▁call▁begin｜>NAME<｜tool▁sep｜>{…}<｜tool▁call▁end｜>, before V3.1 with `function` in the name's place,
@@ -28,7 +29,7 @@ MARKS = (_TAG, _TAG_END, _LIST, _BEGIN, _SEPARATOR, _END, *_AROUND)
 
 _OPENING = re.compile("|".join(map(re.escape, (_TAG, _FUNCTION, _LIST, _BEGIN))))
 _SPACE = re.compile(r"\s*")
-_LONGEST_NAME = 256
+_LONGEST_NAME, _MOST = 256, 1024  # characters, and calls of a text
 _WORDS = {"true": True, "false": False, "none": None, "null": None}  # as Python and as JSON write them
 
 
@@ -45,11 +46,14 @@ def tool_calls(text: str, *, demanded: bool = False, types: Types | None = None)
     """
     if demanded:
         try:
-            return "", [_call(parse_json(text, "tool call"))]
+            return "", [_call(_read(text))]
         except InputError:
             return text, []
     scan, rest, calls, at = _Scan(text, types or {}), list[str](), list[dict[str, Any]](), 0
-    while opening := _OPENING.search(text, at):
+    for _ in range(_MOST):
+        opening = _OPENING.search(text, at)
+        if opening is None:
+            break
         try:
             found, end = scan.read(opening)
             made = [_call(one) for one in found]
@@ -79,7 +83,7 @@ class _Scan:
 
     def __init__(self, text: str, types: Types) -> None:
         self._text, self._types = text, types
-        self._next: dict[str, tuple[int, int]] = {}
+        self._next: dict[str | re.Pattern[str], tuple[int, int]] = {}
 
     def read(self, opening: re.Match[str]) -> tuple[Sequence[Any], int]:
         """What is called at an opening, and where that ends. Raises InputError where it is no whole call."""
@@ -98,54 +102,52 @@ class _Scan:
         return [found], self._skipped(_TAG_END, at)
 
     def _function(self, at: int) -> tuple[Sequence[Any], int]:
-        name, at = self._name(at)
-        end = self._find(_FUNCTION_END, at)
-        if end < 0:
-            raise InputError("tool call: has no end")
-        known, arguments = self._types.get(name, {}), {}
-        start = self._find(_PARAMETER, at)
-        while 0 <= start < end:
-            parameter, start = self._name(start + len(_PARAMETER))
-            after, own = self._find(_PARAMETER, start), self._find(_PARAMETER_END, start)
-            stop = min(place for place in (after, own, end) if place >= 0)
-            arguments[parameter] = _typed(self._text[start:stop], known.get(parameter, ()))
-            start = after
-        return [{"name": name, "arguments": arguments}], self._skipped(_TAG_END, end + len(_FUNCTION_END))
+        name_end = self._text.find(">", at, at + _LONGEST_NAME)
+        name, end = self._text[at:name_end].strip(), self._find(_FUNCTION_END, at)
+        if name_end < 0 or not name or "\n" in name or end < 0:
+            raise InputError("tool call: has no name, or no end")
+        known, arguments, start = self._types.get(name, {}), {}, name_end
+        while (opening := _PARAMETER.search(self._text, start, end)) is not None:
+            after = _PARAMETER.search(self._text, opening.end(), end)
+            own = self._find(_PARAMETER_END, opening.end())
+            start = min(place for place in (after.start() if after else end, own, end) if place >= 0)
+            parameter = opening[1].strip()
+            arguments[parameter] = _typed(self._text[opening.end() : start], known.get(parameter, ()))
+        return [{"name": name, "arguments": arguments}], self._skipped(_TAG_END, end + len("</function>"))
 
     def _separated(self, at: int) -> tuple[Sequence[Any], int]:
-        separator = self._find(_SEPARATOR, at)
-        if not 0 <= separator - at <= _LONGEST_NAME:
+        separator, begin, end = (self._find(mark, at) for mark in (_SEPARATOR, _BEGIN, _END))
+        if not 0 <= separator - at <= _LONGEST_NAME or 0 <= begin < separator or 0 <= end < separator:
             raise InputError("tool call: has no name")
         name, start = self._text[at:separator], separator + len(_SEPARATOR)
-        end, after = self._find(_END, start), self._find(_BEGIN, start)
-        stop = min([place for place in (end, after) if place >= 0], default=len(self._text))
+        ends = [place for mark in (_END, _AROUND[1], _BEGIN) if (place := self._find(mark, start)) >= 0]
+        stop = min(ends, default=len(self._text))
         body = self._text[start:stop].strip()
         fenced, fence, rest = body.partition("\n```")
         if fence and "\n" not in fenced:
             name, body = fenced, rest.removeprefix("json").strip().removesuffix("```")
+        if not body.strip() and not ends:
+            raise InputError("tool call: is cut before its arguments")
         return [{"name": name.strip(), "arguments": _arguments(body)}], self._skipped(_END, stop)
 
-    def _name(self, at: int) -> tuple[str, int]:
-        """A name up to ">", and what comes after it."""
-        end = self._text.find(">", at, at + _LONGEST_NAME)
-        name = self._text[at:end].strip()
-        if end < 0 or "\n" in name:
-            raise InputError("tool call: has no name")
-        return name, end + 1
-
     def _json(self, at: int) -> tuple[Any, int]:
+        if not self._text.startswith(("{", "["), at):
+            raise InputError("tool call: no JSON")
         try:
             _, end = json.JSONDecoder().raw_decode(self._text, at)
         except (ValueError, RecursionError):
             raise InputError("tool call: no JSON") from None
-        return parse_json(self._text[at:end], "tool call"), end
+        return _read(self._text[at:end]), end
 
-    def _find(self, mark: str, at: int) -> int:
-        """Where a mark is next, or -1; places that are asked for do not go back."""
+    def _find(self, mark: str | re.Pattern[str], at: int) -> int:
+        """Where a mark is next, or -1. Looks for it once, where places that are asked for do not go back."""
         since, found = self._next.get(mark, (len(self._text) + 1, -1))
         if since <= at and (found < 0 or found >= at):
             return found
-        found = self._text.find(mark, at)
+        if isinstance(mark, str):
+            found = self._text.find(mark, at)
+        else:
+            found = match.start() if (match := mark.search(self._text, at)) else -1
         self._next[mark] = at, found
         return found
 
@@ -166,14 +168,19 @@ def _typed(value: str, kinds: Sequence[str]) -> Any:
     if (word := value.strip().lower()) in _WORDS:
         return _WORDS[word]
     try:
-        return parse_json(value, "parameter")
+        return _read(value)
     except InputError:
         return value
 
 
+def _read(text: str) -> Any:
+    """JSON with numbers of any size. Raises InputError."""
+    return parse_json(text, "tool call", any_number=True)
+
+
 def _arguments(text: str) -> dict[str, Any]:
     """Raises InputError where they are no JSON object; nothing is an empty one."""
-    found = parse_json(text, "arguments") if text.strip() else {}
+    found = _read(text) if text.strip() else {}
     if not isinstance(found, dict):
         raise InputError("arguments: must be an object")
     return found
@@ -182,10 +189,17 @@ def _arguments(text: str) -> dict[str, Any]:
 def _call(found: Any) -> dict[str, Any]:
     """Raises InputError where it is no call."""
     name = found.get("name") if isinstance(found, dict) else None
-    arguments = found.get("arguments", found.get("parameters", {})) if isinstance(found, dict) else None
-    if not isinstance(name, str) or not name or not isinstance(arguments, dict | str):
+    arguments = found.get("arguments", found.get("parameters")) if isinstance(found, dict) else None
+    if not isinstance(name, str) or not name or not isinstance(arguments, dict | str | None):
         raise InputError("tool call: must have a name and arguments")
-    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    try:
+        text = (
+            arguments
+            if isinstance(arguments, str)
+            else json.dumps(arguments or {}, ensure_ascii=False, allow_nan=False)
+        )
+    except ValueError:
+        raise InputError("tool call: a number is not finite") from None
     # JSON can hold halves of surrogate pairs, which are no characters.
     name, text = (part.encode(errors="replace").decode() for part in (name, text))
     return {

@@ -141,6 +141,13 @@ def test_text_does_not_wait_for_the_end_of_the_output():
     assert [detokenizer.push(token) for token in (258, 1 + 0xEA, 1 + 0xB4, 1 + 0x9C, 258)] == ["a", "", "", "", "괜a"]
 
 
+def test_text_may_go_on_after_a_finish():
+    detokenizer = IncrementalDetokenizer(MADE["byte fallback"])
+    assert detokenizer.push(258, 1 + 0xE2, 1 + 0x82) == "a"
+    assert detokenizer.finish() == "\ufffd\ufffd"
+    assert detokenizer.push(258) + detokenizer.finish() + detokenizer.push(258) == "aa"
+
+
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.text("abc", max_size=40), st.lists(st.text("abc", min_size=1, max_size=5), max_size=3))
 def test_stop_strings_cut_where_the_first_is_complete(text, stops):

@@ -113,11 +113,17 @@ def test_messages_with_headers_are_content_reasoning_and_calls():
     header = "<|end|><|start|>assistant to=functions.now<|channel|>commentary<|message|>"
     both = said(HARMONY + spoken(header), CHAT)
     assert [call["function"]["arguments"] for call in both["tool_calls"]] == [ARGUMENTS, "{}"]
+    assert len(said(HARMONY + spoken(header), CHAT, "length")["tool_calls"]) == 1  # nobody knows of what it was cut
 
 
 def test_an_answer_that_is_held_to_a_schema_has_no_headers():
     form = '{"elm": "f <| x", "mark": "<|end|>"}'
     assert said(form, {**CHAT, "tools": None, "response_format": {"type": "json_object"}})["content"] == form
+    form = Form(fields.chat({**CHAT, "response_format": {"type": "json_object"}}), "m", str)
+    text = '{"doc": "<function=a> </function>"}'
+    assert json.loads(form.next(0, text, [], "stop").removeprefix(b"data: "))["choices"][0]["delta"] == {
+        "content": text
+    }
     held = said(CALL.replace("é", "<| é"), {**CHAT, "tool_choice": "required"})
     assert json.loads(held["tool_calls"][0]["function"]["arguments"])["b"] == "<| é"
 
@@ -172,6 +178,16 @@ def test_calls_that_stand_together_or_in_each_other_stay_what_they_are():
     begun = SEPARATED.format("x", "y").removesuffix("<｜tool▁call▁end｜>") + SEPARATED.format("add", "{}")
     assert called(begun) == [("add", {})]
     assert called(SEPARATED.format("", "{}")) == []
+    broken = "<｜tool▁call▁begin｜>oops<｜tool▁call▁end｜><｜tool▁call▁begin｜>" + SEPARATED.format("add", "{}")
+    assert called(broken) == [("add", {})]
+    for cut in ("add<｜tool▁sep｜>", "function<｜tool▁sep｜>add\n```json\n"):
+        assert called("<｜tool▁call▁begin｜>" + cut) == []
+        assert called("<｜tool▁call▁begin｜>" + cut + "<｜tool▁call▁end｜>") == [("add", {})]
+    code = "print('<parameter=')\nx > y; z = '<parameter=q>' + '</function>'"
+    assert called(f"<function=run>\n<parameter=code>\n{code}\n</parameter>\n</function>") == [("run", {"code": code})]
+    assert called('<tool_call>{"name": "pay", "arguments": {"wei": 1' + "0" * 25 + "}}") == [("pay", {"wei": 10**25})]
+    assert called('<tool_call>{"name": "pay", "arguments": {"wei": NaN}}') == []
+    assert called('[TOOL_CALLS][{"name": "now", "arguments": null}, {"name": "now"}]') == [("now", {})] * 2
     assert called(r'<tool_call>{"name":"add","arguments":{"a":"\ud83d"}}</tool_call>') == [("add", {"a": "?"})]
 
 
@@ -180,6 +196,9 @@ def test_calls_that_stand_together_or_in_each_other_stay_what_they_are():
     [
         "<｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n```json\n" + "\n" * 10**5,
         "<function=a>" * 20_000,
+        "<function=>" * 10_000 + "<parameter=a>" * 10_000 + "</function>",
+        "<function=a>" * 10_000 + "<parameter=a>" * 10_000 + "<parameter=\nx\ny></function>",
+        "<tool_call>" * 20_000,
         "<function=f>" + "<parameter=a>" * 20_000 + "</function>",
         "<function=a>" * 20_000 + "</function>",
         "<tool_call>{}" * 20_000 + "x",
