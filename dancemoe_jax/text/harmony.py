@@ -36,7 +36,6 @@ def read_messages(text: str, *, tools: bool = False) -> Messages:
         text: with special tokens as `written` has them.
         tools: there are any; without them what is said to one is content.
 
-    >>> marks = {mark: written(mark) for mark in MARKS}
     >>> text = "<|channel|>analysis<|message|>So.<|end|><|start|>assistant<|channel|>final<|message|>Hi"
     >>> for mark in MARKS:
     ...     text = text.replace(mark, written(mark))
